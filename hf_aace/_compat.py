@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What works around defects of particular versions of other libraries; each with the condition for its removal."""
+
+import json
+import os
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+# Trainer of transformers 5 loads the weights of a checkpoint by their names in the file. For models whose names in the file are
+# not those in memory (ViT, DeiT, BEiT, DINOv2, I-JEPA, SegFormer, Swin, ViT-MSN) it so keeps old weights, silently, on
+# `resume_from_checkpoint` and `load_best_model_at_end`: huggingface/transformers#43701, #48805. Remove the two functions, and what
+# calls them in `trainer`, when the oldest supported transformers has the fix (PR #48822).
+
+
+def needs_conversion(model: nn.Module, checkpoint: str | None) -> bool:
+    """
+    Whether a checkpoint of Trainer holds weights under other names than the model's.
+
+    Args:
+        model (`nn.Module`): The model that the checkpoint is to be loaded into.
+        checkpoint (`str`, *optional*): Directory of the checkpoint.
+    """
+    if checkpoint is None or not isinstance(model, PreTrainedModel):
+        return False
+    weights, index = (os.path.join(checkpoint, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if os.path.isfile(weights):
+        with safe_open(weights, framework="pt") as file:
+            saved = set(file.keys())
+    elif os.path.isfile(index):
+        with open(index, encoding="utf-8") as file:
+            saved = set(json.load(file)["weight_map"])
+    else:
+        return False
+    return not saved <= set(model.state_dict())
+
+
+def load_converted_weights(model: PreTrainedModel, checkpoint: str) -> None:
+    """
+    Loads the weights of a checkpoint in place, converted as `from_pretrained` converts them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to load into.
+        checkpoint (`str`): Directory of the checkpoint.
+
+    Raises:
+        `RuntimeError`: If the checkpoint does not hold all the weights of the model.
+    """
+    with torch.random.fork_rng(devices=[]):  # initialising the copy must not draw from the run's random numbers
+        loaded, report = type(model).from_pretrained(checkpoint, config=model.config, output_loading_info=True)
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise RuntimeError(
+            f"The checkpoint {checkpoint} lacks weights of {type(model).__name__}: "
+            f"{sorted(report['missing_keys']) + sorted(report['mismatched_keys'])}. Resume from another one."
+        )
+    model.load_state_dict(loaded.state_dict())

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of sharpness-aware training, as a dataclass beside `TrainingArguments`."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal, get_args, get_type_hints
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class AACEArguments:
+    """
+    The fields that sharpness-aware training adds to any `TrainingArguments`. [`AACEConfig`] is the two together; to add
+    them to arguments of your own, write `class MyConfig(AACEArguments, MyTrainingArguments)` as a dataclass.
+
+    See [`AACEConfig`] for the fields.
+    """
+
+    rho: float = field(
+        default=0.01,
+        metadata={
+            "help": "Size of the ascent step, >= 0. A step size (the factor of the ascent gradient), or with "
+            "`normalize_perturbation` the length of the step. 0 is plain training."
+        },
+    )
+    perturbation_loss: Literal["aace", "cross_entropy"] = field(
+        default="aace",
+        metadata={"help": "The loss whose gradient gives the ascent step: `aace`, or `cross_entropy` as in SAM."},
+    )
+    normalize_perturbation: bool = field(
+        default=False,
+        metadata={"help": "Divide the ascent step by its gradient's norm, so that `rho` is a length, as in SAM."},
+    )
+    adaptive_perturbation: bool = field(
+        default=False,
+        metadata={"help": "Scale the ascent gradient by the squared weights, element by element, as in ASAM."},
+    )
+    aace_target: Literal["adaptive", "uniform", "random"] = field(
+        default="adaptive",
+        metadata={
+            "help": "The adversarial target over the wrong classes: the model's own probabilities (`adaptive`, the "
+            "method), the same for each (`uniform`), or one drawn at random (`random`). The last two are ablations."
+        },
+    )
+    ascent_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of each batch that the ascent pass uses, in (0, 1]: its first samples, at least one."
+        },
+    )
+    ascent_scope: Literal["micro_batch", "full_batch"] = field(
+        default="micro_batch",
+        metadata={
+            "help": "Under gradient accumulation: each micro-batch perturbs by its own gradient (`micro_batch`), or "
+            "all of them by the gradient over the whole accumulated batch (`full_batch`)."
+        },
+    )
+    sync_ascent: bool = field(
+        default=False,
+        metadata={
+            "help": "With several processes: perturb by the gradient averaged over them instead of by each one's own."
+        },
+    )
+    perturb_every: int = field(
+        default=1,
+        metadata={"help": "Perturb on every this many optimizer steps; the others are plain steps."},
+    )
+    perturb_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression, searched in the parameter names: perturb only the trainable parameters that "
+            "match. All of them by default."
+        },
+    )
+
+    def check_aace_arguments(self) -> None:
+        """
+        Checks the fields that this class adds. Called when an [`AACEConfig`] or a trainer is made, and again when
+        training starts, since a hyperparameter search or a callback may have set them meanwhile.
+
+        Raises:
+            `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.
+        """
+        if not (math.isfinite(self.rho) and self.rho >= 0):
+            raise ValueError(f"`rho` must be a finite number >= 0, got {self.rho}. Use 0 for plain training.")
+        if not 0 < self.ascent_fraction <= 1:
+            raise ValueError(
+                f"`ascent_fraction` must lie in (0, 1], got {self.ascent_fraction}. Use 1 for the whole batch."
+            )
+        if self.perturb_every < 1 or self.perturb_every != int(self.perturb_every):
+            raise ValueError(
+                f"`perturb_every` must be a whole number of steps >= 1, got {self.perturb_every}. Use 1 to perturb on "
+                "every step."
+            )
+        for name in ("perturbation_loss", "aace_target", "ascent_scope"):
+            choices = get_args(get_type_hints(AACEArguments)[name])
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
+        if self.perturb_modules is not None:
+            try:
+                re.compile(self.perturb_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"`perturb_modules` must be a regular expression, got {self.perturb_modules!r}: {error}."
+                ) from error
+
+
+@dataclass
+class AACEConfig(AACEArguments, TrainingArguments):
+    r"""
+    Configuration of [`AACETrainer`]: every field of [`~transformers.TrainingArguments`], and the following.
+
+    The ascent step moves the weights from `w` to `w'`, where the training loss is higher; the gradient of the training
+    loss at `w'` then goes to the optimizer, at `w`. With `g` the gradient of the mean ascent loss at `w`:
+
+    | `normalize_perturbation` | `adaptive_perturbation` | the step `w' - w`, up to its sign  |
+    |--------------------------|-------------------------|------------------------------------|
+    | `False`                  | `False`                 | `rho * g`                          |
+    | `True`                   | `False`                 | `rho * g / norm(g)`                |
+    | `False`                  | `True`                  | `rho * w**2 * g`                   |
+    | `True`                   | `True`                  | `rho * w**2 * g / norm(abs(w) * g)`|
+
+    SAM (Foret et al., [arXiv 2010.01412](https://huggingface.co/papers/2010.01412)) is
+    `perturbation_loss="cross_entropy", normalize_perturbation=True`; ASAM (Kwon et al.,
+    [arXiv 2102.11600](https://huggingface.co/papers/2102.11600)) adds `adaptive_perturbation=True`. The default is AACE
+    as published (Ratchatorn & Tanaka, [arXiv 2406.14329](https://huggingface.co/papers/2406.14329)).
+
+    Args:
+        rho (`float`, *optional*, defaults to `0.01`):
+            Size of the ascent step, `>= 0`. Un-normalised it is a step size, in units of weight per unit of gradient;
+            with `normalize_perturbation` it is a length in weight space. Independent of accumulation steps, label
+            smoothing and the fp16 loss scale. `0` is plain training, bit for bit.
+        perturbation_loss (`str`, *optional*, defaults to `"aace"`):
+            The loss whose gradient gives the ascent step: `"aace"` (descended: away from the true class) or
+            `"cross_entropy"` (ascended, as SAM does). Always the mean over the samples, without label smoothing.
+        normalize_perturbation (`bool`, *optional*, defaults to `False`):
+            Whether to divide the step by the norm of the gradient.
+        adaptive_perturbation (`bool`, *optional*, defaults to `False`):
+            Whether to scale the step by the squared weights, element by element.
+        aace_target (`str`, *optional*, defaults to `"adaptive"`):
+            The adversarial target over the wrong classes: `"adaptive"` (the model's own probabilities, the method),
+            `"uniform"`, or `"random"` (one wrong class drawn for each sample). The last two are the paper's ablations.
+            Only for `perturbation_loss="aace"`.
+        ascent_fraction (`float`, *optional*, defaults to `1.0`):
+            Share of each batch that the ascent pass uses, in `(0, 1]`: its first `round(ascent_fraction * batch)`
+            samples, at least one. The descent pass always uses the whole batch.
+        ascent_scope (`str`, *optional*, defaults to `"micro_batch"`):
+            Under gradient accumulation, what one perturbation is computed from: each `"micro_batch"` for itself, or the
+            `"full_batch"` that makes up the optimizer step.
+        sync_ascent (`bool`, *optional*, defaults to `False`):
+            With several processes, whether to perturb by the gradient averaged over them instead of by each one's own.
+        perturb_every (`int`, *optional*, defaults to `1`):
+            Perturb on every this many optimizer steps; the steps between are plain.
+        perturb_modules (`str`, *optional*):
+            A regular expression, searched (`re.search`) in the names of the model's parameters: only trainable ones
+            that match are perturbed. Defaults to all trainable parameters.
+
+    Raises:
+        `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.
+    """
+
+    def __post_init__(self):
+        self.check_aace_arguments()
+        super().__post_init__()

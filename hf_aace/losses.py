@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Adaptive Adversarial Cross-Entropy (AACE) loss. Knows tensors only."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def check_classification(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """
+    Checks that `logits` and `labels` are those of a single-label classifier, by shape and dtype alone: no value is read,
+    so that no device is waited for.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, classes)`): The scores.
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
+
+    Raises:
+        `ValueError`: If they are not; the message says what was found and what is needed.
+    """
+    if logits.dim() != 2:
+        raise ValueError(
+            f"Sharpness-aware training needs logits of shape (batch, classes), got {tuple(logits.shape)}. Use a model "
+            "with one score for each class, such as any `AutoModelForImageClassification`."
+        )
+    batch, classes = logits.shape
+    if classes < 2:
+        raise ValueError(
+            f"AACE needs at least 2 classes, got logits of shape {tuple(logits.shape)}. A model with one output is a "
+            "regression: give a binary classifier two classes (`num_labels=2`)."
+        )
+    if labels.is_floating_point():
+        if labels.shape != logits.shape:
+            raise ValueError(
+                f"Floating-point labels must be class probabilities of shape {tuple(logits.shape)}, like the logits, "
+                f"got {tuple(labels.shape)}. For class indices use an integer dtype; regression has no AACE loss."
+            )
+    elif labels.shape != (batch,):
+        raise ValueError(
+            f"Integer labels must have shape ({batch},), one class for each sample, got {tuple(labels.shape)}. For "
+            "soft labels (mixup, cutmix) use floating-point probabilities; multi-label targets have no AACE loss."
+        )
+
+
+def check_label_values(labels: torch.Tensor, classes: int, ignore_index: int = -100) -> None:
+    """
+    Checks the values of the labels. This reads them, which waits for the device: call it once, or after a failure.
+
+    Args:
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
+        classes (`int`): Number of classes.
+        ignore_index (`int`, *optional*, defaults to `-100`): The index that marks samples to leave out.
+
+    Raises:
+        `ValueError`: If a class index lies outside `[0, classes)`, or if probabilities do not sum to one.
+    """
+    if labels.is_floating_point():
+        sums = labels.sum(dim=1)
+        if bool((labels < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+            raise ValueError(
+                "Floating-point labels must be class probabilities, none negative and each row summing to 1, got rows "
+                f"that sum to {sums.min().item():g} .. {sums.max().item():g}. Multi-label targets have no AACE loss: "
+                "give each sample one label, or probabilities, or train plainly (`rho=0`)."
+            )
+        return
+    valid = labels[labels != ignore_index]
+    if valid.numel() > 0 and (int(valid.min()) < 0 or int(valid.max()) >= classes):
+        raise ValueError(
+            f"Labels must lie in [0, {classes}) for a model with {classes} classes, got {int(valid.min())} .. "
+            f"{int(valid.max())}. Set `num_labels` of the model to the number of classes in the data."
+        )
+
+
+def aace_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    target: str = "adaptive",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    r"""
+    The Adaptive Adversarial Cross-Entropy loss of Ratchatorn & Tanaka, [arXiv 2406.14329](https://huggingface.co/papers/2406.14329):
+    the divergence `KL(t || p)` of the model's probabilities `p = softmax(logits)` from an adversarial target `t`, which
+    has no mass on the true class. Descending it drives the model away from the true class, so the ascent step of
+    sharpness-aware training follows its *negative* gradient.
+
+    With the adaptive target `t = softmax(logits without the true class)` it has the closed form `softplus(d)`, where
+    `d = logit of the true class - logsumexp(the other logits)`: finite for all finite logits, and growing as the
+    model grows confident. Half-precision logits are computed in 32 bits.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, classes)`):
+            Unnormalised scores, at least two classes.
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`):
+            Integer class indices, or probabilities of the classes (mixup, cutmix). For probabilities the loss is its
+            expectation over the label, `sum_c labels[c] * loss(c)`.
+        target (`str`, *optional*, defaults to `"adaptive"`):
+            The adversarial target over the wrong classes: `"adaptive"` (the model's own probabilities), `"uniform"`, or
+            `"random"` (one wrong class for each sample, drawn from torch's global generator).
+        ignore_index (`int`, *optional*, defaults to `-100`):
+            Samples with this class index do not count.
+        reduction (`str`, *optional*, defaults to `"mean"`):
+            `"mean"` over the samples that count (NaN if there is none, as in PyTorch), `"sum"`, or `"none"`.
+
+    Returns:
+        `torch.Tensor`: The loss, a scalar, or of shape `(batch,)` for `reduction="none"` (0 where ignored).
+
+    Raises:
+        `ValueError`: If the shapes or dtypes are not those of a single-label classifier, or a choice is unknown.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_aace import aace_loss
+
+    >>> aace_loss(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0]))  # log(1 + exp(2 - log 2))
+    tensor(1.5461)
+    ```
+    """
+    check_classification(logits, labels)
+    if target not in ("adaptive", "uniform", "random"):
+        raise ValueError(f"`target` must be 'adaptive', 'uniform' or 'random', got {target!r}.")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none', got {reduction!r}.")
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+
+    if labels.is_floating_point():
+        every_class = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
+        losses = (labels.to(logits.dtype) * _loss_of_classes(logits, every_class, target)).sum(dim=1)
+        return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+    counts = labels != ignore_index
+    try:
+        losses = _loss_of_classes(logits, torch.where(counts, labels, 0).long().unsqueeze(1), target).squeeze(1)
+    except (IndexError, RuntimeError):
+        check_label_values(labels, logits.shape[1], ignore_index)  # a clearer error, if the labels are the reason
+        raise
+    losses = torch.where(counts, losses, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / counts.sum() if reduction == "mean" else losses.sum()
+
+
+def _loss_of_classes(logits: torch.Tensor, classes: torch.Tensor, target: str) -> torch.Tensor:
+    """The loss that each sample would have if its true class were `classes`, both of shape `(batch, n)`."""
+    true_logits = logits.gather(1, classes)
+    if target == "adaptive":
+        margins = true_logits - _logsumexp_without(logits, classes)
+        return -F.logsigmoid(-margins)  # softplus, but exact beyond 20, where F.softplus cuts off
+    others = logits.shape[1] - 1
+    log_normalizer = logits.logsumexp(dim=1, keepdim=True)
+    if target == "uniform":
+        return log_normalizer - (logits.sum(dim=1, keepdim=True) - true_logits) / others - math.log(others)
+    drawn = torch.randint(others, classes.shape, device=logits.device)
+    drawn = drawn + (drawn >= classes)  # any class but the true one
+    return log_normalizer - logits.gather(1, drawn)
+
+
+def _logsumexp_without(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """`logsumexp` over all classes but one, for each of `classes`, of shape `(batch, 1)` or every class in order."""
+    if classes.shape[1] == 1:
+        return logits.scatter(1, classes, -torch.inf).logsumexp(dim=1, keepdim=True)
+    # log(1 - p) loses bits only where p > 1/2, so at most for the top class: that one is computed by leaving it out.
+    top = logits.argmax(dim=1, keepdim=True)
+    probabilities = logits.softmax(dim=1).scatter(1, top, 0.0)
+    without = logits.logsumexp(dim=1, keepdim=True) + torch.log1p(-probabilities)
+    return without.scatter(1, top, logits.scatter(1, top, -torch.inf).logsumexp(dim=1, keepdim=True))

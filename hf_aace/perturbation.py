@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ascent step on the weights: its scale, its application, its exact undoing. Knows parameters and gradients."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.utils import get_total_norm
+
+
+# Keeps the step of a zero gradient zero instead of 0/0; far below any gradient norm that matters.
+_EPSILON = 1e-12
+
+
+class perturbed:
+    r"""
+    Context manager inside which the weights are moved along a gradient, and after which they are, bit for bit, what they
+    were before, whatever happened inside. It is the ascent step of sharpness-aware training:
+
+    | `normalize` | `adaptive` | step                               |
+    |-------------|------------|------------------------------------|
+    | `False`     | `False`    | `rho * g` (AACE)                   |
+    | `True`      | `False`    | `rho * g / norm(g)` (SAM)          |
+    | `False`     | `True`     | `rho * w**2 * g`                   |
+    | `True`      | `True`     | `rho * w**2 * g / norm(abs(w) * g)` (ASAM) |
+
+    The step is subtracted, so that the loss with gradient `g` falls, unless `maximize=True`. A gradient that is not finite
+    gives no step at all, without an error: the loss at the unmoved weights is then an ordinary one. Nothing waits for the device.
+
+    Args:
+        parameters (iterable of `torch.Tensor`):
+            The weights to move, in place: their storage stays where it is. Float32 or float64.
+        gradients (sequence of `torch.Tensor` or `None`):
+            The gradient for each of them, `None` for a parameter that the loss does not depend on. Not modified.
+        rho (`float`):
+            Size of the step, `>= 0`: a step size, or with `normalize` a length.
+        normalize (`bool`, *optional*, defaults to `False`):
+            Divide the step by the norm of the gradient over all parameters.
+        adaptive (`bool`, *optional*, defaults to `False`):
+            Scale the step by the squared weights, element by element (ASAM, [arXiv 2102.11600](https://huggingface.co/papers/2102.11600)).
+        maximize (`bool`, *optional*, defaults to `False`):
+            Add the step instead of subtracting it: for SAM, whose gradient is that of the training loss itself.
+        grad_scale (`torch.Tensor`, *optional*):
+            The factor, a scalar, by which `gradients` are too large (the loss scale of fp16).
+        reusable (`bool`, *optional*, defaults to `False`):
+            Keep the moved weights on leaving, so that the context can be entered again for the very same step. Costs a copy of
+            the parameters for as long as the object lives.
+
+    Attributes (scalar tensors on the device):
+        grad_norm: Norm of the gradient.
+        norm: Norm of the step that was made, 0 if none.
+        skipped: 1 if the gradient was not finite and no step was made, else 0.
+
+    Raises:
+        `ValueError`: If `rho` is negative or not finite, the lengths differ, there is no gradient at all, or a parameter is
+            of 16 bits, where rounding would swallow the step.
+        `RuntimeError`: If it is entered a second time without `reusable`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_aace import aace_loss, perturbed
+
+    >>> model = torch.nn.Linear(4, 3)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> inputs, labels = torch.randn(8, 4), torch.randint(3, (8,))
+
+    >>> parameters = list(model.parameters())
+    >>> gradients = torch.autograd.grad(aace_loss(model(inputs), labels), parameters)
+    >>> with perturbed(parameters, gradients, rho=0.1):
+    ...     torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+    >>> optimizer.step()
+    >>> optimizer.zero_grad()
+    ```
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        rho: float,
+        *,
+        normalize: bool = False,
+        adaptive: bool = False,
+        maximize: bool = False,
+        grad_scale: torch.Tensor | None = None,
+        reusable: bool = False,
+    ):
+        if not 0 <= rho < float("inf"):
+            raise ValueError(f"`rho` must be a finite number >= 0, got {rho}.")
+        parameters = list(parameters)
+        if len(parameters) != len(gradients):
+            raise ValueError(
+                f"`gradients` must hold one entry for each parameter, got {len(gradients)} for {len(parameters)}."
+            )
+        pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        if not pairs:
+            raise ValueError(
+                "None of the parameters has a gradient, so there is no direction to perturb in. Pass parameters that the "
+                "loss depends on."
+            )
+        check_precision(p for p, _ in pairs)
+        self._parameters = [p for p, _ in pairs]
+        self._backup, self._moved = [], []
+        self._maximize, self._reusable = maximize, reusable
+        with torch.no_grad():
+            self._measure([g for _, g in pairs], rho, normalize, adaptive, grad_scale)
+
+    def _measure(
+        self,
+        gradients: list[torch.Tensor],
+        rho: float,
+        normalize: bool,
+        adaptive: bool,
+        grad_scale: torch.Tensor | None,
+    ) -> None:
+        """Sets the direction of the step, its factor, and the norms."""
+        scale = 1.0 if grad_scale is None else 1.0 / grad_scale
+        self.grad_norm = length = direction_norm = get_total_norm(gradients) * scale
+        if adaptive:
+            weighted = torch._foreach_mul(self._parameters, gradients)
+            length = get_total_norm(weighted) * scale
+            gradients = torch._foreach_mul(self._parameters, weighted)
+            direction_norm = get_total_norm(gradients) * scale
+        factor = rho / (length + _EPSILON) if normalize else torch.full_like(length, rho)
+        self._finite = torch.isfinite(factor * direction_norm)
+        self.norm = torch.where(self._finite, factor * direction_norm, 0.0)
+        self.skipped = (~self._finite).float()
+        self._direction, self._factor = gradients, factor * scale
+
+    def __enter__(self) -> "perturbed":
+        if not self._direction and not self._moved:
+            raise RuntimeError(
+                "This perturbation was used up. Make it with `reusable=True` to enter it several times."
+            )
+        with torch.no_grad():
+            backup = [p.detach().clone() for p in self._parameters]
+            self._backup = backup
+            try:
+                if self._moved:
+                    torch._foreach_copy_(self._parameters, self._moved)
+                    self._moved = []
+                else:
+                    _step_(self._parameters, self._direction, self._factor, self._finite, self._maximize)
+                    self._direction = []  # a copy of the weights, not to be carried through the second pass
+                torch.clear_autocast_cache()  # or an autocast region around both passes goes on with the old weights
+            except BaseException:
+                self._restore()
+                raise
+        return self
+
+    def __exit__(self, *exception) -> None:
+        try:
+            if self._reusable:
+                self._moved = [p.detach().clone() for p in self._parameters]
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        with torch.no_grad():
+            try:
+                torch._foreach_copy_(self._parameters, self._backup)
+            except BaseException:  # a Ctrl-C in the middle of it, say: the copy must be whole
+                torch._foreach_copy_(self._parameters, self._backup)
+                raise
+            finally:
+                torch.clear_autocast_cache()
+        self._backup = []
+
+
+def _step_(
+    parameters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    factor: torch.Tensor,
+    finite: torch.Tensor,
+    maximize: bool,
+) -> None:
+    """`parameters -= factor * gradients` (`+=` if `maximize`) in place, or nothing where `finite` is false."""
+    groups = defaultdict(lambda: ([], []))
+    for p, g in zip(parameters, gradients, strict=True):
+        if p.is_contiguous() and p.dtype == torch.float32:
+            group = groups[p.device]
+            group[0].append(p)
+            group[1].append(g.contiguous())
+        else:  # the fused kernel takes 32-bit factors, and walks memory linearly
+            step = torch.where(finite.to(p.device), factor.to(p.device) * g, 0.0)
+            p.add_(step) if maximize else p.sub_(step)
+    for device, (group_parameters, group_gradients) in groups.items():
+        # The kernel of SGD(fused=True): one pass over memory, left out by the device itself if the gradient is bad.
+        torch._fused_sgd_(
+            group_parameters,
+            group_gradients,
+            [],
+            weight_decay=0.0,
+            momentum=0.0,
+            lr=factor.to(device, torch.float32),
+            dampening=0.0,
+            nesterov=False,
+            maximize=maximize,
+            is_first_step=False,
+            grad_scale=None,
+            found_inf=(~finite).to(device, torch.float32),
+        )
+
+
+def check_precision(parameters: Iterable[torch.Tensor]) -> None:
+    """
+    Checks that the parameters can hold a perturbation.
+
+    Args:
+        parameters (iterable of `torch.Tensor`): The parameters to be perturbed.
+
+    Raises:
+        `ValueError`: If one of them is of 16 bits or fewer: a step of, say, 5e-6 on a weight of 0.02 is then rounded away.
+    """
+    for parameter in parameters:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"The parameters to perturb must be float32 (or float64), got {parameter.dtype}: its rounding would "
+                "swallow the perturbation. Load the model with `dtype=torch.float32` and train with `bf16=True` or "
+                "`fp16=True` for mixed precision."
+            )
+
+
+@contextmanager
+def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
+    """
+    Context manager inside which BatchNorm layers normalise by the batch, as ever in training, but leave their running
+    statistics alone. Of the two passes of a sharpness-aware step, the one at the perturbed weights runs inside it.
+
+    Args:
+        model (`nn.Module`): The model whose BatchNorm layers (`SyncBatchNorm` too) are meant.
+    """
+    # Not `momentum = 0`, the usual trick: that still counts the batch, and breaks layers with `momentum=None`.
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.training
+    ]
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

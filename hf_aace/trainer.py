@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sharpness-aware training as a mixin for the Hugging Face Trainer, and the Trainer that has it."""
+
+import functools
+import random
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer
+
+from ._compat import load_converted_weights, needs_conversion
+from .config import AACEArguments
+from .losses import aace_loss, check_classification, check_label_values
+from .perturbation import check_precision, frozen_running_statistics, perturbed
+
+
+class SharpnessAwareMixin:
+    r"""
+    Gives sharpness-aware training to a subclass of [`~transformers.Trainer`]:
+
+    ```python
+    class MyAACETrainer(SharpnessAwareMixin, MyTrainer): ...
+    ```
+
+    Each training step first computes the gradient of the mean ascent loss (AACE by default) at the weights `w`, moves the
+    weights along it to `w'`, lets `MyTrainer.training_step` do at `w'` what it would have done at `w`, and puts the weights
+    back, bit for bit, whatever happened. Both passes see the same random numbers, BatchNorm statistics are updated from `w`
+    only, and `rho=0` is `MyTrainer` itself.
+
+    Put the mixin first among the bases. The settings are the fields of [`AACEConfig`]; `args` that is a plain
+    [`~transformers.TrainingArguments`] gives each of them its default. With `model` a string, the model is loaded by
+    `AutoModelForImageClassification.from_pretrained`, in 32 bits.
+
+    Besides what `MyTrainer` logs, each training log holds, averaged over the steps since the last log:
+
+    - `clean_loss`: the training loss at `w`, on the samples of the ascent pass: cross-entropy with the label smoothing of the
+      arguments, or what `compute_loss_func` returns,
+    - `sharpness`: the training loss at `w'` (Trainer's own `loss`) minus `clean_loss`,
+    - `ascent_loss`, `ascent_grad_norm`: the ascent loss at `w` and the norm of its gradient,
+    - `perturbation_norm`: the distance from `w` to `w'`,
+    - `rho`: its present value,
+    - `skipped_perturbations`: the number (not an average) of perturbations left out because the ascent gradient was not finite.
+
+    Raises:
+        `ValueError`: When it is made, or when training starts, if the model, the data or another setting cannot be trained so;
+            the message says what was found and how to mend it. Not with `rho=0`.
+    """
+
+    def __init__(self, model: str | PreTrainedModel | nn.Module | None = None, *args, **kwargs):
+        if isinstance(model, str):
+            # The checkpoint may be in 16 bits, which cannot hold a perturbation.
+            model = AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32)
+        super().__init__(model, *args, **kwargs)
+        self._aace_metrics = _IntervalMetrics()
+        self._aace_window = []  # the micro-batches of the present optimizer step
+        self._aace_perturbation = None  # what `ascent_scope="full_batch"` shares among them
+        self._aace_first_step = True
+        self._aace_reentrant_checkpointing = False
+        self._check_sharpness_aware()
+
+    @property
+    def _aace_args(self) -> AACEArguments:
+        return self.args if isinstance(self.args, AACEArguments) else AACEArguments()
+
+    # ---- The step --------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args, **kwargs) -> torch.Tensor:
+        with self.perturbed_weights(model, inputs) as perturbation:
+            if perturbation is None:
+                return super().training_step(model, inputs, *args, **kwargs)
+            with frozen_running_statistics(model):
+                loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:  # the last micro-batch of the optimizer step
+            self._aace_perturbation = None
+        # Trainer's loss is this micro-batch's share of the optimizer step's mean.
+        self._aace_metrics.add({"perturbed_loss": loss * max(1, len(self._aace_window))})
+        return loss
+
+    def perturbed_weights(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any]) -> perturbed | nullcontext:
+        """
+        The ascent pass of a training step.
+
+        Args:
+            model (`nn.Module`): The model that the training step got.
+            inputs (`dict[str, torch.Tensor | Any]`): The micro-batch that the training step got. Not modified.
+
+        Returns:
+            [`perturbed`]: The context inside which the weights are the perturbed ones; or one that gives `None` and does nothing
+            if this step is a plain one.
+        """
+        args = self._aace_args
+        if args.rho == 0 or self.state.global_step % args.perturb_every != 0:
+            return nullcontext()
+        if args.ascent_scope == "micro_batch":
+            return self._ascend(model, [inputs])
+        if self._aace_perturbation is None:
+            self._aace_perturbation = self._ascend(model, self._aace_window or [inputs])
+        return self._aace_perturbation
+
+    def ascent_logits(self, outputs: Any) -> torch.Tensor:
+        """
+        The logits that the ascent loss is computed from. Override it for a model that returns them elsewhere.
+
+        Args:
+            outputs (`Any`): What the model returned for a batch without labels.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, classes)`: The logits.
+
+        Raises:
+            `ValueError`: If there are none.
+        """
+        if isinstance(outputs, torch.Tensor):
+            return outputs
+        if not isinstance(outputs, Mapping):
+            return outputs[0]
+        if "logits" not in outputs:
+            raise ValueError(
+                f"The outputs of {type(self.model).__name__} hold no `logits`, only {sorted(outputs)}. Override "
+                f"`ascent_logits` of {type(self).__name__} to return them."
+            )
+        return outputs["logits"]
+
+    def _ascend(self, model: nn.Module, window: list[dict[str, torch.Tensor | Any]]) -> perturbed:
+        """The perturbation by the gradient of the mean ascent loss over the micro-batches of `window`."""
+        args = self._aace_args
+        model.train()
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            self.optimizer.train()  # a schedule-free one moves the weights here: before we look at them
+        parameters = self._perturbed_parameters()
+        if self._aace_first_step:
+            self._check_no_step_inside_backward(parameters)
+        try:
+            gradients, losses = self._ascent_pass(model, window, parameters)
+        except RuntimeError as error:
+            # Reentrant activation checkpointing cannot serve `autograd.grad`, and says so only in the backward pass.
+            if self._aace_reentrant_checkpointing or "use_reentrant=True" not in str(error):
+                raise
+            self._aace_reentrant_checkpointing = True
+            gradients, losses = self._ascent_pass(model, window, parameters)
+        self._aace_first_step = False
+        scaler = self.accelerator.scaler
+        perturbation = perturbed(
+            parameters,
+            gradients,
+            args.rho,
+            normalize=args.normalize_perturbation,
+            adaptive=args.adaptive_perturbation,
+            maximize=args.perturbation_loss == "cross_entropy",
+            grad_scale=None if scaler is None else scaler.scale(torch.ones((), device=losses["ascent_loss"].device)),
+            reusable=len(window) > 1,
+        )
+        self._aace_metrics.add(
+            {
+                **losses,
+                "ascent_grad_norm": perturbation.grad_norm,
+                "perturbation_norm": perturbation.norm,
+                "skipped_perturbations": perturbation.skipped,
+            }
+        )
+        return perturbation
+
+    def _ascent_pass(
+        self, model: nn.Module, window: list[dict[str, torch.Tensor | Any]], parameters: list[nn.Parameter]
+    ) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
+        """The gradients of the mean ascent loss (times the fp16 loss scale), and the mean losses at the present weights."""
+        samples = [self._ascent_samples(inputs) for inputs in window]
+        total = sum(_count(labels) for _, labels in samples)
+        gradients = None
+        losses = {"clean_loss": 0.0, "ascent_loss": 0.0}
+        # The descent pass is to draw the same random numbers, and the run those that it would without an ascent pass.
+        with _replayed_rng({p.device for p in parameters}):
+            for inputs, labels in samples:
+                with self.compute_loss_context_manager():
+                    outputs = model(**inputs)
+                    ascent_loss = self._ascent_loss(self.ascent_logits(outputs), labels) / total
+                with torch.no_grad():
+                    losses["clean_loss"] += self._clean_loss(outputs, labels) / total
+                losses["ascent_loss"] += ascent_loss.detach()
+                del outputs
+                if self.accelerator.scaler is not None:
+                    ascent_loss = self.accelerator.scaler.scale(ascent_loss)
+                gradients = _sum(gradients, self._gradients(ascent_loss, parameters))
+        return gradients, losses
+
+    def _ascent_samples(self, inputs: dict[str, torch.Tensor | Any]) -> tuple[dict[str, Any], torch.Tensor]:
+        """The model's inputs and the labels for the ascent pass over one micro-batch, on the device."""
+        inputs = dict(self._prepare_inputs(inputs))
+        # A model without an argument for labels leaves them to `compute_loss_func`, which looks for `labels`.
+        name = self.label_names[0] if len(self.label_names) == 1 else "labels"
+        labels = inputs.pop(name, None)
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(
+                f"Sharpness-aware training needs the labels of each batch under `{name}`, got a batch with only "
+                f"{sorted(inputs)}. Add them to the data set, or set `label_names` of the training arguments."
+            )
+        fraction = self._aace_args.ascent_fraction
+        if fraction < 1 and labels.dim() > 0:
+            batch = labels.shape[0]
+            used = max(1, round(fraction * batch))
+            inputs = {key: _first(value, used, batch) for key, value in inputs.items()}
+            labels = labels[:used]
+        return inputs, labels
+
+    def _ascent_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The ascent loss, summed over the samples."""
+        check_classification(logits, labels)
+        if self._aace_first_step:
+            check_label_values(labels, logits.shape[1])
+            self._check_soft_labels_are_trained_on(labels)
+        if self._aace_args.perturbation_loss == "aace":
+            return aace_loss(logits, labels, target=self._aace_args.aace_target, reduction="sum")
+        try:
+            return F.cross_entropy(logits, labels, reduction="sum")
+        except IndexError:
+            check_label_values(labels, logits.shape[1])  # a clearer error, if the labels are the reason
+            raise
+
+    def _clean_loss(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        """The training loss at the present weights, summed over the samples."""
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=None) * _count(labels)
+        return F.cross_entropy(
+            self.ascent_logits(outputs), labels, reduction="sum", label_smoothing=self.args.label_smoothing_factor
+        )
+
+    def _gradients(self, loss: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
+        # Not `backward()`: that would add to the gradients of earlier micro-batches and run everything hooked to them.
+        if not self._aace_reentrant_checkpointing:
+            return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        accumulated = [p.grad for p in trainable]
+        try:
+            for p in trainable:
+                p.grad = None
+            loss.backward()
+            return [p.grad for p in parameters]
+        finally:
+            for p, grad in zip(trainable, accumulated, strict=True):
+                p.grad = grad
+
+    def _perturbed_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters whose name matches `perturb_modules`; looked up anew, as callbacks may unfreeze some."""
+        pattern = self._aace_args.perturb_modules
+        parameters = [
+            p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and (pattern is None or re.search(pattern, name))
+        ]
+        if not parameters:
+            names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+            raise ValueError(
+                f"`perturb_modules={pattern!r}` matches none of the {len(names)} trainable parameters, such as {names[:3]}. It is "
+                "a regular expression, searched in the parameter names; leave it out to perturb them all."
+            )
+        return parameters
+
+    # ---- What Trainer calls ----------------------------------------------------
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self._check_sharpness_aware()  # the model or the arguments may be others than at construction
+        self._aace_metrics.reset()
+        self._aace_first_step = True
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def get_batch_samples(self, *args, **kwargs):
+        batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._aace_window, self._aace_perturbation = batch_samples, None
+        return batch_samples, num_items_in_batch
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._aace_metrics.pop(self._aace_args.rho)}
+        super().log(logs, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if needs_conversion(self.model, resume_from_checkpoint):
+            load_converted_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if needs_conversion(self.model, self.state.best_model_checkpoint):
+            load_converted_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    # ---- What cannot work ------------------------------------------------------
+
+    def _check_sharpness_aware(self) -> None:
+        """Raises an error that names the fix for what cannot be trained, before any weight moves."""
+        args = self._aace_args
+        args.check_aace_arguments()
+        if args.rho == 0:
+            return
+        if self.accelerator.distributed_type != DistributedType.NO or self.args.world_size > 1:
+            raise NotImplementedError(
+                f"Sharpness-aware training runs on one process for now, got {self.accelerator.distributed_type}. Start the "
+                "script with `python`, or use plain training (`rho=0`)."
+            )
+        if args.sync_ascent:
+            raise NotImplementedError("`sync_ascent=True` needs several processes, which are not supported yet.")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"torch.nn.DataParallel over {self.args.n_gpu} GPUs does not go with sharpness-aware training. Show the process "
+                "one GPU, for example `CUDA_VISIBLE_DEVICES=0`."
+            )
+        optimizer = str(getattr(self.args.optim, "value", self.args.optim))
+        if "lomo" in optimizer or "layerwise" in optimizer:
+            raise ValueError(
+                f"`optim={optimizer!r}` updates the weights inside the backward pass, while they are perturbed, so that the "
+                "update would be lost. Use an optimizer that steps after it, such as `adamw_torch`."
+            )
+        config = getattr(self.model, "config", None)  # any `nn.Module` may be trained
+        problem_type, num_labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+        if problem_type in ("regression", "multi_label_classification") or num_labels == 1:
+            raise ValueError(
+                "Sharpness-aware training needs a single-label classifier with at least 2 classes, got a model with "
+                f"`problem_type={problem_type!r}` and `num_labels={num_labels}`. Use plain training (`rho=0`), or a model with one "
+                "score for each class."
+            )
+        check_precision(self._perturbed_parameters())
+
+    def _check_no_step_inside_backward(self, parameters: list[nn.Parameter]) -> None:
+        if any(p._post_accumulate_grad_hooks for p in parameters):
+            raise ValueError(
+                "Some parameters have hooks that run inside the backward pass (`register_post_accumulate_grad_hook`), as optimizers "
+                "that step there do: they would act on the perturbed weights. Step the optimizer after the backward pass."
+            )
+
+    def _check_soft_labels_are_trained_on(self, labels: torch.Tensor) -> None:
+        own_loss = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
+        if labels.is_floating_point() and not own_loss:
+            raise ValueError(
+                f"The labels are floating-point, of shape {tuple(labels.shape)}, which the model itself takes for multi-label "
+                "targets. For soft labels (mixup, cutmix) pass a `compute_loss_func` that computes their cross-entropy."
+            )
+
+
+class AACETrainer(SharpnessAwareMixin, Trainer):
+    r"""
+    [`~transformers.Trainer`] with sharpness-aware training: swap the one class name, and [`AACEConfig`] for
+    [`~transformers.TrainingArguments`] to change a setting.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or `nn.Module`, *optional*):
+            The model, or the hub id or path of an image classifier, which is then loaded in 32 bits.
+        args ([`AACEConfig`] or [`~transformers.TrainingArguments`], *optional*):
+            The arguments. With plain ones every field of [`AACEConfig`] has its default.
+        **kwargs:
+            Everything else that [`~transformers.Trainer`] takes.
+
+    See [`SharpnessAwareMixin`] for what it does, logs and raises.
+
+    Example:
+
+    ```python
+    from hf_aace import AACEConfig, AACETrainer
+
+    trainer = AACETrainer(
+        model="google/vit-base-patch16-224",
+        args=AACEConfig(output_dir="vit", rho=0.01, bf16=True),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+    """
+
+    @functools.wraps(Trainer.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class _IntervalMetrics:
+    """Sums of scalars on the device since the last log, which is when they are read and the device is waited for."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums = {}
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        device = next(iter(values.values())).device
+        stacked = torch.stack([value.detach().to(device, torch.float32) for value in values.values()])
+        finite = torch.isfinite(stacked)
+        total, count = self._sums.get(tuple(values), (0.0, 0))
+        self._sums[tuple(values)] = (total + torch.where(finite, stacked, 0.0), count + finite.int())
+
+    def pop(self, rho: float) -> dict[str, float]:
+        """The averages of what was added since the last call, `{}` if nothing was; what is not finite does not count."""
+        totals, means = {}, {}
+        for names, (total, count) in self._sums.items():
+            totals.update(zip(names, total.tolist(), strict=True))
+            means.update(zip(names, (total / count).tolist(), strict=True))
+        self.reset()
+        if not means:
+            return {}
+        return {
+            "clean_loss": means["clean_loss"],
+            "sharpness": means.get("perturbed_loss", float("nan")) - means["clean_loss"],
+            "ascent_loss": means["ascent_loss"],
+            "ascent_grad_norm": means["ascent_grad_norm"],
+            "perturbation_norm": means["perturbation_norm"],
+            "rho": rho,
+            "skipped_perturbations": int(totals["skipped_perturbations"]),
+        }
+
+
+@contextmanager
+def _replayed_rng(devices: set[torch.device]) -> Iterator[None]:
+    """After the block, every global random number generator is where it was before it."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # some models draw from these two
+    accelerators = [device for device in devices if device.type != "cpu"]
+    try:
+        with torch.random.fork_rng(accelerators, device_type=accelerators[0].type if accelerators else "cuda"):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _count(labels: torch.Tensor) -> torch.Tensor | int:
+    """The number of samples that count: all but those with the index -100, which cross-entropy ignores too."""
+    return labels.shape[0] if labels.is_floating_point() else (labels != -100).sum()
+
+
+def _first(data: Any, used: int, batch: int) -> Any:
+    """The first `used` samples of whatever in `data` has one entry for each of the `batch` samples."""
+    if isinstance(data, Mapping):
+        return {key: _first(value, used, batch) for key, value in data.items()}
+    if isinstance(data, (tuple, list)):
+        return type(data)(_first(value, used, batch) for value in data)
+    if isinstance(data, torch.Tensor) and data.dim() > 0 and data.shape[0] == batch:
+        return data[:used]
+    return data
+
+
+def _sum(first: list[torch.Tensor | None] | None, second: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The sum, entry by entry, where `None` stands for zero."""
+    if first is None:
+        return second
+    return [b if a is None else a if b is None else a + b for a, b in zip(first, second, strict=True)]

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The swap: what AACETrainer takes, logs and refuses."""
+
+import inspect
+import pickle
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import (
+    batch,
+    convnext,
+    digits,
+    identical,
+    trainer_for_single_steps,
+    training_arguments,
+    vit,
+    weights,
+)
+from torch import nn
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+from hf_aace import AACEArguments, AACEConfig, AACETrainer, SharpnessAwareMixin, aace_loss
+
+
+# ---- What it takes --------------------------------------------------------------------------------------------------
+
+
+def test_swapping_the_class_name_works_with_plain_arguments(tmp_path):
+    """Every AACE field then has its default, the arguments stay the caller's, and the run is sharpness-aware."""
+    arguments = training_arguments(TrainingArguments, tmp_path, max_steps=5)
+    trainer = AACETrainer(model=convnext(), args=arguments, train_dataset=digits())
+    trainer.train()
+    assert trainer.args is arguments
+    assert trainer.state.log_history[0]["rho"] == AACEConfig(output_dir=str(tmp_path)).rho
+    configured = AACETrainer(convnext(), training_arguments(AACEConfig, tmp_path, max_steps=5), train_dataset=digits())
+    configured.train()
+    assert identical(weights(trainer.model), weights(configured.model))
+
+
+def test_constructor_has_the_signature_of_trainer():
+    assert inspect.signature(AACETrainer) == inspect.signature(Trainer)
+
+
+def test_model_may_be_the_path_of_a_saved_one(tmp_path):
+    model = vit()
+    model.save_pretrained(tmp_path / "vit")
+    trainer = AACETrainer(str(tmp_path / "vit"), training_arguments(AACEConfig, tmp_path))
+    assert identical(weights(trainer.model), weights(model))
+
+
+def test_config_is_training_arguments_plus_the_aace_fields(tmp_path):
+    ours = {field.name for field in fields(AACEConfig)}
+    assert ours - {field.name for field in fields(TrainingArguments)} == {
+        "rho",
+        "perturbation_loss",
+        "normalize_perturbation",
+        "adaptive_perturbation",
+        "aace_target",
+        "ascent_fraction",
+        "ascent_scope",
+        "sync_ascent",
+        "perturb_every",
+        "perturb_modules",
+    }
+    config = AACEConfig(str(tmp_path), rho=0.3)  # the first positional argument is still the output directory
+    assert config.output_dir == str(tmp_path)
+    assert pickle.loads(pickle.dumps(config)).rho == 0.3
+    assert config.to_dict()["rho"] == 0.3
+
+
+def test_every_field_is_a_command_line_option(tmp_path):
+    command_line = (
+        f"--output_dir {tmp_path} --rho 0.2 --perturbation_loss cross_entropy --normalize_perturbation "
+        "--adaptive_perturbation true --aace_target uniform --ascent_fraction 0.5 --ascent_scope full_batch "
+        "--sync_ascent false --perturb_every 2 --perturb_modules classifier"
+    )
+    (config,) = HfArgumentParser(AACEConfig).parse_args_into_dataclasses(command_line.split())
+    assert (config.rho, config.perturbation_loss, config.normalize_perturbation) == (0.2, "cross_entropy", True)
+    assert (config.adaptive_perturbation, config.aace_target, config.ascent_fraction) == (True, "uniform", 0.5)
+    assert (config.ascent_scope, config.perturb_every, config.perturb_modules) == ("full_batch", 2, "classifier")
+    help_text = HfArgumentParser(AACEConfig).format_help()
+    assert all(f"--{field.name}" in help_text for field in fields(AACEArguments))
+
+
+def test_mixin_over_a_trainer_and_arguments_of_ones_own(tmp_path):
+    @dataclass
+    class MyArguments(AACEArguments, TrainingArguments):
+        scale: float = 2.0
+
+    class MyTrainer(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return self.args.scale * super().compute_loss(model, inputs, *args, **kwargs)
+
+        def log(self, logs, *args, **kwargs):
+            super().log({**logs, "mine": 1.0}, *args, **kwargs)
+
+    class Mine(SharpnessAwareMixin, MyTrainer):
+        pass
+
+    arguments = training_arguments(MyArguments, tmp_path, max_steps=5, rho=0.1)
+    trainer = Mine(convnext(), arguments, train_dataset=digits())
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["mine"] == 1.0 and log["rho"] == 0.1
+    assert log["loss"] == pytest.approx(2 * log["clean_loss"], rel=0.1)
+
+
+# ---- What the settings do -------------------------------------------------------------------------------------------
+
+
+def ascents(monkeypatch):
+    """Records the logits' batch size of every ascent pass."""
+    import hf_aace.trainer
+
+    sizes = []
+
+    def recorded(logits, labels, **kwargs):
+        sizes.append(len(logits))
+        return aace_loss(logits, labels, **kwargs)
+
+    monkeypatch.setattr(hf_aace.trainer, "aace_loss", recorded)
+    return sizes
+
+
+@pytest.mark.parametrize(("fraction", "used"), [(1.0, 16), (0.5, 8), (0.1, 2), (0.001, 1)])
+def test_ascent_fraction_uses_the_first_samples_at_least_one(fraction, used, tmp_path, monkeypatch):
+    sizes = ascents(monkeypatch)
+    trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.1, ascent_fraction=fraction)
+    with trainer.perturbed_weights(trainer.model, batch(16)):
+        moved = weights(trainer.model)
+    assert sizes == [used]
+    whole = trainer_for_single_steps(convnext(), tmp_path, rho=0.1)
+    with whole.perturbed_weights(whole.model, {key: value[:used] for key, value in batch(16).items()}):
+        assert identical(weights(whole.model), moved)
+
+
+def test_perturb_every_takes_plain_steps_between(tmp_path, monkeypatch):
+    sizes = ascents(monkeypatch)
+    arguments = training_arguments(
+        AACEConfig, tmp_path, max_steps=7, perturb_every=3, gradient_accumulation_steps=2, logging_steps=1
+    )
+    trainer = AACETrainer(convnext(), arguments, train_dataset=digits())
+    trainer.train()
+    assert len(sizes) == 2 * 3, "two micro-batches in each of the steps 0, 3 and 6"
+    assert ["sharpness" in log for log in trainer.state.log_history[:7]] == [True, False, False] * 2 + [True]
+
+
+def test_perturb_modules_moves_what_matches_and_nothing_else(tmp_path):
+    pattern = r"layernorm|classifier\.weight"
+    trainer = trainer_for_single_steps(convnext().double(), tmp_path, rho=0.5, perturb_modules=pattern)
+    before = weights(trainer.model)
+    with trainer.perturbed_weights(trainer.model, batch(dtype=torch.float64)):
+        moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "layernorm" in name or name == "classifier.weight"}
+
+
+def test_frozen_parameters_are_not_perturbed(tmp_path):
+    model = convnext()
+    model.convnext.requires_grad_(False)
+    trainer = trainer_for_single_steps(model, tmp_path, rho=0.5)
+    before = weights(model)
+    with trainer.perturbed_weights(model, batch()):
+        moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("target", ["uniform", "random"])
+def test_aace_target_changes_the_direction(target, tmp_path):
+    moved = []
+    for choice in ("adaptive", target):
+        trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.5, aace_target=choice)
+        with trainer.perturbed_weights(trainer.model, batch()):
+            moved.append(weights(trainer.model))
+    assert not identical(*moved)
+
+
+# ---- What it logs ---------------------------------------------------------------------------------------------------
+
+
+def test_logged_keys_are_what_they_say(tmp_path):
+    """One step, with the learning rate 0, so that everything can be computed again from the outside."""
+    arguments = training_arguments(
+        AACEConfig, tmp_path, max_steps=1, logging_steps=1, rho=0.2, learning_rate=0.0, label_smoothing_factor=0.1
+    )
+    model = vit()
+    trainer = AACETrainer(model, arguments, train_dataset=digits(16))
+    trainer.train()
+    log = trainer.state.log_history[0]
+
+    inputs = batch(16)
+    model.train()
+    logits = model(inputs["pixel_values"]).logits
+    gradients = torch.autograd.grad(aace_loss(logits, inputs["labels"]), list(model.parameters()))
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    assert log["ascent_loss"] == pytest.approx(aace_loss(logits, inputs["labels"]).item(), rel=1e-5)
+    smoothed = F.cross_entropy(logits, inputs["labels"], label_smoothing=0.1).item()
+    assert log["clean_loss"] == pytest.approx(smoothed, rel=1e-5)
+    assert log["sharpness"] == pytest.approx(log["loss"] - log["clean_loss"], abs=1e-6)
+    assert log["ascent_grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert log["perturbation_norm"] == pytest.approx(0.2 * norm, rel=1e-4)
+    assert log["rho"] == 0.2
+    assert log["skipped_perturbations"] == 0
+    with torch.no_grad():
+        for p, g in zip(model.parameters(), gradients, strict=True):
+            p -= 0.2 * g
+    perturbed = F.cross_entropy(model(inputs["pixel_values"]).logits, inputs["labels"], label_smoothing=0.1).item()
+    assert log["loss"] == pytest.approx(perturbed, rel=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
+def test_logged_values_are_means_over_the_logging_interval(scope, tmp_path):
+    """Logging every 6 steps gives the means of what logging every step gives, accumulation included."""
+    logs = {}
+    for every in (1, 6):
+        arguments = training_arguments(
+            AACEConfig,
+            tmp_path,
+            max_steps=6,
+            logging_steps=every,
+            rho=0.1,
+            ascent_scope=scope,
+            gradient_accumulation_steps=2,
+        )
+        trainer = AACETrainer(convnext(), arguments, train_dataset=digits())
+        trainer.train()
+        logs[every] = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs[1]) == 6 and len(logs[6]) == 1
+    for key in ("loss", "clean_loss", "sharpness", "ascent_loss", "ascent_grad_norm", "perturbation_norm", "rho"):
+        assert logs[6][0][key] == pytest.approx(sum(log[key] for log in logs[1]) / 6, rel=1e-4, abs=1e-7), key
+
+
+def test_clean_loss_is_the_training_loss_that_compute_loss_func_computes(tmp_path):
+    def focal(outputs, labels, num_items_in_batch=None):
+        losses = F.cross_entropy(outputs["logits"], labels, reduction="none")
+        losses = (1 - torch.exp(-losses)) ** 2 * losses
+        return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=1, logging_steps=1, rho=1e-42)
+    trainer = AACETrainer(convnext(), arguments, train_dataset=digits(16), compute_loss_func=focal)
+    trainer.train()
+    assert trainer.state.log_history[0]["clean_loss"] == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-5)
+
+
+# ---- What it refuses ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rho", -0.1, r"`rho` must be a finite number >= 0, got -0.1"),
+        ("rho", float("nan"), "`rho` .* got nan"),
+        ("rho", float("inf"), "`rho` .* got inf"),
+        ("ascent_fraction", 0.0, r"`ascent_fraction` must lie in \(0, 1\], got 0.0"),
+        ("ascent_fraction", 1.5, r"`ascent_fraction` .* got 1.5"),
+        ("ascent_fraction", float("nan"), r"`ascent_fraction` .* got nan"),
+        ("perturb_every", 0, "`perturb_every` must be a whole number of steps >= 1, got 0"),
+        ("perturb_every", 1.5, "`perturb_every` .* got 1.5"),
+        ("perturbation_loss", "mse", r"`perturbation_loss` must be one of \['aace', 'cross_entropy'\], got 'mse'"),
+        ("aace_target", "x", r"`aace_target` must be one of \['adaptive', 'uniform', 'random'\], got 'x'"),
+        ("ascent_scope", "x", r"`ascent_scope` must be one of \['micro_batch', 'full_batch'\], got 'x'"),
+        ("perturb_modules", "(", r"`perturb_modules` must be a regular expression, got '\('"),
+    ],
+)
+def test_bad_settings_are_refused(field, value, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        AACEConfig(str(tmp_path), **{field: value})
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=1)
+    trainer = AACETrainer(convnext(), arguments, train_dataset=digits(16))
+    before = weights(trainer.model)
+    setattr(arguments, field, value)  # by a hyperparameter search, say
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert identical(weights(trainer.model), before)
+
+
+def test_perturb_modules_that_match_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`perturb_modules='encoderr'` matches none of the .* parameters, such as"):
+        AACETrainer(convnext(), training_arguments(AACEConfig, tmp_path, perturb_modules="encoderr"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"problem_type": "regression"}, {"problem_type": "multi_label_classification"}, {"num_labels": 1}]
+)
+def test_models_that_are_no_single_label_classifiers_are_refused(change, tmp_path):
+    model = convnext()
+    model.config.update(change)
+    with pytest.raises(ValueError, match=r"single-label classifier with at least 2 classes.*`rho=0`"):
+        AACETrainer(model, training_arguments(AACEConfig, tmp_path))
+    AACETrainer(model, training_arguments(AACEConfig, tmp_path, rho=0))
+
+
+class Scores(nn.Module):
+    """Returns logits of any shape."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape, self.weight = shape, nn.Parameter(torch.ones(()))
+
+    def forward(self, pixel_values, labels=None):
+        return {"loss": self.weight, "logits": self.weight * torch.randn(len(pixel_values), *self.shape)}
+
+
+@pytest.mark.parametrize("loss", ["aace", "cross_entropy"])
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (Scores(10, 4, 4), {}, r"logits of shape \(batch, classes\), got \(16, 10, 4, 4\)"),
+        (Scores(1), {}, "at least 2 classes, got logits of shape"),
+        (Scores(10), {"labels": None}, r"needs the labels of each batch under `labels`.*only \['pixel_values'\]"),
+        (Scores(10), {"labels": torch.randint(10, (16,)) + 5}, r"Labels must lie in \[0, 10\) .* Set `num_labels`"),
+        (Scores(10), {"labels": torch.full((16,), -1)}, r"Labels must lie in \[0, 10\) .*got -1 .. -1"),
+        (Scores(10), {"labels": torch.randn(16)}, "regression has no AACE loss"),
+        (Scores(10), {"labels": torch.randint(2, (16, 10))}, "multi-label targets have no AACE loss"),
+        (Scores(10), {"labels": torch.ones(16, 10)}, r"sum to 10 .. 10. Multi-label targets"),
+        (Scores(10), {"labels": torch.full((16, 10), 0.1)}, "pass a `compute_loss_func`"),
+    ],
+)
+def test_batches_that_are_no_classification_are_refused(model, change, message, loss, tmp_path):
+    trainer = trainer_for_single_steps(model, tmp_path, perturbation_loss=loss)
+    before = weights(model)
+    inputs = {key: value for key, value in {**batch(16), **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        trainer.training_step(model, inputs)
+    assert identical(weights(model), before)
+
+
+@pytest.mark.parametrize("loss", ["aace", "cross_entropy"])
+def test_labels_out_of_range_are_refused_in_later_steps_too(loss, tmp_path):
+    trainer = trainer_for_single_steps(convnext(), tmp_path, perturbation_loss=loss)
+    trainer.training_step(trainer.model, batch())
+    with pytest.raises(ValueError, match=r"Labels must lie in \[0, 10\)"):
+        trainer.training_step(trainer.model, {**batch(), "labels": torch.full((16,), 10)})
+
+
+def test_outputs_without_logits_are_refused_naming_the_method_to_override(tmp_path):
+    class Model(Scores):
+        def forward(self, pixel_values, labels=None):
+            return {"loss": self.weight, "scores": self.weight * torch.randn(len(pixel_values), 10)}
+
+    trainer = trainer_for_single_steps(Model(), tmp_path)
+    with pytest.raises(ValueError, match=r"hold no `logits`, only \['loss', 'scores'\]. Override `ascent_logits`"):
+        trainer.training_step(trainer.model, batch())
+
+    class WithScores(AACETrainer):
+        def ascent_logits(self, outputs):
+            return outputs["scores"]
+
+    trainer = trainer_for_single_steps(Model(), tmp_path, cls=WithScores)
+    trainer.training_step(trainer.model, batch())
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_that_step_inside_backward_are_refused(optim, tmp_path):
+    with pytest.raises(ValueError, match=rf"`optim='{optim}'` updates the weights inside the backward pass"):
+        AACETrainer(convnext(), training_arguments(AACEConfig, tmp_path, optim=optim))
+
+
+def test_hooks_that_run_inside_backward_are_refused(tmp_path):
+    trainer = trainer_for_single_steps(convnext(), tmp_path)
+    next(trainer.model.parameters()).register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="register_post_accumulate_grad_hook"):
+        trainer.training_step(trainer.model, batch())

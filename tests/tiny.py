@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models and data that the tests share. Small enough that a training step takes milliseconds."""
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_aace import AACEConfig, AACETrainer
+
+
+def convnext(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return ConvNextForImageClassification(
+        ConvNextConfig(
+            num_channels=1,
+            patch_size=2,
+            hidden_sizes=[16, 32],
+            depths=[1, 1],
+            num_stages=2,
+            num_labels=10,
+            drop_path_rate=dropout,
+        )
+    )
+
+
+def vit(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            num_labels=10,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+    )
+
+
+def resnet(dropout: float = 0.0) -> nn.Module:
+    """With BatchNorm; it has no dropout."""
+    torch.manual_seed(0)
+    return ResNetForImageClassification(
+        ResNetConfig(
+            num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=10
+        )
+    )
+
+
+MODELS = {"convnext": convnext, "vit": vit, "resnet": resnet}
+
+
+def digits(count: int = 256, dtype: torch.dtype = torch.float32) -> list[dict]:
+    images, labels = load_digits(return_X_y=True)
+    return [
+        {"pixel_values": torch.tensor(image / 16, dtype=dtype).view(1, 8, 8), "labels": int(label)}
+        for image, label in zip(images[:count], labels[:count], strict=True)
+    ]
+
+
+def batch(size: int = 16, start: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    rows = digits(start + size, dtype)[start:]
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of everything the model holds, buffers included."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts are equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def training_arguments(cls, output_dir, **kwargs):
+    """Arguments of a short, silent run on the CPU."""
+    defaults = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-2,
+        "logging_steps": 5,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return cls(**{**defaults, **kwargs})
+
+
+def learning_curve(trainer) -> list[dict]:
+    """The log history without the entries that depend on the clock."""
+    clocks = ("runtime", "per_second")
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(clocks)} for entry in trainer.state.log_history
+    ]
+
+
+class InOrder(AACETrainer):
+    """Takes the samples in their order."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def trainer_for_single_steps(model, output_dir, cls=None, **kwargs):
+    """An `AACETrainer` whose `training_step` can be called outside `train()`."""
+    trainer = (cls or AACETrainer)(model, training_arguments(AACEConfig, output_dir, **kwargs))
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
