@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `hf-aace`: trains an image classifier, or says what is installed."""
+
+# What needs torch is imported where it is used: `--help` and `--version` are to answer at once.
+import argparse
+import difflib
+import json
+import platform
+import re
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+
+if TYPE_CHECKING:
+    from transformers.trainer_utils import PredictionOutput
+
+    from .config import AACEConfig
+
+
+@dataclass
+class ModelArguments:
+    """
+    Which model to train.
+
+    Args:
+        model_name_or_path (`str`, *optional*, defaults to `"convnext-tiny-digits"`):
+            A built-in model, a local folder, or a model id on the Hub.
+    """
+
+    model_name_or_path: str = field(
+        default="convnext-tiny-digits",
+        metadata={
+            "help": "The model: `convnext-tiny-digits` or `vit-tiny-digits` (small, from scratch, for 8x8 images), a "
+            "local folder, or a model id on the Hub. Learning rate, batch size, epochs and the like have other "
+            "defaults for the built-in two, shown here, than for models to fine-tune."
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """
+    What to train on, and what to measure.
+
+    Args:
+        dataset_name (`str`, *optional*, defaults to `"digits"`):
+            `"digits"`, a folder of images, or the id of a data set on the Hub.
+        train_size (`int`, *optional*):
+            Train on this many images only. Defaults to all.
+        label_noise (`float`, *optional*, defaults to `0.0`):
+            Share of the training labels to replace by wrong ones.
+        metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1", "confusion_matrix"]`):
+            The metrics, as [`~hf_aace.metrics.load_metric`] knows them.
+    """
+
+    dataset_name: str = field(
+        default="digits",
+        metadata={
+            "help": "The images: `digits` (8x8 scans, bundled with scikit-learn), a folder with one sub-folder of "
+            "images for each class (perhaps below `train` and `test`), or the id of a data set on the Hub."
+        },
+    )
+    train_size: int | None = field(
+        default=None,
+        metadata={"help": "Train on this many images only, drawn with `seed`, each class keeping its share."},
+    )
+    label_noise: float = field(
+        default=0.0,
+        metadata={"help": "Share of the training labels, in [0, 1), replaced by wrong ones drawn with `seed`."},
+    )
+    metrics: list[str] = field(
+        default_factory=lambda: ["accuracy", "macro_f1", "confusion_matrix"],
+        metadata={
+            "help": "Metrics: `accuracy`, `macro_f1`, `confusion_matrix` (once, at the end), or any that "
+            "`evaluate.load` finds on the Hub."
+        },
+    )
+
+    def __post_init__(self):
+        if isinstance(self.metrics, str):  # a single name in a configuration file
+            self.metrics = [self.metrics]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs the command.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            The arguments of the command line. Defaults to those of the process.
+
+    Returns:
+        `int`: The exit code: 0, or 1 after bad input, which is told in one sentence, or 130 after Ctrl-C.
+
+    Raises:
+        `SystemExit`: By `argparse`, for `--help` and for usage errors (code 2).
+    """
+    parser = argparse.ArgumentParser(
+        prog="hf-aace", description="Sharpness-aware training of image classifiers with the Hugging Face Trainer."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-aace {version('hf-aace')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,env}")
+    commands.add_parser(
+        "train",
+        add_help=False,  # its own parser, with all the options, answers
+        help="train a model; without options, a small ConvNeXt on scans of digits (see hf-aace train --help)",
+    )
+    commands.add_parser("env", help="print versions and hardware, for a bug report")
+    argv = sys.argv[1:] if argv is None else argv
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        if arguments.command == "train":
+            return _train(rest)
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return _env()
+    # What the libraries raise for input they cannot use: bad values, missing files, packages or features.
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        print(f"hf-aace: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hf-aace: interrupted.", file=sys.stderr)
+        return 130
+
+
+# ---- hf-aace env -----------------------------------------------------------
+
+
+def _env() -> int:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    packages = ("hf-aace", "torch", "transformers", "accelerate", "datasets", "evaluate")
+    report = {package: version(package) for package in packages} | {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "CPU threads": torch.get_num_threads(),
+        "GPUs": ", ".join(gpus) or "none",
+    }
+    for name, value in report.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+# ---- hf-aace train: options ------------------------------------------------
+
+
+def _parse_train_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, "AACEConfig"]:
+    from transformers import HfArgumentParser
+
+    from .config import AACEConfig
+
+    kinds = (ModelArguments, DataArguments, AACEConfig)
+    names = [option.name for kind in kinds for option in fields(kind) if option.init]
+    parser = HfArgumentParser(
+        kinds,
+        prog="hf-aace train",
+        usage="hf-aace train [--config FILE] [options]",  # all of them would fill pages, at every usage error
+        description="Trains an image classifier with AACETrainer and leaves model, results and curves in output_dir.",
+        allow_abbrev=False,  # an abbreviation would take a misspelt option for another one
+    )
+    parser.add_argument("--config", help="A YAML or JSON file with options by name; the command line overrides it.")
+    parser.set_defaults(**_recipe(ModelArguments.model_name_or_path, DataArguments.dataset_name))
+    config_path = parser.parse_known_args(argv)[0].config
+    config = {} if config_path is None else _read_config(config_path, names)
+    # The recipe depends on the model, which the configuration or the command line may name.
+    parser.set_defaults(**config)
+    chosen = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**_recipe(chosen.model_name_or_path, chosen.dataset_name) | config)
+    *arguments, _, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        hint = _did_you_mean(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), names, prefix="--")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
+    return tuple(arguments)
+
+
+def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
+    """Defaults of the training arguments: from scratch for a built-in model, fine-tuning for others."""
+    import torch
+
+    from .models import BUILTIN_MODELS
+
+    recipe = {
+        "output_dir": str(Path("runs") / f"{_last_part(model_name_or_path)}-{_last_part(dataset_name)}"),
+        "lr_scheduler_type": "cosine",
+        "logging_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),  # elsewhere it only warns
+    }
+    if model_name_or_path in BUILTIN_MODELS:
+        return recipe | {
+            "learning_rate": 3e-3,
+            "num_train_epochs": 30,
+            "per_device_train_batch_size": 64,
+            "per_device_eval_batch_size": 256,
+        }
+    return recipe | {
+        "learning_rate": 5e-5,
+        "num_train_epochs": 5,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+    }
+
+
+def _last_part(name: str) -> str:
+    return Path(name).resolve().name if Path(name).is_dir() else Path(name).name
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Reads `3e-3` as a number and `no` as a word, as YAML 1.2 does; PyYAML keeps to YAML 1.1, which has both otherwise."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own attribute)
+        first: [
+            resolver
+            for resolver in resolvers
+            if resolver[0] not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"), "-+.0123456789"
+)
+
+
+def _read_config(path: str, names: list[str]) -> dict[str, Any]:
+    """Reads a configuration file into defaults for a parser that has the options `names`."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        config = json.loads(text) if Path(path).suffix == ".json" else yaml.load(text, Loader=_YamlLoader)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The configuration file {path} is neither valid YAML nor, by its suffix, JSON: {error}"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"The configuration file {path} must hold options as `name: value`, got {config!r}.")
+    for key in config:
+        if key not in names:
+            raise ValueError(
+                f"The configuration file {path} has an unknown key, {key!r}.{_did_you_mean(str(key), names)}"
+            )
+    # The parser converts defaults that are strings as it converts the command line, so all scalars go to it as such.
+    # A key without a value leaves the default.
+    return {
+        key: value if isinstance(value, list | dict) else str(value)
+        for key, value in config.items()
+        if value is not None
+    }
+
+
+def _did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    return f" Did you mean {prefix}{close[0]}?" if close else ""
+
+
+# ---- hf-aace train: the job ------------------------------------------------
+
+
+def _train(argv: list[str]) -> int:
+    model_args, data_args, training_args = _parse_train_arguments(argv)
+
+    from datasets import Image
+    from transformers import set_seed
+
+    from .data import image_transform, load_image_dataset
+    from .metrics import compute_metrics_fn
+    from .models import load_model_and_processor
+    from .plots import plot_training_curves
+    from .trainer import AACETrainer
+
+    # The transform makes the columns that the model takes only when a batch is read.
+    training_args.remove_unused_columns = False
+    compute_metrics = compute_metrics_fn([name for name in data_args.metrics if name != "confusion_matrix"])
+    with training_args.main_process_first(desc="loading the data set"):
+        dataset = load_image_dataset(
+            data_args.dataset_name,
+            seed=training_args.seed,
+            train_size=data_args.train_size,
+            label_noise=data_args.label_noise,
+        )
+    set_seed(training_args.seed)
+    id2label = dict(enumerate(dataset["train"].features["label"].names))
+    model, processor = load_model_and_processor(model_args.model_name_or_path, id2label)
+    # Left encoded, an image that cannot be decoded is named by the transform.
+    dataset = dataset.cast_column("image", Image(decode=False)).with_transform(image_transform(processor))
+    trainer = AACETrainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        processing_class=processor,
+        compute_metrics=compute_metrics,
+    )
+
+    started = time.time()
+    try:
+        result = trainer.train(resume_from_checkpoint=_resume_from(training_args.resume_from_checkpoint))
+    except KeyboardInterrupt:
+        print(f"\n{_how_to_resume(training_args.output_dir, started, argv)}", file=sys.stderr)
+        return 130
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+
+    prediction = trainer.predict(dataset["test"], metric_key_prefix="eval")
+    metrics = dict(prediction.metrics)
+    trainer.log_metrics("eval", metrics)
+    if "confusion_matrix" in data_args.metrics:
+        metrics |= _confusion_matrix(prediction, len(id2label))
+    trainer.save_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        picture = Path(training_args.output_dir) / "training_curves.png"
+        drawn = plot_training_curves(trainer.state.log_history, picture)
+        print(_summary(metrics, result.metrics["train_runtime"], training_args.output_dir, picture if drawn else None))
+    return 0
+
+
+def _confusion_matrix(prediction: "PredictionOutput", num_classes: int) -> dict[str, list[list[int]]]:
+    from .metrics import load_metric, predicted_classes
+
+    counts = load_metric("confusion_matrix").compute(
+        predictions=predicted_classes(prediction.predictions), references=prediction.label_ids, num_classes=num_classes
+    )
+    return {"eval_confusion_matrix": counts["confusion_matrix"]}
+
+
+def _resume_from(value: str | None) -> str | bool | None:
+    """Reads the option `resume_from_checkpoint`, which comes as a string, for `Trainer.train`."""
+    words = {"true": True, "false": None, "": None}
+    return value if value is None else words.get(value.lower(), value)
+
+
+def _how_to_resume(output_dir: str, started: float, argv: list[str]) -> str:
+    # The state is what a checkpoint is given last: with it, the checkpoint is whole. Older ones are of another run.
+    states = [state for state in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _time(state) >= started]
+    if not states:
+        return "Interrupted before the first checkpoint: there is nothing to resume from."
+    command = shlex.join(["hf-aace", "train", *argv, "--resume_from_checkpoint", str(max(states, key=_time).parent)])
+    return f"Interrupted. To go on from the last checkpoint:\n{command}"
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _summary(metrics: dict[str, Any], seconds: float, output_dir: str, picture: Path | None) -> str:
+    bookkeeping = (
+        "eval_loss",
+        "eval_runtime",
+        "eval_samples_per_second",
+        "eval_steps_per_second",
+        "eval_model_preparation_time",
+    )
+    scores = [
+        f"{name.removeprefix('eval_')} {value:.4f}"
+        for name, value in metrics.items()
+        if isinstance(value, float) and name not in bookkeeping
+    ]
+    return "\n".join(
+        (
+            f"Test:    {', '.join(scores)}",
+            f"Time:    {timedelta(seconds=round(seconds))} for training",
+            f"Model:   {output_dir}",
+            f"Picture: {picture or 'none, since nothing was logged'}",
+        )
+    )

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: its options, what it leaves behind, and what it says when the input is bad."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, pipeline
+
+from hf_aace import AACEConfig, AACETrainer
+from hf_aace.cli import _parse_train_arguments, main
+from hf_aace.data import load_image_dataset
+
+
+# Small enough for a second; a step is an epoch, so that each is logged, evaluated and saved.
+TINY = ["train", "--max_steps", "3", "--train_size", "40", "--disable_tqdm", "true"]
+
+
+@pytest.fixture(autouse=True)
+def _in_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run with the defaults, shortened: its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    assert main([*TINY, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def parse(*argv):
+    return _parse_train_arguments(list(argv))
+
+
+# ---- What a run leaves -----------------------------------------------------
+
+
+def test_model_loads_as_any_model_does(run):
+    model = AutoModelForImageClassification.from_pretrained(run)
+    assert model.config.model_type == "convnext"
+    assert (run / "model.safetensors").is_file()
+    scan = PIL.Image.fromarray(np.zeros((8, 8), dtype=np.uint8))
+    answers = pipeline("image-classification", model=str(run), device="cpu", top_k=10)(scan)
+    assert {answer["label"] for answer in answers} == {str(digit) for digit in range(10)}
+
+
+def test_results_are_those_of_the_saved_model(run):
+    results = json.loads((run / "all_results.json").read_text())
+    matrix = np.array(results["eval_confusion_matrix"])
+    test = load_image_dataset("digits", seed=0)["test"]
+    inputs = AutoImageProcessor.from_pretrained(run)(
+        [image.convert("RGB") for image in test["image"]], return_tensors="pt"
+    )
+    with torch.no_grad():
+        predicted = AutoModelForImageClassification.from_pretrained(run)(**inputs).logits.argmax(-1).numpy()
+    expected = np.zeros((10, 10), dtype=int)
+    np.add.at(expected, (test["label"][:], predicted), 1)
+    assert np.array_equal(matrix, expected)
+    assert results["eval_accuracy"] == pytest.approx(np.trace(matrix) / 500)
+    assert {"train_loss", "train_runtime", "eval_loss", "eval_macro_f1"} <= set(results)
+
+
+def test_state_and_picture_are_there(run):
+    logs = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    for key in ("loss", "clean_loss", "sharpness", "eval_accuracy"):
+        assert sum(key in entry for entry in logs) == 3, key
+    # A matrix is no curve: it belongs to the end.
+    assert not any("eval_confusion_matrix" in entry for entry in logs)
+    with PIL.Image.open(run / "training_curves.png") as picture:
+        picture.load()
+
+
+def test_the_last_lines_say_accuracy_time_model_and_picture(capsys, tmp_path):
+    assert main([*TINY, "--rho", "0", "--metrics", "accuracy", "--model_name_or_path", "vit-tiny-digits"]) == 0
+    folder = os.path.join("runs", "vit-tiny-digits-digits")
+    results = json.loads((tmp_path / folder / "all_results.json").read_text())
+    assert "eval_confusion_matrix" not in results
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        f"Test:    accuracy {results['eval_accuracy']:.4f}",
+        f"Time:    {timedelta(seconds=round(results['train_runtime']))} for training",
+        f"Model:   {folder}",
+        f"Picture: {os.path.join(folder, 'training_curves.png')}",
+    ]
+
+
+def test_a_run_that_logs_nothing_still_ends_well(capsys):
+    options = ["--logging_strategy", "no", "--eval_strategy", "no", "--save_strategy", "no"]
+    assert main([*TINY, *options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Picture: none, since nothing was logged"
+
+
+def test_a_trained_model_trains_on_with_a_folder_of_images(run, tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for index in range(10):
+            pixels = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+            PIL.Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{index}.jpg")
+    argv = ["train", "--model_name_or_path", str(run), "--dataset_name", "pets", "--max_steps", "2"]
+    assert main([*argv, "--metrics", "macro_f1"]) == 0
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "runs" / f"{run.name}-pets")
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+    assert "Test:    macro_f1 " in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_model(run, tmp_path):
+    first = load_file(run / "model.safetensors")
+    for name, seed in (("again", "42"), ("other", "43")):
+        assert main([*TINY, "--output_dir", str(tmp_path / name), "--seed", seed]) == 0
+    again, other = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "other"))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+# ---- Interruption ----------------------------------------------------------
+
+
+def interrupted(argv, step):
+    """Runs the command, with what Ctrl-C raises in the training step of that number."""
+    original = AACETrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AACETrainer, "training_step", training_step)
+        return main(argv)
+
+
+@pytest.mark.parametrize("resume_from", ["path", "True"])
+def test_an_interrupted_run_is_resumed_as_it_says(run, tmp_path, capsys, resume_from):
+    folder = os.path.join("runs", "convnext-tiny-digits-digits")
+    assert interrupted(TINY, step=3) == 130
+    command = capsys.readouterr().err.splitlines()[-1].split()
+    assert command == ["hf-aace", *TINY, "--resume_from_checkpoint", os.path.join(folder, "checkpoint-2")]
+    assert main(command[1:] if resume_from == "path" else [*command[1:-1], resume_from]) == 0
+    logs = json.loads((tmp_path / folder / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in logs if "loss" in entry] == [1, 2, 3]
+    whole, resumed = load_file(run / "model.safetensors"), load_file(tmp_path / folder / "model.safetensors")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed_from(capsys):
+    assert main([*TINY, "--output_dir", "here"]) == 0
+    # File times may be coarser than these runs are apart.
+    for state in Path("here").glob("checkpoint-*/trainer_state.json"):
+        os.utime(state, (0, 0))
+    capsys.readouterr()
+    assert interrupted([*TINY, "--output_dir", "here"], step=1) == 130
+    assert "before the first checkpoint" in capsys.readouterr().err
+
+
+def test_resuming_from_nothing_is_refused(capsys):
+    assert main([*TINY, "--resume_from_checkpoint", "true"]) == 1
+    assert "No valid checkpoint found" in capsys.readouterr().err
+
+
+# ---- Options ---------------------------------------------------------------
+
+
+def test_defaults_are_a_recipe_for_the_kind_of_model():
+    _, _, scratch = parse()
+    _, _, vit = parse("--model_name_or_path", "vit-tiny-digits")
+    _, _, fine_tuning = parse(
+        "--model_name_or_path", "google/vit-base-patch16-224-in21k", "--dataset_name", "AI/beans"
+    )
+    assert scratch.learning_rate == vit.learning_rate == 3e-3
+    assert fine_tuning.learning_rate == 5e-5
+    assert scratch.output_dir == os.path.join("runs", "convnext-tiny-digits-digits")
+    assert fine_tuning.output_dir == os.path.join("runs", "vit-base-patch16-224-in21k-beans")
+    # The method's own fields keep the defaults that the library gives them.
+    plain = AACEConfig(output_dir="x")
+    own = {field.name for field in fields(AACEConfig)} - {field.name for field in fields(TrainingArguments)}
+    assert {name: getattr(scratch, name) for name in own} == {name: getattr(plain, name) for name in own}
+
+
+def test_every_field_of_the_method_is_an_option():
+    given = {
+        "rho": 0.2,
+        "perturbation_loss": "cross_entropy",
+        "normalize_perturbation": True,
+        "adaptive_perturbation": True,
+        "aace_target": "uniform",
+        "ascent_fraction": 0.5,
+        "ascent_scope": "full_batch",
+        "sync_ascent": True,
+        "perturb_every": 2,
+        "perturb_modules": "classifier",
+    }
+    own = {field.name for field in fields(AACEConfig)} - {field.name for field in fields(TrainingArguments)}
+    assert set(given) == own
+    _, _, config = parse(*(f"--{name}={value}" for name, value in given.items()))
+    assert {name: getattr(config, name) for name in own} == given
+
+
+YAML = """
+model_name_or_path: vit-tiny-digits
+learning_rate: 3e-4        # text to PyYAML
+rho: 1e-1
+num_train_epochs: 7
+eval_strategy: no          # False to PyYAML
+save_strategy: epoch
+normalize_perturbation: true
+train_size:                # the default
+metrics: [accuracy]
+lr_scheduler_kwargs: {min_lr: 1e-5}
+output_dir: 2026
+"""
+
+
+def test_configuration_file_gives_defaults_that_the_command_line_overrides(tmp_path):
+    (tmp_path / "run.yaml").write_text(YAML)
+    model, data, config = parse("--config", "run.yaml", "--num_train_epochs", "9")
+    assert model.model_name_or_path == "vit-tiny-digits"
+    assert (config.learning_rate, config.rho, config.num_train_epochs) == (3e-4, 0.1, 9)
+    assert (config.eval_strategy, config.save_strategy) == ("no", "epoch")
+    assert config.normalize_perturbation is True
+    assert (data.train_size, data.metrics) == (None, ["accuracy"])
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-5}
+    assert config.output_dir == "2026"
+    # What the file leaves open comes from the recipe of the model that it names.
+    assert config.per_device_train_batch_size == 64
+
+
+def test_json_says_the_same_as_yaml(tmp_path):
+    options = {"learning_rate": 3e-4, "eval_strategy": "no", "metrics": "accuracy", "bf16": False, "train_size": None}
+    (tmp_path / "run.json").write_text(json.dumps(options, indent="\t"))
+    (tmp_path / "run.yml").write_text("learning_rate: 3e-4\neval_strategy: no\nmetrics: accuracy\nbf16: false\n")
+    from_json, from_yaml = parse("--config", "run.json"), parse("--config", "run.yml")
+    assert from_json[1] == from_yaml[1]
+    assert from_json[1].metrics == ["accuracy"]
+    assert from_json[2].to_dict() == from_yaml[2].to_dict()
+
+
+def test_recipe_follows_the_model_of_the_configuration_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("model_name_or_path: someone/model\n")
+    assert parse("--config", "run.yaml")[2].learning_rate == 5e-5
+
+
+# ---- Bad input -------------------------------------------------------------
+
+
+def message(capsys, *argv):
+    """What the command says on its way out with exit code 1."""
+    capsys.readouterr()
+    assert main(list(argv)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert not any("Traceback" in line for line in lines)
+    assert lines[-1].startswith("hf-aace: error: ")
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("learning_rat: 1", "unknown key, 'learning_rat'. Did you mean learning_rate?"),
+        ("perturbation_los: aace", "unknown key, 'perturbation_los'. Did you mean perturbation_loss?"),
+        ("- rho", "must hold options as `name: value`, got ['rho']"),
+        ("", "must hold options as `name: value`, got None"),
+        ("rho: -1", "`rho` must be a finite number >= 0, got -1.0"),
+        ("aace_target: adaptve", "`aace_target` must be one of"),
+    ],
+)
+def test_bad_configuration_file_is_told(tmp_path, capsys, content, expected):
+    (tmp_path / "run.yaml").write_text(content)
+    assert expected in message(capsys, "train", "--config", "run.yaml")
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+def test_configuration_file_that_cannot_be_parsed_is_named(tmp_path, name):
+    (tmp_path / name).write_text("{rho: ")
+    with pytest.raises(ValueError, match=f"configuration file {name} is neither valid YAML nor"):
+        parse("--config", name)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--label_noise", "1.5"], "`label_noise` must lie in [0, 1), got 1.5"),
+        (["--train_size", "5"], "`train_size` must lie between"),
+        (["--rho", "nan"], "`rho` must be a finite number"),
+        (["--dataset_name", "/missing"], "`dataset_name` is '/missing'"),
+        (["--model_name_or_path", "/missing"], "`model_name_or_path` is '/missing'"),
+    ],
+)
+def test_bad_input_is_told_in_one_sentence(capsys, argv, expected):
+    assert expected in message(capsys, "train", *argv)
+
+
+def test_unreadable_image_is_named_before_training(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        PIL.Image.new("RGB", (9, 9)).save(tmp_path / "pets" / name / "1.png")
+    (tmp_path / "pets" / "dog" / "2.png").write_bytes(b"\x89PNG")
+    assert os.path.join("pets", "dog", "2.png") in message(capsys, "train", "--dataset_name", "pets")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "required"),
+        (["trian"], "invalid choice"),
+        (["env", "--rho"], "unrecognized arguments: --rho"),
+        (["train", "--rhoo", "1"], "unrecognized arguments: --rhoo 1. Did you mean --rho?"),
+        (["train", "--lable-noise=1"], "Did you mean --label_noise?"),
+        (["train", "--learning_rate", "fast"], "invalid float value: 'fast'"),
+    ],
+)
+def test_usage_errors_exit_with_2(capsys, argv, expected):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert len(error.splitlines()) <= 3  # not pages of options
+
+
+# ---- Help ------------------------------------------------------------------
+
+
+def test_help_shows_every_option_with_the_default_of_the_recipe(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in fields(AACEConfig):
+        if field.init:
+            assert f"--{field.name}" in text
+    assert "The initial learning rate for the optimizer. (default: 0.003)" in text
+
+
+def test_env_says_the_versions(capsys):
+    assert main(["env"]) == 0
+    report = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert report["torch"] == torch.__version__
+    assert report["transformers"] == transformers.__version__
+    assert {"hf-aace", "accelerate", "datasets", "evaluate", "python", "platform", "CPU threads", "GPUs"} <= set(
+        report
+    )
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_what_needs_no_torch_does_not_import_it(option):
+    # Its import takes seconds.
+    code = f"""
+import sys
+from hf_aace.cli import main
+try:
+    main([{option!r}])
+except SystemExit as stop:
+    assert not stop.code
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "hf-aace" in done.stdout

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data sets: what they hold, what `seed`, `train_size` and `label_noise` change, and what is refused."""
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from sklearn.datasets import load_digits
+from transformers import ViTImageProcessorPil, default_data_collator
+
+import hf_aace.data
+from hf_aace.data import image_transform, load_image_dataset
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def write_images(folder, counts, suffix=".png", seed=0):
+    """Writes `counts[sub_folder]` images into each sub-folder."""
+    generator = np.random.default_rng(seed)
+    for sub_folder, count in counts.items():
+        (folder / sub_folder).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            PIL.Image.fromarray(pixels).save(folder / sub_folder / f"{index}{suffix}")
+    return str(folder)
+
+
+def labels(dataset):
+    return np.array(dataset["label"][:])
+
+
+def pixels(dataset):
+    return [image.tobytes() for image in dataset["image"]]
+
+
+# ---- digits ----------------------------------------------------------------
+
+
+def test_digits_are_all_the_scans_of_scikit_learn_scaled_to_bytes():
+    dataset = load_image_dataset("digits", seed=0)
+    assert (len(dataset["train"]), len(dataset["test"])) == (1297, 500)
+    assert dataset["train"].features == Features(image=Image(), label=ClassLabel(names=[str(i) for i in range(10)]))
+    image = dataset["train"][0]["image"]
+    assert (image.mode, image.size) == ("L", (8, 8))
+    # Each scan is in exactly one of the splits, with its own label.
+    ours = [*zip(pixels(dataset["train"]), labels(dataset["train"]), strict=True)]
+    ours += zip(pixels(dataset["test"]), labels(dataset["test"]), strict=True)
+    digits = load_digits()
+    scaled = np.round(digits.images / 16 * 255).astype(np.uint8)
+    assert scaled.max() == 255
+    assert sorted(ours) == sorted(zip([scan.tobytes() for scan in scaled], digits.target, strict=True))
+
+
+def test_test_images_do_not_depend_on_any_argument():
+    plain = load_image_dataset("digits", seed=0)
+    other = load_image_dataset("digits", seed=1, train_size=100, label_noise=0.5)
+    assert pixels(plain["test"]) == pixels(other["test"])
+    assert np.array_equal(labels(plain["test"]), labels(other["test"]))
+    assert set(np.bincount(labels(plain["test"]))) <= {48, 49, 50, 51, 52}  # stratified
+
+
+@pytest.mark.parametrize("train_size", [10, 100, 403, 1297])
+def test_train_size_keeps_the_shares_of_the_classes(train_size):
+    every = load_image_dataset("digits", seed=0)["train"]
+    train = load_image_dataset("digits", seed=0, train_size=train_size)["train"]
+    assert len(train) == train_size
+    shares = np.bincount(labels(every)) * train_size / len(every)
+    assert np.abs(np.bincount(labels(train), minlength=10) - shares).max() <= 1
+    assert np.bincount(labels(train), minlength=10).min() >= 1
+
+
+def test_train_size_is_drawn_with_the_seed():
+    first, again, other = (pixels(load_image_dataset("digits", seed=s, train_size=100)["train"]) for s in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize(("train_size", "label_noise"), [(None, 0.2), (400, 0.2), (33, 0.1), (None, 0.999)])
+def test_label_noise_changes_exactly_the_share_asked_for(train_size, label_noise):
+    clean = load_image_dataset("digits", seed=3, train_size=train_size)["train"]
+    noisy = load_image_dataset("digits", seed=3, train_size=train_size, label_noise=label_noise)["train"]
+    assert pixels(clean) == pixels(noisy)
+    assert noisy.features["label"] == clean.features["label"]
+    assert (labels(clean) != labels(noisy)).sum() == round(label_noise * len(clean))
+
+
+def test_label_noise_is_uniform_over_the_other_classes():
+    clean = labels(load_image_dataset("digits", seed=0)["train"])
+    noisy = labels(load_image_dataset("digits", seed=0, label_noise=0.9)["train"])
+    shifts = np.bincount((noisy - clean) % 10, minlength=10)[1:]
+    expected = round(0.9 * 1297) / 9
+    assert np.abs(shifts - expected).max() < 4.5 * np.sqrt(expected)
+
+
+def test_label_noise_is_drawn_with_the_seed():
+    first, again, other = (labels(load_image_dataset("digits", seed=s, label_noise=0.3)["train"]) for s in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("label_noise", [-0.1, 1.0, 20, float("nan")])
+def test_label_noise_out_of_range_is_refused(label_noise):
+    with pytest.raises(ValueError, match=rf"`label_noise` must lie in \[0, 1\), got {label_noise}"):
+        load_image_dataset("digits", seed=0, label_noise=label_noise)
+
+
+@pytest.mark.parametrize("train_size", [0, 9, 1298])
+def test_train_size_out_of_range_is_refused(train_size):
+    with pytest.raises(ValueError, match=rf"`train_size` must lie between .* 10, .* 1297, got {train_size}"):
+        load_image_dataset("digits", seed=0, train_size=train_size)
+
+
+# ---- Folders ---------------------------------------------------------------
+
+
+def test_folder_without_a_test_split_has_a_fifth_set_apart(tmp_path):
+    name = write_images(tmp_path, {"cat": 20, "dog": 40})
+    dataset, other = load_image_dataset(name, seed=0), load_image_dataset(name, seed=1)
+    assert np.bincount(labels(dataset["train"])).tolist() == [16, 32]
+    assert np.bincount(labels(dataset["test"])).tolist() == [4, 8]
+    assert dataset["train"].features["label"].names == ["cat", "dog"]
+    assert not set(pixels(dataset["train"])) & set(pixels(dataset["test"]))
+    assert pixels(dataset["test"]) == pixels(other["test"])
+
+
+def test_folder_with_train_and_test_keeps_them(tmp_path):
+    name = write_images(tmp_path, {"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 2})
+    dataset = load_image_dataset(name, seed=0)
+    assert labels(dataset["train"]).tolist() == [0, 0, 0, 1, 1, 1]
+    assert labels(dataset["test"]).tolist() == [0, 1, 1]
+
+
+def test_a_class_of_one_image_is_trained_on(tmp_path):
+    dataset = load_image_dataset(write_images(tmp_path, {"often": 30, "once": 1}), seed=0)
+    once = dataset["train"].features["label"].str2int("once")
+    assert once in labels(dataset["train"])
+
+
+def test_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match=r"holds no images.*one sub-folder for each class"):
+        load_image_dataset(str(tmp_path), seed=0)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [{".": 3}, {"cat": 3}, {"cat": 3, "dog/small": 3}, {"train/cat": 3, "test/cat": 2, "test/dog": 2}],
+)
+def test_folder_without_at_least_two_class_folders_is_refused(tmp_path, counts):
+    name = write_images(tmp_path, counts)
+    found = ", ".join(sorted(str(tmp_path / sub_folder) for sub_folder in counts))
+    with pytest.raises(ValueError, match=f"one sub-folder for each class, at least two .* lie in: {found}"):
+        load_image_dataset(name, seed=0)
+
+
+def test_unreadable_images_are_named(tmp_path):
+    name = write_images(tmp_path, {"cat": 4, "dog": 4}, suffix=".jpg")
+    whole = (tmp_path / "cat" / "1.jpg").read_bytes()
+    (tmp_path / "cat" / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "dog" / "2.jpg").write_text("not a JPEG")
+    (tmp_path / "dog" / "3.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"3 of the 8 images in the folder .* cannot be read") as error:
+        load_image_dataset(name, seed=0)
+    for file in ("cat/1.jpg", "dog/2.jpg", "dog/3.jpg"):
+        assert str(tmp_path / file) in str(error.value)
+    assert "cat/0.jpg" not in str(error.value)
+
+
+def test_of_many_unreadable_images_the_first_few_are_named(tmp_path):
+    name = write_images(tmp_path, {"cat": 4, "dog": 4})
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="8 of the 8 images") as error:
+        load_image_dataset(name, seed=0)
+    assert str(error.value).count(".png") == 5
+
+
+# ---- The Hub (without it) --------------------------------------------------
+
+
+def hub_split(size=10, image="img", label="fine_label", labels=None):
+    scans = [PIL.Image.fromarray(np.full((4, 4), index, dtype=np.uint8)) for index in range(size)]
+    return Dataset.from_dict(
+        {image: scans, label: [index % 2 for index in range(size)] if labels is None else labels, "id": range(size)},
+        features=Features({image: Image(), label: ClassLabel(names=["a", "b"]), "id": Value("int64")}),
+    )
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    def serve(**splits):
+        monkeypatch.setattr(hf_aace.data, "load_dataset", lambda name: DatasetDict(splits))
+
+    return serve
+
+
+def test_columns_are_found_by_their_type(hub):
+    hub(train=hub_split(), test=hub_split(4))
+    dataset = load_image_dataset("someone/something", seed=0)
+    assert {split: part.column_names for split, part in dataset.items()} == {
+        "train": ["image", "label"],
+        "test": ["image", "label"],
+    }
+
+
+def test_validation_serves_where_test_labels_are_withheld(hub):
+    hub(train=hub_split(), test=hub_split(6, labels=[-1] * 6), validation=hub_split(4))
+    assert len(load_image_dataset("someone/something", seed=0)["test"]) == 4
+
+
+def test_training_images_without_label_are_refused(hub):
+    hub(train=hub_split(4, labels=[0, 1, None, 1]))
+    with pytest.raises(ValueError, match=r"Some training images of .* have no label"):
+        load_image_dataset("someone/something", seed=0)
+
+
+def test_training_images_of_one_class_are_refused(hub):
+    hub(train=hub_split(4, labels=[1, 1, 1, 1]), test=hub_split())
+    with pytest.raises(ValueError, match=r"All training images of .* are of one class, 'b'"):
+        load_image_dataset("someone/something", seed=0)
+
+
+def test_data_set_without_classes_is_refused(hub):
+    hub(train=hub_split().remove_columns("fine_label"))
+    with pytest.raises(ValueError, match=r"must have a column of type `ClassLabel`, but its columns are: .*img"):
+        load_image_dataset("someone/something", seed=0)
+
+
+def test_data_set_without_training_split_is_refused(hub):
+    hub(test=hub_split())
+    with pytest.raises(ValueError, match="must have a split named `train`, but has: test"):
+        load_image_dataset("someone/something", seed=0)
+
+
+def test_what_is_nowhere_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`dataset_name` is .*neither `digits`, nor a folder, nor a data set"):
+        load_image_dataset(str(tmp_path / "missing"), seed=0)
+
+
+# ---- The transform ---------------------------------------------------------
+
+
+@pytest.fixture
+def processor():
+    return ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_transform_gives_what_the_collator_and_the_model_take(processor, decode):
+    train = load_image_dataset("digits", seed=0)["train"]
+    seen = train.cast_column("image", Image(decode=decode)).with_transform(image_transform(processor))
+    batch = default_data_collator(seen.__getitems__([5, 6, 7]))
+    assert set(batch) == {"pixel_values", "labels"}
+    scans = np.stack([np.asarray(image) for image in train[5:8]["image"]])
+    expected = torch.tensor(scans / 255 * 2 - 1, dtype=torch.float32)[:, None].expand(3, 3, 8, 8)
+    torch.testing.assert_close(batch["pixel_values"], expected)
+    assert batch["labels"].tolist() == train[5:8]["label"]
+
+
+def test_transform_names_the_image_that_it_cannot_decode(tmp_path, processor):
+    name = write_images(tmp_path, {"cat": 5, "dog": 5})
+    train = load_image_dataset(name, seed=0)["train"].cast_column("image", Image(decode=False))
+    broken = train[0]["image"]["path"]
+    with open(broken, "w") as file:
+        file.write("no longer an image")
+    with pytest.raises(ValueError, match=f"The image '{broken}' cannot be decoded"):
+        train.with_transform(image_transform(processor))[0]
