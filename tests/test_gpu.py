@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a CUDA device can show: `pytest -m gpu`."""
+
+import pytest
+import torch
+from tiny import batch, convnext, digits, identical, training_arguments, vit, weights
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_aace import AACEConfig, AACETrainer
+
+
+pytestmark = pytest.mark.gpu
+
+
+def train(cls, config, model, output_dir, callbacks=None, **kwargs):
+    arguments = training_arguments(config, output_dir, **{"use_cpu": False, "max_steps": 10, **kwargs})
+    trainer = cls(model, arguments, train_dataset=digits(), callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}, {"tf32": True}], ids=str)
+@pytest.mark.parametrize("make_model", [convnext, vit])
+def test_ascent_pass_leaves_no_trace(make_model, precision, tmp_path):
+    """As on the CPU; the generator of the GPU is replayed too."""
+    runs, states = [], []
+    for cls, config, rho in ((Trainer, TrainingArguments, {}), (AACETrainer, AACEConfig, {"rho": 1e-42})):
+        trainer = train(cls, config, make_model(0.2), tmp_path, full_determinism=True, **precision, **rho)
+        runs.append(weights(trainer.model))
+        states.append(torch.cuda.get_rng_state())
+    assert identical(*runs)
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=str)
+def test_step_is_that_of_the_cpu(precision, tmp_path):
+    """The first perturbation's norm and sharpness, to the precision of the pass: loss scale and autocast included."""
+    kwargs = {"max_steps": 1, "logging_steps": 1, "rho": 0.2}
+    cpu = train(AACETrainer, AACEConfig, vit(), tmp_path, use_cpu=True, **kwargs).state.log_history[0]
+    gpu = train(AACETrainer, AACEConfig, vit(), tmp_path, **precision, **kwargs).state.log_history[0]
+    for key in ("clean_loss", "ascent_loss", "ascent_grad_norm", "perturbation_norm"):
+        assert gpu[key] == pytest.approx(cpu[key], rel=2e-2 if precision else 1e-3), key
+
+
+@pytest.mark.parametrize("which", ["ascent", "descent"])
+def test_fp16_overflow(which, tmp_path):
+    """Of the ascent: the perturbation is skipped and the step taken. Of the descent: the step is skipped, the scale halved."""
+
+    class Overflow(AACETrainer):
+        def ascent_logits(self, outputs):
+            logits = super().ascent_logits(outputs)
+            return logits * float("inf") if which == "ascent" and self.state.global_step == 3 else logits
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * float("inf") if which == "descent" and self.state.global_step == 3 else loss
+
+    class Look(TrainerCallback):
+        changed, scales = (), ()
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.before = weights(model)
+
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.changed += (not identical(weights(model), self.before),)
+            self.scales += (trainer_of_run[0].accelerator.scaler.get_scale(),)
+
+    look, trainer_of_run = Look(), []
+    arguments = training_arguments(
+        AACEConfig,
+        tmp_path,
+        use_cpu=False,
+        fp16=True,
+        rho=0.2,
+        max_steps=6,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+    )
+    trainer = Overflow(vit(), arguments, train_dataset=digits(), callbacks=[look])
+    trainer_of_run.append(trainer)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)  # so low that nothing else overflows
+    trainer.train()
+    assert look.changed[3] == (which == "ascent")
+    assert look.scales[3] == look.scales[2] / (2 if which == "descent" else 1)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["skipped_perturbations"] for log in logs] == [
+        int(which == "ascent" and step == 3) for step in range(6)
+    ]
+    assert all(value.isfinite().all() for value in weights(trainer.model).values())
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=str)
+def test_no_host_synchronisation_per_step(precision, scope, tmp_path):
+    arguments = training_arguments(AACEConfig, tmp_path, use_cpu=False, rho=0.1, ascent_scope=scope, **precision)
+    trainer = AACETrainer(convnext(), arguments)
+    trainer.current_gradient_accumulation_steps = 1
+    model = trainer.accelerator.prepare(trainer.model)
+    inputs = {key: value.cuda() for key, value in batch().items()}
+    trainer.training_step(model, inputs)  # the first step reads the labels once, to check them
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.training_step(model, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_peak_memory_is_at_most_one_copy_of_the_weights_above_plain(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    def peak(cls, config, **kwargs):
+        model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_hidden_layers=4, num_labels=10))
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 10} for i in range(64)]
+        arguments = training_arguments(config, tmp_path, use_cpu=False, max_steps=4, **kwargs)
+        torch.cuda.reset_peak_memory_stats()
+        cls(model, arguments, train_dataset=rows).train()
+        return torch.cuda.max_memory_allocated(), size
+
+    plain, size = peak(Trainer, TrainingArguments)
+    for kwargs in ({}, {"normalize_perturbation": True}, {"ascent_scope": "full_batch"}):
+        ours, _ = peak(AACETrainer, AACEConfig, rho=0.1, **kwargs)
+        assert ours - plain < 1.1 * size
