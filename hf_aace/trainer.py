@@ -269,7 +269,10 @@ class SharpnessAwareMixin:
         self._check_sharpness_aware()  # the model or the arguments may be others than at construction
         self._aace_metrics.reset()
         self._aace_first_step = True
-        return super()._inner_training_loop(*args, **kwargs)
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self._aace_window, self._aace_perturbation = [], None  # batches and weights: let go of the memory
 
     def get_batch_samples(self, *args, **kwargs):
         batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
@@ -277,8 +280,8 @@ class SharpnessAwareMixin:
         return batch_samples, num_items_in_batch
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs:
-            logs = {**logs, **self._aace_metrics.pop(self._aace_args.rho)}
+        if "loss" in logs and (metrics := self._aace_metrics.pop(self._aace_args.rho)):
+            logs = {**logs, **metrics}
         super().log(logs, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import gc
 import os
 
 
@@ -10,6 +11,9 @@ import torch
 from transformers.utils import logging
 
 
+torch.set_num_threads(1)  # models this small only wait for a second one
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
@@ -18,6 +22,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _quiet_and_reproducible():
+def _quiet_quick_and_reproducible():
     logging.set_verbosity_error()
     torch.manual_seed(0)
+    gc.freeze()  # or the `gc.collect()` in each `train()` visits all of Transformers, which takes longer than training
+    yield
+    gc.unfreeze()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import (
+    VANISHING,
     batch,
     convnext,
     digits,
@@ -23,9 +24,6 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_aace import AACEConfig, AACETrainer, aace_loss
-
-
-VANISHING = 1e-42  # so small a step that it rounds to nothing, although the whole ascent pass runs
 
 
 def train(cls, config, model, output_dir, *, steps=6, rows=None, **kwargs):

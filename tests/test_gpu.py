@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from tiny import batch, convnext, digits, identical, training_arguments, vit, weights
+from tiny import VANISHING, batch, convnext, digits, identical, training_arguments, vit, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_aace import AACEConfig, AACETrainer
@@ -24,7 +24,7 @@ def train(cls, config, model, output_dir, callbacks=None, **kwargs):
 def test_ascent_pass_leaves_no_trace(make_model, precision, tmp_path):
     """As on the CPU; the generator of the GPU is replayed too."""
     runs, states = [], []
-    for cls, config, rho in ((Trainer, TrainingArguments, {}), (AACETrainer, AACEConfig, {"rho": 1e-42})):
+    for cls, config, rho in ((Trainer, TrainingArguments, {}), (AACETrainer, AACEConfig, {"rho": VANISHING})):
         trainer = train(cls, config, make_model(0.2), tmp_path, full_determinism=True, **precision, **rho)
         runs.append(weights(trainer.model))
         states.append(torch.cuda.get_rng_state())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny import (
     MODELS,
+    VANISHING,
     InOrder,
     batch,
     convnext,
@@ -27,10 +28,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_aace import AACEConfig, AACETrainer
-
-
-# So small a step that it rounds to nothing, although the whole ascent pass runs.
-VANISHING = 1e-42
 
 
 class Augmented(torch.utils.data.Dataset):

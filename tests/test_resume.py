@@ -14,13 +14,6 @@ from tiny import digits, identical, learning_curve, training_arguments, vit, wei
 from hf_aace import AACEConfig, AACETrainer
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(("name", "scope"), [("convnext", "micro_batch"), ("vit", "full_batch")])
 def test_killed_and_resumed_run_ends_as_one_never_killed(name, scope, tmp_path):
     """In the middle of an epoch and of an accumulation; ViT too, whose weights Trainer of transformers 5.23 loses."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import (
+    VANISHING,
     batch,
     convnext,
     digits,
@@ -237,7 +238,7 @@ def test_clean_loss_is_the_training_loss_that_compute_loss_func_computes(tmp_pat
         losses = (1 - torch.exp(-losses)) ** 2 * losses
         return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
 
-    arguments = training_arguments(AACEConfig, tmp_path, max_steps=1, logging_steps=1, rho=1e-42)
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=1, logging_steps=1, rho=VANISHING)
     trainer = AACETrainer(convnext(), arguments, train_dataset=digits(16), compute_loss_func=focal)
     trainer.train()
     assert trainer.state.log_history[0]["clean_loss"] == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-5)

@@ -16,6 +16,11 @@ from transformers import (
 from hf_aace import AACEConfig, AACETrainer
 
 
+# So small that the whole ascent pass runs, but 32 bits hold the step as 0. A subnormal one would still move weights
+# that are exactly 0, and break ties: HGNetV2 pools the greatest of zero padding and of zeros of a ReLU plus a bias.
+VANISHING = 1e-50
+
+
 def convnext(dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
     return ConvNextForImageClassification(
