@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
-# Trainer of transformers 5 loads the weights of a checkpoint by their names in the file. For models whose names in the file are
-# not those in memory (ViT, DeiT, BEiT, DINOv2, I-JEPA, SegFormer, Swin, ViT-MSN) it so keeps old weights, silently, on
-# `resume_from_checkpoint` and `load_best_model_at_end`: huggingface/transformers#43701, #48805. Remove the two functions, and what
-# calls them in `trainer`, when the oldest supported transformers has the fix (PR #48822).
+# Trainer of transformers 5 loads the weights of a checkpoint by their names in the file. For models whose names in the
+# file are not those in memory (ViT, DeiT, BEiT, DINOv2, I-JEPA, SegFormer, Swin, ViT-MSN) it so keeps old weights,
+# silently, on `resume_from_checkpoint` and `load_best_model_at_end`: huggingface/transformers#43701, #48805. Remove
+# the two functions, and what calls them in `trainer`, when the oldest supported transformers has the fix (PR #48822).
 
 
 def needs_conversion(model: nn.Module, checkpoint: str | None) -> bool:

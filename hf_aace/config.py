@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 @dataclass
 class AACEArguments:
     """
-    The fields that sharpness-aware training adds to any `TrainingArguments`. [`AACEConfig`] is the two together; to add
-    them to arguments of your own, write `class MyConfig(AACEArguments, MyTrainingArguments)` as a dataclass.
+    The fields that sharpness-aware training adds to any `TrainingArguments`. [`AACEConfig`] is the two together; to
+    add them to arguments of your own, write `class MyConfig(AACEArguments, MyTrainingArguments)` as a dataclass.
 
     See [`AACEConfig`] for the fields.
     """
@@ -124,8 +124,8 @@ class AACEConfig(AACEArguments, TrainingArguments):
 
     SAM (Foret et al., [arXiv 2010.01412](https://huggingface.co/papers/2010.01412)) is
     `perturbation_loss="cross_entropy", normalize_perturbation=True`; ASAM (Kwon et al.,
-    [arXiv 2102.11600](https://huggingface.co/papers/2102.11600)) adds `adaptive_perturbation=True`. The default is AACE
-    as published (Ratchatorn & Tanaka, [arXiv 2406.14329](https://huggingface.co/papers/2406.14329)).
+    [arXiv 2102.11600](https://huggingface.co/papers/2102.11600)) adds `adaptive_perturbation=True`. The default is AACE as
+    published (Ratchatorn & Tanaka, [arXiv 2406.14329](https://huggingface.co/papers/2406.14329)).
 
     Args:
         rho (`float`, *optional*, defaults to `0.01`):
@@ -147,8 +147,8 @@ class AACEConfig(AACEArguments, TrainingArguments):
             Share of each batch that the ascent pass uses, in `(0, 1]`: its first `round(ascent_fraction * batch)`
             samples, at least one. The descent pass always uses the whole batch.
         ascent_scope (`str`, *optional*, defaults to `"micro_batch"`):
-            Under gradient accumulation, what one perturbation is computed from: each `"micro_batch"` for itself, or the
-            `"full_batch"` that makes up the optimizer step.
+            Under gradient accumulation, what one perturbation is computed from: each `"micro_batch"` for itself, or
+            the `"full_batch"` that makes up the optimizer step.
         sync_ascent (`bool`, *optional*, defaults to `False`):
             With several processes, whether to perturb by the gradient averaged over them instead of by each one's own.
         perturb_every (`int`, *optional*, defaults to `1`):

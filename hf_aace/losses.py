@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 def check_classification(logits: torch.Tensor, labels: torch.Tensor) -> None:
     """
-    Checks that `logits` and `labels` are those of a single-label classifier, by shape and dtype alone: no value is read,
-    so that no device is waited for.
+    Checks that `logits` and `labels` are those of a single-label classifier, by shape and dtype alone: no value is
+    read, so that no device is waited for.
 
     Args:
         logits (`torch.Tensor` of shape `(batch, classes)`): The scores.
@@ -81,10 +81,11 @@ def aace_loss(
     reduction: str = "mean",
 ) -> torch.Tensor:
     r"""
-    The Adaptive Adversarial Cross-Entropy loss of Ratchatorn & Tanaka, [arXiv 2406.14329](https://huggingface.co/papers/2406.14329):
-    the divergence `KL(t || p)` of the model's probabilities `p = softmax(logits)` from an adversarial target `t`, which
-    has no mass on the true class. Descending it drives the model away from the true class, so the ascent step of
-    sharpness-aware training follows its *negative* gradient.
+    The Adaptive Adversarial Cross-Entropy loss of Ratchatorn & Tanaka,
+    [arXiv 2406.14329](https://huggingface.co/papers/2406.14329): the divergence `KL(t || p)` of the model's
+    probabilities `p = softmax(logits)` from an adversarial target `t`, which has no mass on the true class. Descending
+    it drives the model away from the true class, so the ascent step of sharpness-aware training follows its *negative*
+    gradient.
 
     With the adaptive target `t = softmax(logits without the true class)` it has the closed form `softplus(d)`, where
     `d = logit of the true class - logsumexp(the other logits)`: finite for all finite logits, and growing as the
@@ -97,8 +98,8 @@ def aace_loss(
             Integer class indices, or probabilities of the classes (mixup, cutmix). For probabilities the loss is its
             expectation over the label, `sum_c labels[c] * loss(c)`.
         target (`str`, *optional*, defaults to `"adaptive"`):
-            The adversarial target over the wrong classes: `"adaptive"` (the model's own probabilities), `"uniform"`, or
-            `"random"` (one wrong class for each sample, drawn from torch's global generator).
+            The adversarial target over the wrong classes: `"adaptive"` (the model's own probabilities), `"uniform"`,
+            or `"random"` (one wrong class for each sample, drawn from torch's global generator).
         ignore_index (`int`, *optional*, defaults to `-100`):
             Samples with this class index do not count.
         reduction (`str`, *optional*, defaults to `"mean"`):

@@ -51,8 +51,8 @@ def load_model_and_processor(
     Args:
         model_name_or_path (`str`):
             One of `BUILTIN_MODELS`, which are small, made for 8x8 scans and initialised at random from the current
-            torch seed; or a local folder, or a model id on the Hub. If the classes of a loaded model are not as many as
-            `id2label`, its head is initialised anew.
+            torch seed; or a local folder, or a model id on the Hub. If the classes of a loaded model are not as many
+            as `id2label`, its head is initialised anew.
         id2label (`dict[int, str]`):
             The names of the classes by their number.
 

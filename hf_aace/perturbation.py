@@ -16,8 +16,8 @@ _EPSILON = 1e-12
 
 class perturbed:
     r"""
-    Context manager inside which the weights are moved along a gradient, and after which they are, bit for bit, what they
-    were before, whatever happened inside. It is the ascent step of sharpness-aware training:
+    Context manager inside which the weights are moved along a gradient, and after which they are, bit for bit, what
+    they were before, whatever happened inside. It is the ascent step of sharpness-aware training:
 
     | `normalize` | `adaptive` | step                               |
     |-------------|------------|------------------------------------|
@@ -26,8 +26,9 @@ class perturbed:
     | `False`     | `True`     | `rho * w**2 * g`                   |
     | `True`      | `True`     | `rho * w**2 * g / norm(abs(w) * g)` (ASAM) |
 
-    The step is subtracted, so that the loss with gradient `g` falls, unless `maximize=True`. A gradient that is not finite
-    gives no step at all, without an error: the loss at the unmoved weights is then an ordinary one. Nothing waits for the device.
+    The step is subtracted, so that the loss with gradient `g` falls, unless `maximize=True`. A gradient that is not
+    finite gives no step at all, without an error: the loss at the unmoved weights is then an ordinary one. Nothing
+    waits for the device.
 
     Args:
         parameters (iterable of `torch.Tensor`):
@@ -39,14 +40,15 @@ class perturbed:
         normalize (`bool`, *optional*, defaults to `False`):
             Divide the step by the norm of the gradient over all parameters.
         adaptive (`bool`, *optional*, defaults to `False`):
-            Scale the step by the squared weights, element by element (ASAM, [arXiv 2102.11600](https://huggingface.co/papers/2102.11600)).
+            Scale the step by the squared weights, element by element (ASAM,
+            [arXiv 2102.11600](https://huggingface.co/papers/2102.11600)).
         maximize (`bool`, *optional*, defaults to `False`):
             Add the step instead of subtracting it: for SAM, whose gradient is that of the training loss itself.
         grad_scale (`torch.Tensor`, *optional*):
             The factor, a scalar, by which `gradients` are too large (the loss scale of fp16).
         reusable (`bool`, *optional*, defaults to `False`):
-            Keep the moved weights on leaving, so that the context can be entered again for the very same step. Costs a copy of
-            the parameters for as long as the object lives.
+            Keep the moved weights on leaving, so that the context can be entered again for the very same step. Costs a
+            copy of the parameters for as long as the object lives.
 
     Attributes (scalar tensors on the device):
         grad_norm: Norm of the gradient.
@@ -54,8 +56,8 @@ class perturbed:
         skipped: 1 if the gradient was not finite and no step was made, else 0.
 
     Raises:
-        `ValueError`: If `rho` is negative or not finite, the lengths differ, there is no gradient at all, or a parameter is
-            of 16 bits, where rounding would swallow the step.
+        `ValueError`: If `rho` is negative or not finite, the lengths differ, there is no gradient at all, or a
+            parameter is of 16 bits, where rounding would swallow the step.
         `RuntimeError`: If it is entered a second time without `reusable`.
 
     Example:
@@ -99,8 +101,8 @@ class perturbed:
         pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         if not pairs:
             raise ValueError(
-                "None of the parameters has a gradient, so there is no direction to perturb in. Pass parameters that the "
-                "loss depends on."
+                "None of the parameters has a gradient, so there is no direction to perturb in. Pass parameters that "
+                "the loss depends on."
             )
         check_precision(p for p, _ in pairs)
         self._parameters = [p for p, _ in pairs]
@@ -214,7 +216,8 @@ def check_precision(parameters: Iterable[torch.Tensor]) -> None:
         parameters (iterable of `torch.Tensor`): The parameters to be perturbed.
 
     Raises:
-        `ValueError`: If one of them is of 16 bits or fewer: a step of, say, 5e-6 on a weight of 0.02 is then rounded away.
+        `ValueError`: If one of them is of 16 bits or fewer: a step of, say, 5e-6 on a weight of 0.02 is then
+            rounded away.
     """
     for parameter in parameters:
         if parameter.dtype not in (torch.float32, torch.float64):

@@ -39,8 +39,8 @@ _PANELS = (
 
 def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) -> bool:
     """
-    Draws losses, accuracy, sharpness and perturbation over the epochs of a run. What the run did not log is left out, so a
-    plain run has no sharpness.
+    Draws losses, accuracy, sharpness and perturbation over the epochs of a run. What the run did not log is left out,
+    so a plain run has no sharpness.
 
     Args:
         log_history (`list[dict]`):

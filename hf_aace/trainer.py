@@ -30,10 +30,10 @@ class SharpnessAwareMixin:
     class MyAACETrainer(SharpnessAwareMixin, MyTrainer): ...
     ```
 
-    Each training step first computes the gradient of the mean ascent loss (AACE by default) at the weights `w`, moves the
-    weights along it to `w'`, lets `MyTrainer.training_step` do at `w'` what it would have done at `w`, and puts the weights
-    back, bit for bit, whatever happened. Both passes see the same random numbers, BatchNorm statistics are updated from `w`
-    only, and `rho=0` is `MyTrainer` itself.
+    Each training step first computes the gradient of the mean ascent loss (AACE by default) at the weights `w`, moves
+    the weights along it to `w'`, lets `MyTrainer.training_step` do at `w'` what it would have done at `w`, and puts
+    the weights back, bit for bit, whatever happened. Both passes see the same random numbers, BatchNorm statistics are
+    updated from `w` only, and `rho=0` is `MyTrainer` itself.
 
     Put the mixin first among the bases. The settings are the fields of [`AACEConfig`]; `args` that is a plain
     [`~transformers.TrainingArguments`] gives each of them its default. With `model` a string, the model is loaded by
@@ -41,17 +41,18 @@ class SharpnessAwareMixin:
 
     Besides what `MyTrainer` logs, each training log holds, averaged over the steps since the last log:
 
-    - `clean_loss`: the training loss at `w`, on the samples of the ascent pass: cross-entropy with the label smoothing of the
-      arguments, or what `compute_loss_func` returns,
+    - `clean_loss`: the training loss at `w`, on the samples of the ascent pass: cross-entropy with the label smoothing
+      of the arguments, or what `compute_loss_func` returns (not what an overridden `compute_loss` does),
     - `sharpness`: the training loss at `w'` (Trainer's own `loss`) minus `clean_loss`,
     - `ascent_loss`, `ascent_grad_norm`: the ascent loss at `w` and the norm of its gradient,
     - `perturbation_norm`: the distance from `w` to `w'`,
     - `rho`: its present value,
-    - `skipped_perturbations`: the number (not an average) of perturbations left out because the ascent gradient was not finite.
+    - `skipped_perturbations`: the number (not an average) of perturbations left out because the ascent gradient was
+      not finite.
 
     Raises:
-        `ValueError`: When it is made, or when training starts, if the model, the data or another setting cannot be trained so;
-            the message says what was found and how to mend it. Not with `rho=0`.
+        `ValueError`: When it is made, or when training starts, if the model, the data or another setting cannot be
+            trained so; the message says what was found and how to mend it. Not with `rho=0`.
     """
 
     def __init__(self, model: str | PreTrainedModel | nn.Module | None = None, *args, **kwargs):
@@ -93,8 +94,8 @@ class SharpnessAwareMixin:
             inputs (`dict[str, torch.Tensor | Any]`): The micro-batch that the training step got. Not modified.
 
         Returns:
-            [`perturbed`]: The context inside which the weights are the perturbed ones; or one that gives `None` and does nothing
-            if this step is a plain one.
+            [`perturbed`]: The context inside which the weights are the perturbed ones; or one that gives `None` and
+            does nothing if this step is a plain one.
         """
         args = self._aace_args
         if args.rho == 0 or self.state.global_step % args.perturb_every != 0:
@@ -171,7 +172,7 @@ class SharpnessAwareMixin:
     def _ascent_pass(
         self, model: nn.Module, window: list[dict[str, torch.Tensor | Any]], parameters: list[nn.Parameter]
     ) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
-        """The gradients of the mean ascent loss (times the fp16 loss scale), and the mean losses at the present weights."""
+        """The gradients of the mean ascent loss (times the fp16 loss scale), and the mean losses at these weights."""
         samples = [self._ascent_samples(inputs) for inputs in window]
         total = sum(_count(labels) for _, labels in samples)
         gradients = None
@@ -248,7 +249,7 @@ class SharpnessAwareMixin:
                 p.grad = grad
 
     def _perturbed_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters whose name matches `perturb_modules`; looked up anew, as callbacks may unfreeze some."""
+        """The trainable parameters that `perturb_modules` matches; looked up anew, as callbacks may unfreeze some."""
         pattern = self._aace_args.perturb_modules
         parameters = [
             p
@@ -258,8 +259,9 @@ class SharpnessAwareMixin:
         if not parameters:
             names = [name for name, p in self.model.named_parameters() if p.requires_grad]
             raise ValueError(
-                f"`perturb_modules={pattern!r}` matches none of the {len(names)} trainable parameters, such as {names[:3]}. It is "
-                "a regular expression, searched in the parameter names; leave it out to perturb them all."
+                f"`perturb_modules={pattern!r}` matches none of the {len(names)} trainable parameters, such as "
+                f"{names[:3]}. It is a regular expression, searched in the parameter names; leave it out to perturb them "
+                "all."
             )
         return parameters
 
@@ -306,45 +308,46 @@ class SharpnessAwareMixin:
             return
         if self.accelerator.distributed_type != DistributedType.NO or self.args.world_size > 1:
             raise NotImplementedError(
-                f"Sharpness-aware training runs on one process for now, got {self.accelerator.distributed_type}. Start the "
-                "script with `python`, or use plain training (`rho=0`)."
+                f"Sharpness-aware training runs on one process for now, got {self.accelerator.distributed_type}. Start "
+                "the script with `python`, or use plain training (`rho=0`)."
             )
         if args.sync_ascent:
             raise NotImplementedError("`sync_ascent=True` needs several processes, which are not supported yet.")
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"torch.nn.DataParallel over {self.args.n_gpu} GPUs does not go with sharpness-aware training. Show the process "
-                "one GPU, for example `CUDA_VISIBLE_DEVICES=0`."
+                f"torch.nn.DataParallel over {self.args.n_gpu} GPUs does not go with sharpness-aware training. Show the "
+                "process one GPU, for example `CUDA_VISIBLE_DEVICES=0`."
             )
         optimizer = str(getattr(self.args.optim, "value", self.args.optim))
         if "lomo" in optimizer or "layerwise" in optimizer:
             raise ValueError(
-                f"`optim={optimizer!r}` updates the weights inside the backward pass, while they are perturbed, so that the "
-                "update would be lost. Use an optimizer that steps after it, such as `adamw_torch`."
+                f"`optim={optimizer!r}` updates the weights inside the backward pass, while they are perturbed, so that "
+                "the update would be lost. Use an optimizer that steps after it, such as `adamw_torch`."
             )
         config = getattr(self.model, "config", None)  # any `nn.Module` may be trained
         problem_type, num_labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
         if problem_type in ("regression", "multi_label_classification") or num_labels == 1:
             raise ValueError(
                 "Sharpness-aware training needs a single-label classifier with at least 2 classes, got a model with "
-                f"`problem_type={problem_type!r}` and `num_labels={num_labels}`. Use plain training (`rho=0`), or a model with one "
-                "score for each class."
+                f"`problem_type={problem_type!r}` and `num_labels={num_labels}`. Use plain training (`rho=0`), or a model "
+                "with one score for each class."
             )
         check_precision(self._perturbed_parameters())
 
     def _check_no_step_inside_backward(self, parameters: list[nn.Parameter]) -> None:
         if any(p._post_accumulate_grad_hooks for p in parameters):
             raise ValueError(
-                "Some parameters have hooks that run inside the backward pass (`register_post_accumulate_grad_hook`), as optimizers "
-                "that step there do: they would act on the perturbed weights. Step the optimizer after the backward pass."
+                "Some parameters have hooks that run inside the backward pass (`register_post_accumulate_grad_hook`), as "
+                "optimizers that step there do: they would act on the perturbed weights. Step the optimizer after it."
             )
 
     def _check_soft_labels_are_trained_on(self, labels: torch.Tensor) -> None:
         own_loss = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
         if labels.is_floating_point() and not own_loss:
             raise ValueError(
-                f"The labels are floating-point, of shape {tuple(labels.shape)}, which the model itself takes for multi-label "
-                "targets. For soft labels (mixup, cutmix) pass a `compute_loss_func` that computes their cross-entropy."
+                f"The labels are floating-point, of shape {tuple(labels.shape)}, which the model itself takes for "
+                "multi-label targets. For soft labels (mixup, cutmix) pass a `compute_loss_func` that computes their "
+                "cross-entropy."
             )
 
 
@@ -399,7 +402,7 @@ class _IntervalMetrics:
         self._sums[tuple(values)] = (total + torch.where(finite, stacked, 0.0), count + finite.int())
 
     def pop(self, rho: float) -> dict[str, float]:
-        """The averages of what was added since the last call, `{}` if nothing was; what is not finite does not count."""
+        """The averages of what was added since the last call, `{}` if nothing was; only finite values count."""
         totals, means = {}, {}
         for names, (total, count) in self._sums.items():
             totals.update(zip(names, total.tolist(), strict=True))

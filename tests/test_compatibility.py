@@ -324,7 +324,7 @@ def test_torch_compile_trains_as_without(tmp_path):
         {"average_tokens_across_devices": False},
         {"include_num_input_tokens_seen": "all"},
         {"full_determinism": True},
-        {"neftune_noise_alpha": None},
+        {"neftune_noise_alpha": 5.0},
     ],
     ids=lambda switch: next(iter(switch)),
 )
