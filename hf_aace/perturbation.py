@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.utils import get_total_norm
 
 
@@ -32,7 +33,9 @@ class perturbed:
 
     Args:
         parameters (iterable of `torch.Tensor`):
-            The weights to move, in place: their storage stays where it is. Float32 or float64.
+            The weights to move, in place: their storage stays where it is. Float32 or float64. If they are sharded
+            over processes (`DTensor`, as FSDP2 makes them), each process moves its own shards, by norms that are those
+            of the whole.
         gradients (sequence of `torch.Tensor` or `None`):
             The gradient for each of them, `None` for a parameter that the loss does not depend on. Not modified.
         rho (`float`):
@@ -105,11 +108,13 @@ class perturbed:
                 "the loss depends on."
             )
         check_precision(p for p, _ in pairs)
-        self._parameters = [p for p, _ in pairs]
         self._backup, self._moved = [], []
         self._maximize, self._reusable = maximize, reusable
         with torch.no_grad():
-            self._measure([g for _, g in pairs], rho, normalize, adaptive, grad_scale)
+            first = pairs[0][0]
+            self._sharding = (first.device_mesh, first.placements) if isinstance(first, DTensor) else None
+            self._parameters = [_shard(p) for p, _ in pairs]
+            self._measure([_shard(g) for _, g in pairs], rho, normalize, adaptive, grad_scale)
 
     def _measure(
         self,
@@ -121,17 +126,27 @@ class perturbed:
     ) -> None:
         """Sets the direction of the step, its factor, and the norms."""
         scale = 1.0 if grad_scale is None else 1.0 / grad_scale
-        self.grad_norm = length = direction_norm = get_total_norm(gradients) * scale
+        self.grad_norm = length = direction_norm = self._norm(gradients) * scale
         if adaptive:
             weighted = torch._foreach_mul(self._parameters, gradients)
-            length = get_total_norm(weighted) * scale
+            length = self._norm(weighted) * scale
             gradients = torch._foreach_mul(self._parameters, weighted)
-            direction_norm = get_total_norm(gradients) * scale
+            direction_norm = self._norm(gradients) * scale
         factor = rho / (length + _EPSILON) if normalize else torch.full_like(length, rho)
         self._finite = torch.isfinite(factor * direction_norm)
         self.norm = torch.where(self._finite, factor * direction_norm, 0.0)
         self.skipped = (~self._finite).float()
         self._direction, self._factor = gradients, factor * scale
+
+    def _norm(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """The norm over all tensors, and over the processes that hold their shards."""
+        norm = get_total_norm(tensors)
+        if self._sharding is None:
+            return norm
+        mesh, placements = self._sharding
+        # The squares add up over the shards, not over copies of them (HSDP).
+        summed = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+        return DTensor.from_local(norm.square(), mesh, summed, run_check=False).full_tensor().sqrt()
 
     def __enter__(self) -> "perturbed":
         if not self._direction and not self._moved:
@@ -171,6 +186,11 @@ class perturbed:
             finally:
                 torch.clear_autocast_cache()
         self._backup = []
+
+
+def _shard(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: all of it, or its shard (which shares the memory of the `DTensor`)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _step_(

@@ -2,6 +2,7 @@
 """Sharpness-aware training as a mixin for the Hugging Face Trainer, and the Trainer that has it."""
 
 import functools
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping
@@ -12,14 +13,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer
+from transformers.utils import logging
 
-from ._compat import load_converted_weights, needs_conversion
+from ._compat import load_converted_weights, needs_conversion, without_input_embeddings
 from .config import AACEArguments
+from .distributed import (
+    average_gradients,
+    check_distributed,
+    mean_over_processes,
+    outside_ddp,
+    reshard,
+    sum_over_processes,
+)
 from .losses import aace_loss, check_classification, check_label_values
 from .perturbation import check_precision, frozen_running_statistics, perturbed
+
+
+logger = logging.get_logger(__name__)
 
 
 class SharpnessAwareMixin:
@@ -39,7 +51,8 @@ class SharpnessAwareMixin:
     [`~transformers.TrainingArguments`] gives each of them its default. With `model` a string, the model is loaded by
     `AutoModelForImageClassification.from_pretrained`, in 32 bits.
 
-    Besides what `MyTrainer` logs, each training log holds, averaged over the steps since the last log:
+    Besides what `MyTrainer` logs, each training log holds, averaged over the steps since the last log and over the
+    processes:
 
     - `clean_loss`: the training loss at `w`, on the samples of the ascent pass: cross-entropy with the label smoothing
       of the arguments, or what `compute_loss_func` returns (not what an overridden `compute_loss` does),
@@ -48,7 +61,7 @@ class SharpnessAwareMixin:
     - `perturbation_norm`: the distance from `w` to `w'`,
     - `rho`: its present value,
     - `skipped_perturbations`: the number (not an average) of perturbations left out because the ascent gradient was
-      not finite.
+      not finite; if each process perturbs by itself, the sum over them.
 
     Raises:
         `ValueError`: When it is made, or when training starts, if the model, the data or another setting cannot be
@@ -64,7 +77,7 @@ class SharpnessAwareMixin:
         self._aace_window = []  # the micro-batches of the present optimizer step
         self._aace_perturbation = None  # what `ascent_scope="full_batch"` shares among them
         self._aace_first_step = True
-        self._aace_reentrant_checkpointing = False
+        self._aace_uses_backward = False
         self._check_sharpness_aware()
 
     @property
@@ -77,8 +90,12 @@ class SharpnessAwareMixin:
         with self.perturbed_weights(model, inputs) as perturbation:
             if perturbation is None:
                 return super().training_step(model, inputs, *args, **kwargs)
-            with frozen_running_statistics(model):
-                loss = super().training_step(model, inputs, *args, **kwargs)
+            try:
+                with frozen_running_statistics(model):
+                    loss = super().training_step(model, inputs, *args, **kwargs)
+            except BaseException:
+                reshard(model)  # or FSDP2 might go on with the perturbed weights that it gathered
+                raise
         if self.accelerator.sync_gradients:  # the last micro-batch of the optimizer step
             self._aace_perturbation = None
         # Trainer's loss is this micro-batch's share of the optimizer step's mean.
@@ -139,13 +156,21 @@ class SharpnessAwareMixin:
         parameters = self._perturbed_parameters()
         if self._aace_first_step:
             self._check_no_step_inside_backward(parameters)
+        buffers = [b.clone() for b in self.model.buffers()] if self._aace_first_step else []
         try:
             gradients, losses = self._ascent_pass(model, window, parameters)
         except RuntimeError as error:
             # Reentrant activation checkpointing cannot serve `autograd.grad`, and says so only in the backward pass.
-            if self._aace_reentrant_checkpointing or "use_reentrant=True" not in str(error):
+            if self._aace_uses_backward or "use_reentrant=True" not in str(error):
                 raise
-            self._aace_reentrant_checkpointing = True
+            if self.args.ddp_static_graph:
+                raise ValueError(
+                    "Reentrant activation checkpointing with `ddp_static_graph` does not go with sharpness-aware training: "
+                    'DDP would count the ascent pass too. Set `activation_checkpointing_kwargs={"use_reentrant": False}`.'
+                ) from error
+            self._aace_uses_backward = True
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)  # BatchNorm counts each batch once
             gradients, losses = self._ascent_pass(model, window, parameters)
         self._aace_first_step = False
         scaler = self.accelerator.scaler
@@ -174,23 +199,55 @@ class SharpnessAwareMixin:
     ) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
         """The gradients of the mean ascent loss (times the fp16 loss scale), and the mean losses at these weights."""
         samples = [self._ascent_samples(inputs) for inputs in window]
-        total = sum(_count(labels) for _, labels in samples)
+        count = sum(_count(labels) for _, labels in samples)
+        synced, sharded = self._perturbs_in_sync(), self.accelerator.is_fsdp2
+        # What the processes divide by, so that the mean over them is that over all their samples.
+        share = (
+            mean_over_processes(torch.as_tensor(count, dtype=torch.float32, device=self.args.device))
+            if synced
+            else count
+        )
+        use_backward = sharded or self._aace_uses_backward
         gradients = None
         losses = {"clean_loss": 0.0, "ascent_loss": 0.0}
         # The descent pass is to draw the same random numbers, and the run those that it would without an ascent pass.
-        with _replayed_rng({p.device for p in parameters}):
-            for inputs, labels in samples:
+        with (
+            _replayed_rng({p.device for p in parameters}),
+            outside_ddp(model) as inner,
+            _gradients_set_aside(self.model) if use_backward else nullcontext(),
+        ):
+            for index, (inputs, labels) in enumerate(samples):
+                if sharded:
+                    model.set_requires_gradient_sync(index == len(samples) - 1)
                 with self.compute_loss_context_manager():
-                    outputs = model(**inputs)
-                    ascent_loss = self._ascent_loss(self.ascent_logits(outputs), labels) / total
+                    outputs = inner(**inputs)
+                    ascent_loss = self._ascent_loss(self.ascent_logits(outputs), labels)
                 with torch.no_grad():
-                    losses["clean_loss"] += self._clean_loss(outputs, labels) / total
-                losses["ascent_loss"] += ascent_loss.detach()
+                    losses["clean_loss"] += self._clean_loss(outputs, labels) / count
+                losses["ascent_loss"] += ascent_loss.detach() / count
                 del outputs
+                ascent_loss = ascent_loss / share
                 if self.accelerator.scaler is not None:
                     ascent_loss = self.accelerator.scaler.scale(ascent_loss)
-                gradients = _sum(gradients, self._gradients(ascent_loss, parameters))
+                if use_backward:
+                    ascent_loss.backward()
+                else:
+                    # Not `backward()`: that would add to the gradients of earlier micro-batches and run what is hooked
+                    # to them.
+                    gradients = _sum(gradients, torch.autograd.grad(ascent_loss, parameters, allow_unused=True))
+            if use_backward:
+                gradients = [p.grad for p in parameters]
+        if sharded and self._aace_args.ascent_scope == "full_batch":
+            # As Trainer has it. For micro-batches that perturb by themselves it stays on: what FSDP2 puts off to the last
+            # one, it would reduce in the next ascent pass.
+            model.set_requires_gradient_sync(self.accelerator.sync_gradients)
+        if synced and not sharded:
+            gradients = average_gradients(gradients, parameters)
         return gradients, losses
+
+    def _perturbs_in_sync(self) -> bool:
+        """Whether all processes perturb by one gradient."""
+        return self.args.world_size > 1 and (self._aace_args.sync_ascent or self.accelerator.is_fsdp2)
 
     def _ascent_samples(self, inputs: dict[str, torch.Tensor | Any]) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs and the labels for the ascent pass over one micro-batch, on the device."""
@@ -233,31 +290,18 @@ class SharpnessAwareMixin:
             self.ascent_logits(outputs), labels, reduction="sum", label_smoothing=self.args.label_smoothing_factor
         )
 
-    def _gradients(self, loss: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
-        # Not `backward()`: that would add to the gradients of earlier micro-batches and run everything hooked to them.
-        if not self._aace_reentrant_checkpointing:
-            return list(torch.autograd.grad(loss, parameters, allow_unused=True))
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        accumulated = [p.grad for p in trainable]
-        try:
-            for p in trainable:
-                p.grad = None
-            loss.backward()
-            return [p.grad for p in parameters]
-        finally:
-            for p, grad in zip(trainable, accumulated, strict=True):
-                p.grad = grad
-
     def _perturbed_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters that `perturb_modules` matches; looked up anew, as callbacks may unfreeze some."""
         pattern = self._aace_args.perturb_modules
-        parameters = [
-            p
+        # FSDP2's activation checkpointing and compilation put their wrappers into the names.
+        trainable = {
+            name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): p
             for name, p in self.model.named_parameters()
-            if p.requires_grad and (pattern is None or re.search(pattern, name))
-        ]
+            if p.requires_grad
+        }
+        parameters = [p for name, p in trainable.items() if pattern is None or re.search(pattern, name)]
         if not parameters:
-            names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+            names = list(trainable)
             raise ValueError(
                 f"`perturb_modules={pattern!r}` matches none of the {len(names)} trainable parameters, such as "
                 f"{names[:3]}. It is a regular expression, searched in the parameter names; leave it out to perturb them "
@@ -282,18 +326,24 @@ class SharpnessAwareMixin:
         return batch_samples, num_items_in_batch
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs and (metrics := self._aace_metrics.pop(self._aace_args.rho)):
-            logs = {**logs, **metrics}
+        if "loss" in logs and (metrics := self._aace_metrics.pop()):
+            if self._perturbs_in_sync():  # each process counted what they skipped together
+                metrics["skipped_perturbations"] //= self.args.world_size
+            logs = {**logs, **metrics, "rho": self._aace_args.rho}
         super().log(logs, *args, **kwargs)
 
+    def _prepare_for_training(self, *args, **kwargs):
+        with without_input_embeddings(self.model) if self.is_fsdp_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if needs_conversion(self.model, resume_from_checkpoint):
+        if not self.is_fsdp_enabled and needs_conversion(self.model, resume_from_checkpoint):
             load_converted_weights(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if needs_conversion(self.model, self.state.best_model_checkpoint):
+        if not self.is_fsdp_enabled and needs_conversion(self.model, self.state.best_model_checkpoint):
             load_converted_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
@@ -306,17 +356,11 @@ class SharpnessAwareMixin:
         args.check_aace_arguments()
         if args.rho == 0:
             return
-        if self.accelerator.distributed_type != DistributedType.NO or self.args.world_size > 1:
-            raise NotImplementedError(
-                f"Sharpness-aware training runs on one process for now, got {self.accelerator.distributed_type}. Start "
-                "the script with `python`, or use plain training (`rho=0`)."
-            )
-        if args.sync_ascent:
-            raise NotImplementedError("`sync_ascent=True` needs several processes, which are not supported yet.")
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"torch.nn.DataParallel over {self.args.n_gpu} GPUs does not go with sharpness-aware training. Show the "
-                "process one GPU, for example `CUDA_VISIBLE_DEVICES=0`."
+        check_distributed(self)
+        if self.accelerator.is_fsdp2 and not args.sync_ascent and self.is_world_process_zero():
+            logger.warning_once(
+                "`sync_ascent=False` is taken as True with FSDP2: the shards of each weight live on many processes, which "
+                "can only perturb it together."
             )
         optimizer = str(getattr(self.args.optim, "value", self.args.optim))
         if "lomo" in optimizer or "layerwise" in optimizer:
@@ -401,24 +445,42 @@ class _IntervalMetrics:
         total, count = self._sums.get(tuple(values), (0.0, 0))
         self._sums[tuple(values)] = (total + torch.where(finite, stacked, 0.0), count + finite.int())
 
-    def pop(self, rho: float) -> dict[str, float]:
-        """The averages of what was added since the last call, `{}` if nothing was; only finite values count."""
-        totals, means = {}, {}
-        for names, (total, count) in self._sums.items():
-            totals.update(zip(names, total.tolist(), strict=True))
-            means.update(zip(names, (total / count).tolist(), strict=True))
-        self.reset()
-        if not means:
+    def pop(self) -> dict[str, float]:
+        """
+        The averages, over the steps since the last call and over the processes, of what was added; `{}` if nothing was.
+        Only finite values count.
+        """
+        if not self._sums:
             return {}
+        names = [name for group in self._sums for name in group]
+        totals = torch.cat([torch.stack((total, count.float())) for total, count in self._sums.values()], dim=1)
+        self.reset()
+        sums, counts = sum_over_processes(totals).tolist()
+        means = {
+            name: total / count if count else math.nan for name, total, count in zip(names, sums, counts, strict=True)
+        }
         return {
             "clean_loss": means["clean_loss"],
-            "sharpness": means.get("perturbed_loss", float("nan")) - means["clean_loss"],
+            "sharpness": means.get("perturbed_loss", math.nan) - means["clean_loss"],
             "ascent_loss": means["ascent_loss"],
             "ascent_grad_norm": means["ascent_grad_norm"],
             "perturbation_norm": means["perturbation_norm"],
-            "rho": rho,
-            "skipped_perturbations": int(totals["skipped_perturbations"]),
+            "skipped_perturbations": round(sums[names.index("skipped_perturbations")]),
         }
+
+
+@contextmanager
+def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """Context manager inside which the parameters have no gradients yet, and after which they have those of before."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    accumulated = [p.grad for p in trainable]
+    try:
+        for p in trainable:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in zip(trainable, accumulated, strict=True):
+            p.grad = grad
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models and data that the tests share. Small enough that a training step takes milliseconds."""
 
+from dataclasses import fields
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -106,6 +108,13 @@ def training_arguments(cls, output_dir, **kwargs):
         "use_cpu": True,
     }
     return cls(**{**defaults, **kwargs})
+
+
+def activation_checkpointing(use_reentrant: bool) -> dict:
+    """The training arguments that switch it on, by their name in the Transformers that is installed."""
+    known = {field.name for field in fields(AACEConfig)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": use_reentrant}}
 
 
 def learning_curve(trainer) -> list[dict]:

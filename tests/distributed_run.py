@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What test_distributed.py runs on several processes: `torchrun --nproc_per_node 2 distributed_run.py FOLDER SCENARIO ...`
+Each process leaves what a scenario returns in FOLDER/SCENARIO-RANK.pt.
+"""
+
+import copy
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from tiny import MODELS, VANISHING, InOrder, activation_checkpointing, digits, learning_curve, training_arguments
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from hf_aace import AACEConfig, AACETrainer
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+class Fsdp2OnCpu:
+    """Accelerate selects FSDP only for accelerators: this selects it for the CPU."""
+
+    plugin = {}  # noqa: RUF012
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if world_size() > 1:
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                cpu_ram_efficient_loading=False,
+                **{"reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT", **self.plugin},
+            )
+            if self.accelerator.mixed_precision != "no":
+                plugin.set_mixed_precision(self.accelerator.mixed_precision)
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.accelerator.state.distributed_type = DistributedType.FSDP
+            self.accelerator.state.fsdp_plugin = plugin
+            self.is_fsdp_enabled = True
+
+
+class BucketViews:
+    """Trainer has no argument for it."""
+
+    def _build_accelerator_args(self, **kwargs):
+        arguments = super()._build_accelerator_args(**kwargs)
+        arguments["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        return arguments
+
+
+class NotFiniteOnLastRank:
+    """The ascent gradient of the last process is not finite on the third and the fourth step."""
+
+    def ascent_logits(self, outputs):
+        logits = super().ascent_logits(outputs)
+        bad = rank() == world_size() - 1 and self.state.global_step in (2, 3)
+        return logits * float("nan") if bad else logits
+
+
+class CountCollectives(TrainerCallback):
+    """Counts the collectives of one step without logging, the fourth."""
+
+    counts = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+            self.profiler.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            self.profiler.__exit__(None, None, None)
+            names = [event.name for event in self.profiler.events() if event.name.startswith("c10d::")]
+            self.counts = {name: names.count(name) for name in sorted(set(names))}
+
+
+def whole(model):
+    """A copy of the state dict, sharded tensors put together."""
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def run(
+    *mixins,
+    base=InOrder,
+    name="vit",
+    rows=None,
+    callbacks=None,
+    output_dir="unused",
+    batch_size=16,
+    dropout=0.0,
+    resume=None,
+    **kwargs,
+):
+    """Trains on a joint batch of `batch_size`, and returns the weights and the logs."""
+    trainer_class = type("_", (*mixins, base), {})
+    arguments = training_arguments(
+        AACEConfig,
+        output_dir,
+        **{
+            "max_steps": 20,
+            "rho": 0.05,
+            # Without a preconditioner, which would blow up differences by rounding.
+            "optim": "sgd",
+            "learning_rate": 0.1,
+            "logging_steps": 5,
+            "per_device_train_batch_size": batch_size // world_size(),
+            "ddp_backend": "gloo" if world_size() > 1 else None,
+            **copy.deepcopy(kwargs),  # Trainer writes into `accelerator_config`
+        },
+    )
+    trainer = trainer_class(
+        MODELS[name](dropout=dropout), arguments, train_dataset=rows or digits(128), callbacks=callbacks
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "weights": whole(trainer.model),
+        # The last entry holds the loss of the last steps in this process alone, as Trainer writes it.
+        "logs": learning_curve(trainer)[:-1],
+        "rng": torch.get_rng_state(),
+        "wrapper": type(trainer.model_wrapped).__name__,
+    }
+
+
+def uneven_rows():
+    """Half of the second eight samples of each sixteen, those of the second of two processes, do not count."""
+    rows = digits(128)
+    return [{**row, "labels": -100} if index % 16 >= 12 else row for index, row in enumerate(rows)]
+
+
+def against_plain(*mixins, base=InOrder, **kwargs):
+    """A plain run, one whose ascent pass must leave no trace, and a real one."""
+    kwargs = {"max_steps": 6, "dropout": 0.1, **kwargs}
+    return {
+        "plain": run(*mixins, base=base, **{**kwargs, "rho": 0}),
+        "vanishing": run(*mixins, base=base, **{**kwargs, "rho": VANISHING}),
+        "real": run(*mixins, base=base, **kwargs),
+    }
+
+
+def collectives(**kwargs):
+    counts = {}
+    for name, settings in {"plain": {"rho": 0}, "local": {}, "synced": {"sync_ascent": True}}.items():
+        counter = CountCollectives()
+        run(callbacks=[counter], max_steps=5, **{"logging_steps": 10, **settings, **kwargs})
+        counts[name] = counter.counts
+    return counts
+
+
+def interrupted(*mixins, where):
+    """An exception in one of the passes of all processes: the weights of after, with what the modules then compute."""
+
+    class Interrupted(RuntimeError):
+        pass
+
+    class Mine(*mixins, InOrder):
+        broken = False
+
+        def ascent_logits(self, outputs):
+            if where == "ascent" and self.broken:
+                raise Interrupted
+            return super().ascent_logits(outputs)
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if where == "descent" and self.broken:
+                raise Interrupted
+            return loss
+
+    arguments = training_arguments(
+        AACEConfig, "unused", max_steps=3, rho=0.5, optim="sgd", per_device_train_batch_size=8, ddp_backend="gloo"
+    )
+    trainer = Mine(MODELS["vit"](), arguments, train_dataset=digits(64))
+    trainer.train()
+    before = whole(trainer.model)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        logits = trainer.model_wrapped(inputs["pixel_values"]).logits
+    trainer.broken = True
+    try:
+        trainer.training_step(trainer.model_wrapped, inputs)
+        raise AssertionError("nothing was raised")
+    except Interrupted:
+        pass
+    after = whole(trainer.model)
+    with torch.no_grad():
+        logits_after = trainer.model_wrapped(inputs["pixel_values"]).logits
+    return {"before": before, "after": after, "logits": logits, "logits_after": logits_after}
+
+
+class Kill(TrainerCallback):
+    """SIGKILL on the eleventh step, in the middle of an accumulation."""
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Fails:
+    """The last process fails inside the ascent pass of the seventh step."""
+
+    def ascent_logits(self, outputs):
+        if rank() == world_size() - 1 and self.state.global_step == 6:
+            raise RuntimeError("the image of rank 1 is broken")
+        return super().ascent_logits(outputs)
+
+
+RESUMABLE = {
+    "base": AACETrainer,
+    "dropout": 0.2,
+    "optim": "adamw_torch",
+    "learning_rate": 0.01,
+    "gradient_accumulation_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 4,
+}
+
+MODES = {
+    "local": {},
+    "synced": {"sync_ascent": True},
+    "local, accumulated": {"gradient_accumulation_steps": 2},
+    "synced, accumulated": {"sync_ascent": True, "gradient_accumulation_steps": 2},
+    "synced, full batch": {"sync_ascent": True, "gradient_accumulation_steps": 3, "ascent_scope": "full_batch"},
+    "local, full batch": {"gradient_accumulation_steps": 3, "ascent_scope": "full_batch"},
+}
+
+# What one process on the joint batch must equal.
+JOINT = {
+    "step": {},
+    "convnext": {"name": "convnext"},
+    "sam": {"perturbation_loss": "cross_entropy", "normalize_perturbation": True, "adaptive_perturbation": True},
+    "uneven": {"rows": uneven_rows()},
+    "micro batches": {"gradient_accumulation_steps": 3},
+    "full batch": {"gradient_accumulation_steps": 3, "ascent_scope": "full_batch"},
+    "full batch, uneven": {"gradient_accumulation_steps": 3, "ascent_scope": "full_batch", "rows": uneven_rows()},
+    "part of the model": {"perturb_modules": "layers"},
+}
+
+
+def scenarios(folder):
+    plugin = lambda **kwargs: type("_", (Fsdp2OnCpu,), {"plugin": kwargs})  # noqa: E731
+    # As the ascent pass asks for anyway: plain Trainer, left alone, adds the gradients up in another order.
+    sync_each_batch = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+    return {
+        "ddp modes": lambda: {mode: run(**kwargs) for mode, kwargs in MODES.items()},
+        "ddp not finite": lambda: {
+            mode: run(NotFiniteOnLastRank, max_steps=10, logging_steps=10, **kwargs) for mode, kwargs in MODES.items()
+        },
+        "ddp joint": lambda: {case: run(max_steps=5, sync_ascent=True, **kwargs) for case, kwargs in JOINT.items()},
+        "ddp collectives": collectives,
+        "ddp collectives, accumulated": lambda: collectives(gradient_accumulation_steps=2),
+        "ddp switches": lambda: {
+            "find_unused_parameters": against_plain(ddp_find_unused_parameters=True),
+            "not find_unused_parameters": against_plain(ddp_find_unused_parameters=False),
+            "static_graph": against_plain(ddp_static_graph=True),
+            "bucket views": against_plain(BucketViews, gradient_accumulation_steps=2),
+            "accumulation": against_plain(gradient_accumulation_steps=2),
+            "BatchNorm": against_plain(name="resnet"),
+            "bf16": against_plain(bf16=True),
+            "checkpointing": against_plain(gradient_accumulation_steps=2, **activation_checkpointing(False)),
+            "reentrant checkpointing": against_plain(gradient_accumulation_steps=2, **activation_checkpointing(True)),
+            "torch_compile": against_plain(torch_compile=True, torch_compile_backend="aot_eager"),
+        },
+        "ddp interrupted": lambda: {where: interrupted(where=where) for where in ("ascent", "descent")},
+        "ddp uninterrupted": lambda: run(output_dir=folder / "ddp uninterrupted", **RESUMABLE),
+        "ddp killed": lambda: run(output_dir=folder / "ddp killed", callbacks=[Kill()], **RESUMABLE),
+        "ddp resumed": lambda: run(output_dir=folder / "ddp killed", resume=True, **RESUMABLE),
+        "ddp fails": lambda: run(Fails, output_dir=folder / "ddp fails", save_strategy="steps", save_steps=4),
+        "fsdp2 joint": lambda: {case: run(Fsdp2OnCpu, max_steps=5, **kwargs) for case, kwargs in JOINT.items()},
+        "fsdp2 not finite": lambda: {
+            mode: run(Fsdp2OnCpu, NotFiniteOnLastRank, max_steps=10, logging_steps=10, **kwargs)
+            for mode, kwargs in MODES.items()
+            if mode.startswith("synced")
+        },
+        "fsdp2 switches": lambda: {
+            "accumulation": against_plain(Fsdp2OnCpu, gradient_accumulation_steps=2, **sync_each_batch),
+            "full batch": against_plain(Fsdp2OnCpu, gradient_accumulation_steps=2, ascent_scope="full_batch"),
+            "bf16": against_plain(Fsdp2OnCpu, bf16=True),
+            "checkpointing": against_plain(plugin(activation_checkpointing=True)),
+            "gathered until the backward pass": against_plain(plugin(reshard_after_forward=False)),
+        },
+        "fsdp2 interrupted": lambda: {where: interrupted(Fsdp2OnCpu, where=where) for where in ("ascent", "descent")},
+        "fsdp2 uninterrupted": lambda: run(Fsdp2OnCpu, output_dir=folder / "fsdp2 uninterrupted", **RESUMABLE),
+        "fsdp2 killed": lambda: run(Fsdp2OnCpu, output_dir=folder / "fsdp2 killed", callbacks=[Kill()], **RESUMABLE),
+        "fsdp2 resumed": lambda: run(Fsdp2OnCpu, output_dir=folder / "fsdp2 killed", resume=True, **RESUMABLE),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, *names = sys.argv[1:]
+    for name in names:
+        result = scenarios(Path(folder))[name]()
+        torch.save(result, Path(folder) / f"{name}-{rank()}.pt")
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes, really started (gloo, on the CPU): DDP and FSDP2 train as one process does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from accelerate.utils import DistributedType
+from distributed_run import JOINT, MODES, run
+from tiny import activation_checkpointing, digits, identical, training_arguments, vit, weights
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module
+from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
+
+from hf_aace import AACEConfig, AACETrainer
+
+
+class Launch:
+    """Runs scenarios of distributed_run.py on several processes, and reads what they left."""
+
+    def __init__(self, folder, processes=2):
+        self.folder, self.processes = folder, processes
+
+    def __call__(self, *names, timeout=120, fails=False):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={self.processes}",
+            "--standalone",
+        ]
+        done = subprocess.run(
+            [*command, Path(__file__).with_name("distributed_run.py"), self.folder, *names],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            cwd=self.folder,
+        )
+        assert (done.returncode != 0) == fails, done.stdout[-5000:] + done.stderr[-5000:]
+        return done.stdout + done.stderr
+
+    def results(self, name):
+        return [torch.load(self.folder / f"{name}-{rank}.pt") for rank in range(self.processes)]
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    launch = Launch(tmp_path_factory.mktemp("ddp"))
+    launch(
+        "ddp modes",
+        "ddp not finite",
+        "ddp joint",
+        "ddp collectives",
+        "ddp collectives, accumulated",
+        "ddp interrupted",
+    )
+    return launch
+
+
+@pytest.fixture(scope="module")
+def ddp_switches(tmp_path_factory):
+    launch = Launch(tmp_path_factory.mktemp("ddp_switches"))
+    launch("ddp switches")
+    return launch
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory):
+    launch = Launch(tmp_path_factory.mktemp("fsdp2"))
+    launch("fsdp2 joint", "fsdp2 not finite", "fsdp2 interrupted")
+    return launch
+
+
+@pytest.fixture(scope="module")
+def fsdp2_switches(tmp_path_factory):
+    launch = Launch(tmp_path_factory.mktemp("fsdp2_switches"))
+    launch("fsdp2 switches")
+    return launch
+
+
+@pytest.fixture(scope="module")
+def ddp_resumed(tmp_path_factory):
+    launch = Launch(tmp_path_factory.mktemp("ddp_resumed"))
+    launch("ddp killed", fails=True)
+    launch("ddp uninterrupted", "ddp resumed")
+    return launch
+
+
+@pytest.fixture(scope="module")
+def fsdp2_resumed(tmp_path_factory):
+    launch = Launch(tmp_path_factory.mktemp("fsdp2_resumed"))
+    launch("fsdp2 killed", fails=True)
+    launch("fsdp2 uninterrupted", "fsdp2 resumed")
+    return launch
+
+
+def check_equal_on_all(results):
+    first, *others = results
+    for other in others:
+        assert identical(first["weights"], other["weights"])
+        assert first["logs"] == other["logs"]
+
+
+def skipped(result):
+    return sum(log["skipped_perturbations"] for log in result["logs"])
+
+
+# ---- DDP ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ddp_processes_end_with_equal_weights(ddp, mode):
+    """Each perturbs by its own gradient, or all by one; what the optimizer gets is one gradient, on clean weights."""
+    results = [result[mode] for result in ddp.results("ddp modes")]
+    assert results[0]["wrapper"] == "DistributedDataParallel"
+    check_equal_on_all(results)
+    assert skipped(results[0]) == 0
+    others = [result[other]["weights"] for result in ddp.results("ddp modes")[:1] for other in MODES if other != mode]
+    assert not any(identical(results[0]["weights"], other) for other in others)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ddp_counts_what_one_process_skips(ddp, mode):
+    """
+    Two bad steps of one process: locally that one alone skips, synced all do, together. With micro-batches that perturb
+    by themselves, each counts.
+    """
+    results = [result[mode] for result in ddp.results("ddp not finite")]
+    check_equal_on_all(results)
+    assert all(value.isfinite().all() for value in results[0]["weights"].values())
+    micro_batches = 1 if "full batch" in mode else MODES[mode].get("gradient_accumulation_steps", 1)
+    assert skipped(results[0]) == 2 * micro_batches
+    clean = ddp.results("ddp modes")[0][mode]
+    assert not identical(results[0]["weights"], clean["weights"])
+
+
+@pytest.mark.parametrize("case", JOINT)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_synced_processes_equal_one_process_on_the_joint_batch(kind, case, request, tmp_path):
+    """Also where the processes have unequal numbers of samples that count."""
+    launch = request.getfixturevalue(kind)
+    one = run(output_dir=tmp_path, max_steps=5, **JOINT[case])
+    results = [result[case] for result in launch.results(f"{kind} joint")]
+    check_equal_on_all(results)
+    assert ("FSDP" if kind == "fsdp2" else "DistributedDataParallel") in results[0]["wrapper"]
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(results[0]["weights"][name], value, rtol=0, atol=1e-6)
+    logs, expected = results[0]["logs"][0], one["logs"][0]
+    for name in ("ascent_grad_norm", "perturbation_norm"):
+        assert logs[name] == pytest.approx(expected[name], rel=1e-4)
+    if "uneven" not in case:  # there, the mean over the processes is not that over the samples
+        for name in ("clean_loss", "ascent_loss", "sharpness", "loss"):
+            assert logs[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddp collectives", "ddp collectives, accumulated"])
+def test_local_ascent_takes_no_collective(ddp, name):
+    """As many as plain Trainer, by the profiler; a synced one averages the gradient and the number of samples."""
+    for counts in ddp.results(name):
+        micro_batches = 2 if "accumulated" in name else 1
+        assert counts["plain"]
+        assert counts["local"] == counts["plain"]
+        synced = dict(counts["synced"])
+        synced["c10d::allreduce_"] -= 2 * micro_batches
+        assert synced == counts["plain"]
+
+
+SWITCHES = (
+    "find_unused_parameters",
+    "not find_unused_parameters",
+    "static_graph",
+    "bucket views",
+    "accumulation",
+    "BatchNorm",
+    "bf16",
+    "checkpointing",
+    "reentrant checkpointing",
+    "torch_compile",
+)
+
+
+def without_statistics(weights):
+    return {name: value for name, value in weights.items() if "running" not in name}
+
+
+def check_against_plain(results):
+    """An ascent pass with a vanishing step leaves no trace; a real one has an effect, the same on all processes."""
+    for rank, result in enumerate(results):
+        plain, vanishing = result["plain"]["weights"], result["vanishing"]["weights"]
+        if (
+            rank > 0
+        ):  # DDP broadcasts BatchNorm statistics from the first process before the pass that averages gradients
+            plain, vanishing = without_statistics(plain), without_statistics(vanishing)
+        assert identical(plain, vanishing)
+        assert torch.equal(result["plain"]["rng"], result["vanishing"]["rng"])
+        assert not identical(result["plain"]["weights"], result["real"]["weights"])
+    check_equal_on_all([result["real"] for result in results])
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_ddp_goes_on_working(ddp_switches, switch):
+    check_against_plain([result[switch] for result in ddp_switches.results("ddp switches")])
+
+
+# ---- FSDP2 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.startswith("synced")])
+def test_fsdp2_skips_together(fsdp2, mode):
+    results = [result[mode] for result in fsdp2.results("fsdp2 not finite")]
+    check_equal_on_all(results)
+    assert all(value.isfinite().all() for value in results[0]["weights"].values())
+    micro_batches = 1 if "full batch" in mode else MODES[mode].get("gradient_accumulation_steps", 1)
+    assert skipped(results[0]) == 2 * micro_batches
+
+
+@pytest.mark.parametrize(
+    "switch", ["accumulation", "full batch", "bf16", "checkpointing", "gathered until the backward pass"]
+)
+def test_fsdp2_goes_on_working(fsdp2_switches, switch):
+    check_against_plain([result[switch] for result in fsdp2_switches.results("fsdp2 switches")])
+
+
+# ---- Both -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["ascent", "descent"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_exception_leaves_the_weights(kind, where, request):
+    """What the modules compute afterwards too: FSDP2 could go on with the perturbed weights that it gathered."""
+    for result in request.getfixturevalue(kind).results(f"{kind} interrupted"):
+        assert identical(result[where]["before"], result[where]["after"])
+        assert torch.equal(result[where]["logits"], result[where]["logits_after"])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_killed_and_resumed_run_ends_as_one_never_killed(kind, request):
+    launch = request.getfixturevalue(f"{kind}_resumed")
+    for uninterrupted, resumed in zip(
+        launch.results(f"{kind} uninterrupted"), launch.results(f"{kind} resumed"), strict=True
+    ):
+        assert identical(uninterrupted["weights"], resumed["weights"])
+        assert torch.equal(uninterrupted["rng"], resumed["rng"])
+        assert uninterrupted["logs"][-1] == resumed["logs"][-1]
+
+
+def test_failure_of_one_process_ends_the_run(tmp_path):
+    """With its error on screen, not by a hang, and with the last checkpoint whole."""
+    output = Launch(tmp_path)("ddp fails", fails=True)
+    assert "the image of rank 1 is broken" in output
+    trainer = AACETrainer(
+        vit(),
+        training_arguments(AACEConfig, tmp_path, max_steps=8),
+        train_dataset=[],
+    )
+    trainer._load_from_checkpoint(str(tmp_path / "ddp fails" / "checkpoint-4"))
+
+
+# ---- What is refused ------------------------------------------------------------------------------------------------
+
+
+class Elsewhere(AACETrainer):
+    """As if on machines that are not here."""
+
+    distributed_type, fsdp_version, parallelism = None, 2, None
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        attributes = {
+            "distributed_type": self.distributed_type,
+            "is_fsdp2": self.distributed_type == DistributedType.FSDP and self.fsdp_version == 2,
+            "parallelism_config": self.parallelism,
+        }
+        self.accelerator = Mock(wraps=self.accelerator, **attributes)
+        self.is_deepspeed_enabled = self.distributed_type == DistributedType.DEEPSPEED
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"distributed_type": DistributedType.DEEPSPEED}, r"DeepSpeed, whose backward.*DDP.*FSDP2"),
+        ({"distributed_type": DistributedType.FSDP, "fsdp_version": 1}, r"FSDP1, which is deprecated. Use FSDP2"),
+        ({"distributed_type": DistributedType.XLA}, r"untested with.*XLA.*DDP.*FSDP2"),
+        ({"distributed_type": DistributedType.MEGATRON_LM}, r"untested with.*MEGATRON_LM.*DDP.*FSDP2"),
+        ({"distributed_type": DistributedType.MULTI_NPU}, r"untested with.*MULTI_NPU.*DDP.*FSDP2"),
+        (
+            {"distributed_type": DistributedType.MULTI_GPU, "parallelism": ParallelismConfig(tp_size=2)},
+            "tensor, context or sequence parallelism.*DDP.*FSDP2",
+        ),
+        (
+            {"distributed_type": DistributedType.FSDP, "parallelism": ParallelismConfig(cp_size=2)},
+            "tensor, context or sequence parallelism.*DDP.*FSDP2",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_at_construction(attributes, message, tmp_path):
+    """Silence would mean plain training, or, with DeepSpeed, training on the ascent loss. Plain training stays possible."""
+    trainer_class = type("_", (Elsewhere,), attributes)
+    with pytest.raises(ValueError, match=message):
+        trainer_class(vit(), training_arguments(AACEConfig, tmp_path))
+    trainer_class(vit(), training_arguments(AACEConfig, tmp_path, rho=0))
+
+
+@pytest.mark.parametrize("mode", ["sagemaker_model_parallel", "sagemaker_data_parallel", "tpu"])
+def test_other_parallel_modes_are_refused(mode, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "parallel_mode", ParallelMode(mode))
+    with pytest.raises(ValueError, match=r"does not go with ParallelMode.*DDP.*FSDP2"):
+        AACETrainer(vit(), training_arguments(AACEConfig, tmp_path))
+
+
+def test_models_loaded_as_shards_are_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = distribute_module(vit(), mesh)
+        with pytest.raises(ValueError, match=r"loaded as shards.*Load it whole"):
+            AACETrainer(model, training_arguments(AACEConfig, tmp_path))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_reentrant_checkpointing_with_static_graph_is_refused(tmp_path):
+    """DDP would take the gradients of the ascent pass for its own, and the processes would drift apart."""
+    trainer = AACETrainer(
+        vit(),
+        training_arguments(
+            AACEConfig,
+            tmp_path,
+            ddp_static_graph=True,
+            **activation_checkpointing(use_reentrant=True),
+        ),
+        train_dataset=digits(32),
+    )
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match=r"Reentrant.*ddp_static_graph.*use_reentrant"):
+        trainer.train()
+    assert identical(weights(trainer.model), before)
