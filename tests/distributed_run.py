@@ -5,6 +5,7 @@ Each process leaves what a scenario returns in FOLDER/SCENARIO-RANK.pt.
 """
 
 import copy
+import gc
 import os
 import signal
 import sys
@@ -20,6 +21,9 @@ from transformers import TrainerCallback
 from hf_aace import AACEConfig, AACETrainer
 
 
+ON_GPU = os.environ.get("DISTRIBUTED_RUN_ON_GPU") == "1"
+
+
 def rank():
     return int(os.environ.get("RANK", 0))
 
@@ -29,7 +33,7 @@ def world_size():
 
 
 class Fsdp2OnCpu:
-    """Accelerate selects FSDP only for accelerators: this selects it for the CPU."""
+    """Accelerate selects FSDP only for GPUs: this selects it for the CPU."""
 
     plugin = {}  # noqa: RUF012
 
@@ -57,6 +61,13 @@ class BucketViews:
         arguments = super()._build_accelerator_args(**kwargs)
         arguments["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         return arguments
+
+
+class SyncBatchNorms:
+    """Only for GPUs."""
+
+    def __init__(self, model, *args, **kwargs):
+        super().__init__(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model), *args, **kwargs)
 
 
 class NotFiniteOnLastRank:
@@ -88,7 +99,7 @@ class CountCollectives(TrainerCallback):
 def whole(model):
     """A copy of the state dict, sharded tensors put together."""
     return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().clone()
         for name, value in model.state_dict().items()
     }
 
@@ -118,7 +129,8 @@ def run(
             "learning_rate": 0.1,
             "logging_steps": 5,
             "per_device_train_batch_size": batch_size // world_size(),
-            "ddp_backend": "gloo" if world_size() > 1 else None,
+            "use_cpu": not ON_GPU,
+            "ddp_backend": "gloo" if world_size() > 1 and not ON_GPU else None,
             **copy.deepcopy(kwargs),  # Trainer writes into `accelerator_config`
         },
     )
@@ -274,12 +286,18 @@ def scenarios(folder):
             "reentrant checkpointing": against_plain(gradient_accumulation_steps=2, **activation_checkpointing(True)),
             "torch_compile": against_plain(torch_compile=True, torch_compile_backend="aot_eager"),
         },
+        "ddp SyncBatchNorm": lambda: {
+            mode: run(SyncBatchNorms, name="resnet", **MODES[mode]) for mode in ("local", "synced")
+        },
         "ddp interrupted": lambda: {where: interrupted(where=where) for where in ("ascent", "descent")},
         "ddp uninterrupted": lambda: run(output_dir=folder / "ddp uninterrupted", **RESUMABLE),
         "ddp killed": lambda: run(output_dir=folder / "ddp killed", callbacks=[Kill()], **RESUMABLE),
         "ddp resumed": lambda: run(output_dir=folder / "ddp killed", resume=True, **RESUMABLE),
         "ddp fails": lambda: run(Fails, output_dir=folder / "ddp fails", save_strategy="steps", save_steps=4),
         "fsdp2 joint": lambda: {case: run(Fsdp2OnCpu, max_steps=5, **kwargs) for case, kwargs in JOINT.items()},
+        "fsdp2 on GPUs": lambda: {
+            case: run(max_steps=5, fsdp=True, fsdp_config={"version": 2}, **kwargs) for case, kwargs in JOINT.items()
+        },
         "fsdp2 not finite": lambda: {
             mode: run(Fsdp2OnCpu, NotFiniteOnLastRank, max_steps=10, logging_steps=10, **kwargs)
             for mode, kwargs in MODES.items()
@@ -301,6 +319,7 @@ def scenarios(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # or the `gc.collect()` in each `train()` visits all of Transformers
     folder, *names = sys.argv[1:]
     for name in names:
         result = scenarios(Path(folder))[name]()

@@ -24,11 +24,11 @@ from hf_aace import AACEConfig, AACETrainer
 class Launch:
     """Runs scenarios of distributed_run.py on several processes, and reads what they left."""
 
-    def __init__(self, folder, processes=2):
-        self.folder, self.processes = folder, processes
+    def __init__(self, folder, processes=2, on_gpu=False):
+        self.folder, self.processes, self.on_gpu = folder, processes, on_gpu
 
     def __call__(self, *names, timeout=120, fails=False):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DISTRIBUTED_RUN_ON_GPU": str(int(self.on_gpu))}
         command = [
             sys.executable,
             "-m",
@@ -113,6 +113,21 @@ def skipped(result):
     return sum(log["skipped_perturbations"] for log in result["logs"])
 
 
+def check_equals_one_process(results, case, output_dir, atol=1e-6):
+    one = run(output_dir=output_dir, max_steps=5, **JOINT[case])
+    results = [result[case] for result in results]
+    check_equal_on_all(results)
+    assert "FSDP" in results[0]["wrapper"] or results[0]["wrapper"] == "DistributedDataParallel"
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(results[0]["weights"][name], value, rtol=0, atol=atol)
+    logs, expected = results[0]["logs"][0], one["logs"][0]
+    for name in ("ascent_grad_norm", "perturbation_norm"):
+        assert logs[name] == pytest.approx(expected[name], rel=1e-4)
+    if "uneven" not in case:  # there, the mean over the processes is not that over the samples
+        for name in ("clean_loss", "ascent_loss", "sharpness", "loss"):
+            assert logs[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
+
+
 # ---- DDP ------------------------------------------------------------------------------------------------------------
 
 
@@ -146,19 +161,7 @@ def test_ddp_counts_what_one_process_skips(ddp, mode):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_synced_processes_equal_one_process_on_the_joint_batch(kind, case, request, tmp_path):
     """Also where the processes have unequal numbers of samples that count."""
-    launch = request.getfixturevalue(kind)
-    one = run(output_dir=tmp_path, max_steps=5, **JOINT[case])
-    results = [result[case] for result in launch.results(f"{kind} joint")]
-    check_equal_on_all(results)
-    assert ("FSDP" if kind == "fsdp2" else "DistributedDataParallel") in results[0]["wrapper"]
-    for name, value in one["weights"].items():
-        torch.testing.assert_close(results[0]["weights"][name], value, rtol=0, atol=1e-6)
-    logs, expected = results[0]["logs"][0], one["logs"][0]
-    for name in ("ascent_grad_norm", "perturbation_norm"):
-        assert logs[name] == pytest.approx(expected[name], rel=1e-4)
-    if "uneven" not in case:  # there, the mean over the processes is not that over the samples
-        for name in ("clean_loss", "ascent_loss", "sharpness", "loss"):
-            assert logs[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
+    check_equals_one_process(request.getfixturevalue(kind).results(f"{kind} joint"), case, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ddp collectives", "ddp collectives, accumulated"])
@@ -262,6 +265,35 @@ def test_failure_of_one_process_ends_the_run(tmp_path):
         train_dataset=[],
     )
     trainer._load_from_checkpoint(str(tmp_path / "ddp fails" / "checkpoint-4"))
+
+
+# ---- More processes, and GPUs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path):
+    launch = Launch(tmp_path, processes=4)
+    launch("ddp modes", "ddp joint", "fsdp2 joint", timeout=600)
+    for mode in MODES:
+        check_equal_on_all([result[mode] for result in launch.results("ddp modes")])
+    for case in JOINT:
+        check_equals_one_process(launch.results("ddp joint"), case, tmp_path)
+        check_equals_one_process(launch.results("fsdp2 joint"), case, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus(tmp_path):
+    launch = Launch(tmp_path, on_gpu=True)
+    launch("ddp modes", "ddp SyncBatchNorm", "ddp joint", "ddp collectives", "fsdp2 on GPUs", timeout=600)
+    for name in ("ddp modes", "ddp SyncBatchNorm"):
+        for mode in launch.results(name)[0]:
+            check_equal_on_all([result[mode] for result in launch.results(name)])
+    for counts in launch.results("ddp collectives"):
+        assert counts["local"] == counts["plain"]
+    for case in JOINT:
+        check_equals_one_process(launch.results("ddp joint"), case, tmp_path, atol=1e-5)
+        check_equals_one_process(launch.results("fsdp2 on GPUs"), case, tmp_path, atol=1e-5)
 
 
 # ---- What is refused ------------------------------------------------------------------------------------------------
