@@ -5,6 +5,7 @@
 import argparse
 import difflib
 import json
+import os
 import platform
 import re
 import shlex
@@ -20,9 +21,12 @@ import yaml
 
 
 if TYPE_CHECKING:
+    from transformers import HfArgumentParser
     from transformers.trainer_utils import PredictionOutput
 
-    from .config import AACEConfig
+
+# Set in the processes that `--accelerate_config` starts.
+_LAUNCHED = "HF_AACE_LAUNCHED"
 
 
 @dataclass
@@ -89,6 +93,52 @@ class DataArguments:
             self.metrics = [self.metrics]
 
 
+@dataclass
+class LaunchArguments:
+    """
+    Which processes to train in, as for `accelerate launch`. Without a configuration, the present process.
+
+    Args:
+        accelerate_config (`str`, *optional*):
+            `"single_gpu"`, `"ddp"`, `"fsdp2"`, or the path of a configuration file of accelerate.
+        num_processes (`int`, *optional*):
+            Number of processes on all machines together. Defaults to one for each GPU, taking each machine to have as
+            many as this one.
+        num_machines (`int`, *optional*, defaults to `1`):
+            Number of machines. The command is started on each.
+        machine_rank (`int`, *optional*, defaults to `0`):
+            The number of this machine, from 0.
+        main_process_ip (`str`, *optional*):
+            The address of machine 0.
+        main_process_port (`int`, *optional*):
+            A free port on machine 0. Defaults to any, for one machine.
+    """
+
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start the processes that a configuration of accelerate asks for: `single_gpu`, `ddp`, `fsdp2`, or the "
+            "path of a file that `accelerate config` wrote."
+        },
+    )
+    num_processes: int | None = field(
+        default=None,
+        metadata={
+            "help": "With `accelerate_config`: number of processes, on all machines. One for each GPU by default."
+        },
+    )
+    num_machines: int = field(default=1, metadata={"help": "With `accelerate_config`: number of machines."})
+    machine_rank: int = field(
+        default=0, metadata={"help": "With `accelerate_config`: number of this machine, from 0."}
+    )
+    main_process_ip: str | None = field(
+        default=None, metadata={"help": "With `accelerate_config`: address of machine 0."}
+    )
+    main_process_port: int | None = field(
+        default=None, metadata={"help": "With `accelerate_config`: a free port on machine 0."}
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     Runs the command.
@@ -124,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
         return _env()
     # What the libraries raise for input they cannot use: bad values, missing files, packages or features.
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        print(f"hf-aace: error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        print(f"hf-aace: error{f' in process {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("hf-aace: interrupted.", file=sys.stderr)
@@ -153,12 +204,13 @@ def _env() -> int:
 # ---- hf-aace train: options ------------------------------------------------
 
 
-def _parse_train_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, "AACEConfig"]:
+def _train_parser(argv: list[str]) -> "HfArgumentParser":
+    """The parser of `argv`, with the defaults that depend on it. Has answered `--help` and unknown options."""
     from transformers import HfArgumentParser
 
     from .config import AACEConfig
 
-    kinds = (ModelArguments, DataArguments, AACEConfig)
+    kinds = (ModelArguments, DataArguments, LaunchArguments, AACEConfig)
     names = [option.name for kind in kinds for option in fields(kind) if option.init]
     parser = HfArgumentParser(
         kinds,
@@ -175,13 +227,11 @@ def _parse_train_arguments(argv: list[str]) -> tuple[ModelArguments, DataArgumen
     parser.set_defaults(**config)
     chosen = parser.parse_known_args(argv)[0]
     parser.set_defaults(**_recipe(chosen.model_name_or_path, chosen.dataset_name) | config)
-    *arguments, _, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    _, unknown = parser.parse_known_args(argv)
     if unknown:
         hint = _did_you_mean(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), names, prefix="--")
         parser.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
-    return tuple(arguments)
+    return parser
 
 
 def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
@@ -274,8 +324,64 @@ def _did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
 # ---- hf-aace train: the job ------------------------------------------------
 
 
+def _launch(options: argparse.Namespace, argv: list[str]) -> int:
+    """Runs `hf-aace train` with the options `argv` in the processes that `options` ask for."""
+    from subprocess import CalledProcessError
+
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    shipped = Path(__file__).with_name("accelerate_configs")
+    config = shipped / f"{options.accelerate_config}.yaml"
+    if not config.is_file():
+        config = Path(options.accelerate_config)
+    if not config.is_file():
+        known = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
+        raise ValueError(f"`accelerate_config` must be one of {known}, or a file, got {options.accelerate_config!r}.")
+    launch = [
+        "--config_file",
+        str(config),
+        "--num_machines",
+        options.num_machines,
+        "--machine_rank",
+        options.machine_rank,
+    ]
+    if options.num_processes is not None or options.accelerate_config in ("ddp", "fsdp2"):
+        num_processes = options.num_processes or torch.cuda.device_count() * options.num_machines
+        if num_processes < 1:
+            raise ValueError("There are no GPUs here to start a process for. Say how many by `num_processes`.")
+        launch += ["--num_processes", num_processes]
+    if options.main_process_ip is not None:
+        launch += ["--main_process_ip", options.main_process_ip]
+    if options.main_process_port is not None or options.num_machines == 1:
+        launch += ["--main_process_port", options.main_process_port or 0]  # 0 is any free one
+    os.environ[_LAUNCHED] = "1"
+    try:
+        launch_command(launch_command_parser().parse_args([*map(str, launch), "--module", "hf_aace", "train", *argv]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        # The process has said why, unless it was killed.
+        print(f"hf-aace: process {rank} failed first, with exit code {failure.exitcode}.", file=sys.stderr)
+        return 1
+    except CalledProcessError as error:
+        return error.returncode
+    except SignalException:
+        return 130
+    finally:
+        del os.environ[_LAUNCHED]
+    return 0
+
+
 def _train(argv: list[str]) -> int:
-    model_args, data_args, training_args = _parse_train_arguments(argv)
+    parser = _train_parser(argv)
+    options = parser.parse_args(argv)
+    if options.accelerate_config is not None and _LAUNCHED not in os.environ and "LOCAL_RANK" not in os.environ:
+        return _launch(options, argv)
+    model_args, data_args, _, training_args, *_ = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
 
     from datasets import Image
     from transformers import set_seed
@@ -314,7 +420,8 @@ def _train(argv: list[str]) -> int:
     try:
         result = trainer.train(resume_from_checkpoint=_resume_from(training_args.resume_from_checkpoint))
     except KeyboardInterrupt:
-        print(f"\n{_how_to_resume(training_args.output_dir, started, argv)}", file=sys.stderr)
+        if trainer.is_world_process_zero():
+            print(f"\n{_how_to_resume(training_args.output_dir, started, argv)}", file=sys.stderr)
         return 130
     trainer.save_model()
     trainer.save_state()
@@ -354,7 +461,10 @@ def _how_to_resume(output_dir: str, started: float, argv: list[str]) -> str:
     states = [state for state in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _time(state) >= started]
     if not states:
         return "Interrupted before the first checkpoint: there is nothing to resume from."
-    command = shlex.join(["hf-aace", "train", *argv, "--resume_from_checkpoint", str(max(states, key=_time).parent)])
+    resume = ["--resume_from_checkpoint", str(max(states, key=_time).parent)]
+    if "LOCAL_RANK" in os.environ and _LAUNCHED not in os.environ:  # the launcher's part of the command is not known
+        return f"Interrupted. To go on from the last checkpoint, add to the command:\n{shlex.join(resume)}"
+    command = shlex.join(["hf-aace", "train", *argv, *resume])
     return f"Interrupted. To go on from the last checkpoint:\n{command}"
 
 

@@ -207,9 +207,9 @@ def interrupted(*mixins, where):
         raise AssertionError("nothing was raised")
     except Interrupted:
         pass
-    after = whole(trainer.model)
     with torch.no_grad():
         logits_after = trainer.model_wrapped(inputs["pixel_values"]).logits
+    after = whole(trainer.model)  # last, since to take the state dict makes FSDP2 forget what it gathered
     return {"before": before, "after": after, "logits": logits, "logits_after": logits_after}
 
 

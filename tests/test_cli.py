@@ -9,6 +9,7 @@ from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
+import accelerate.commands.launch
 import datasets
 import numpy as np
 import PIL.Image
@@ -18,8 +19,9 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, pipeline
 
+import hf_aace
 from hf_aace import AACEConfig, AACETrainer
-from hf_aace.cli import _parse_train_arguments, main
+from hf_aace.cli import _train_parser, main
 from hf_aace.data import load_image_dataset
 
 
@@ -42,7 +44,10 @@ def run(tmp_path_factory):
 
 
 def parse(*argv):
-    return _parse_train_arguments(list(argv))
+    model_args, data_args, _, training_args, *_ = _train_parser(list(argv)).parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True, look_for_args_file=False
+    )
+    return model_args, data_args, training_args
 
 
 # ---- What a run leaves -----------------------------------------------------
@@ -371,3 +376,99 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "hf-aace" in done.stdout
+
+
+# ---- Several processes -----------------------------------------------------
+
+TWO_ON_CPU = ["--accelerate_config", "ddp", "--num_processes", "2", "--use_cpu", "true", "--ddp_backend", "gloo"]
+
+
+def command(*argv):
+    """In a process group of its own, as a user types it."""
+    program = [sys.executable, "-m", "hf_aace", *argv]
+    return subprocess.run(
+        program, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_two_processes_train_one_model():
+    done = command(*TINY, *TWO_ON_CPU, "--output_dir", "two")
+    assert done.returncode == 0, done.stderr
+    # 40 images in two shares: one step of 2 x 20 an epoch, told and written by the main process alone.
+    assert done.stdout.count("Test:") == done.stdout.count("Picture:") == 1
+    assert done.stdout.count("'clean_loss'") == 3
+    state = json.loads(Path("two/trainer_state.json").read_text())
+    assert (state["global_step"], state["epoch"]) == (3, 3.0)
+    assert Path("two/training_curves.png").is_file()
+    logged = json.loads(Path("two/all_results.json").read_text())
+    answers = pipeline("image-classification", model="two", device="cpu")(PIL.Image.new("L", (8, 8)))
+    assert all(0 <= answer["score"] <= 1 for answer in answers)
+    assert 0 <= logged["eval_accuracy"] <= 1
+
+
+def test_bad_input_of_several_processes_is_told_without_a_traceback():
+    done = command(*TINY, *TWO_ON_CPU, "--rho", "nan")
+    assert done.returncode == 1
+    assert "error: `rho` must be a finite number >= 0, got nan" in done.stderr
+    assert "failed first, with exit code 1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--accelerate_config", "single_gpu"], {"num_processes": None, "multi_gpu": False, "use_fsdp": False}),
+        (["--accelerate_config", "ddp"], {"num_processes": 4, "num_machines": 1, "main_process_port": 0}),
+        (["--accelerate_config", "fsdp2", "--num_processes", "3"], {"num_processes": 3}),
+        (
+            [
+                "--accelerate_config",
+                "ddp",
+                "--num_machines",
+                "2",
+                "--machine_rank",
+                "1",
+                "--main_process_ip",
+                "10.0.0.1",
+                "--main_process_port",
+                "29501",
+            ],
+            {
+                "num_processes": 8,
+                "num_machines": 2,
+                "machine_rank": 1,
+                "main_process_ip": "10.0.0.1",
+                "main_process_port": 29501,
+            },
+        ),
+    ],
+)
+def test_accelerate_is_asked_for_these_processes(argv, expected, monkeypatch):
+    """One for each GPU, if no number is given."""
+    launched = []
+    monkeypatch.setattr(accelerate.commands.launch, "launch_command", launched.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert main([*TINY, *argv]) == 0
+    (arguments,) = launched
+    assert {name: getattr(arguments, name) for name in expected} == expected
+    assert (arguments.module, arguments.training_script) == (True, "hf_aace")
+    assert arguments.training_script_args == [*TINY, *argv]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("single_gpu", {"multi_gpu": False, "use_fsdp": False}),
+        ("ddp", {"multi_gpu": True, "use_fsdp": False}),
+        (
+            "fsdp2",
+            {"multi_gpu": False, "use_fsdp": True, "fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"},
+        ),
+    ],
+)
+def test_shipped_configurations_are_what_accelerate_understands(name, expected):
+    path = Path(hf_aace.__file__).with_name("accelerate_configs") / f"{name}.yaml"
+    parser = accelerate.commands.launch.launch_command_parser()
+    parsed = parser.parse_args(["--config_file", str(path), "--num_processes", "2", "script.py"])
+    arguments, *_ = accelerate.commands.launch._validate_launch_command(parsed)
+    assert {key: getattr(arguments, key) for key in expected} == expected
