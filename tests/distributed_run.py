@@ -15,10 +15,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from tiny import MODELS, VANISHING, InOrder, activation_checkpointing, digits, learning_curve, training_arguments
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import TrainerCallback
 
-from hf_aace import AACEConfig, AACETrainer
+from hf_aace import AACEConfig, AACETrainer, perturbed
 
 
 ON_GPU = os.environ.get("DISTRIBUTED_RUN_ON_GPU") == "1"
@@ -213,6 +214,23 @@ def interrupted(*mixins, where):
     return {"before": before, "after": after, "logits": logits, "logits_after": logits_after}
 
 
+def step_on_replicated_shards():
+    """Shards that have copies (HSDP): what `perturbed` makes of them, and of the whole tensors."""
+    mesh = init_device_mesh("cpu", (world_size(), 1), mesh_dim_names=("replicate", "shard"))
+    torch.manual_seed(0)
+    tensors, gradients = [torch.randn(3, 5), torch.randn(4)], [torch.randn(3, 5), torch.randn(4)]
+    sharded, sharded_gradients = (
+        [distribute_tensor(tensor, mesh, [Replicate(), Shard(0)]) for tensor in group]
+        for group in (tensors, gradients)
+    )
+    result = {}
+    for name, pair in {"whole": (tensors, gradients), "sharded": (sharded, sharded_gradients)}.items():
+        with perturbed(*pair, 0.1, normalize=True, adaptive=True) as step:
+            moved = [p.full_tensor().clone() if isinstance(p, DTensor) else p.clone() for p in pair[0]]
+        result[name] = [*moved, step.grad_norm, step.norm]
+    return result
+
+
 class Kill(TrainerCallback):
     """SIGKILL on the eleventh step, in the middle of an accumulation."""
 
@@ -310,6 +328,7 @@ def scenarios(folder):
             "checkpointing": against_plain(plugin(activation_checkpointing=True)),
             "gathered until the backward pass": against_plain(plugin(reshard_after_forward=False)),
         },
+        "fsdp2 replicated": step_on_replicated_shards,
         "fsdp2 interrupted": lambda: {where: interrupted(Fsdp2OnCpu, where=where) for where in ("ascent", "descent")},
         "fsdp2 uninterrupted": lambda: run(Fsdp2OnCpu, output_dir=folder / "fsdp2 uninterrupted", **RESUMABLE),
         "fsdp2 killed": lambda: run(Fsdp2OnCpu, output_dir=folder / "fsdp2 killed", callbacks=[Kill()], **RESUMABLE),

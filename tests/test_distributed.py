@@ -12,10 +12,11 @@ import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
 from distributed_run import JOINT, MODES, run
+from safetensors.torch import load_file
 from tiny import activation_checkpointing, digits, identical, training_arguments, vit, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_module
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from hf_aace import AACEConfig, AACETrainer
@@ -75,7 +76,7 @@ def ddp_switches(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory):
     launch = Launch(tmp_path_factory.mktemp("fsdp2"))
-    launch("fsdp2 joint", "fsdp2 not finite", "fsdp2 interrupted")
+    launch("fsdp2 joint", "fsdp2 not finite", "fsdp2 interrupted", "fsdp2 replicated")
     return launch
 
 
@@ -232,6 +233,12 @@ def test_fsdp2_goes_on_working(fsdp2_switches, switch):
     check_against_plain([result[switch] for result in fsdp2_switches.results("fsdp2 switches")])
 
 
+def test_norm_counts_copies_of_shards_once(fsdp2):
+    """HSDP, in which each shard lies on several processes."""
+    for result in fsdp2.results("fsdp2 replicated"):
+        torch.testing.assert_close(result["sharded"], result["whole"])
+
+
 # ---- Both -----------------------------------------------------------------------------------------------------------
 
 
@@ -259,12 +266,11 @@ def test_failure_of_one_process_ends_the_run(tmp_path):
     """With its error on screen, not by a hang, and with the last checkpoint whole."""
     output = Launch(tmp_path)("ddp fails", fails=True)
     assert "the image of rank 1 is broken" in output
-    trainer = AACETrainer(
-        vit(),
-        training_arguments(AACEConfig, tmp_path, max_steps=8),
-        train_dataset=[],
-    )
-    trainer._load_from_checkpoint(str(tmp_path / "ddp fails" / "checkpoint-4"))
+    checkpoint = tmp_path / "ddp fails" / "checkpoint-4"
+    assert TrainerState.load_from_json(checkpoint / "trainer_state.json").global_step == 4
+    assert all(value.isfinite().all() for value in load_file(checkpoint / "model.safetensors").values())
+    assert torch.load(checkpoint / "optimizer.pt")["param_groups"]
+    assert not (tmp_path / "ddp fails" / "checkpoint-8").exists()
 
 
 # ---- More processes, and GPUs ---------------------------------------------------------------------------------------
