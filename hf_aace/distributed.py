@@ -123,7 +123,8 @@ def average_gradients(
 
 def reshard(model: nn.Module) -> None:
     """
-    Makes the modules of FSDP2 forget the weights that they gathered, which an exception may have left them with.
+    Makes the modules of FSDP2 forget the weights that they have gathered, so that their parameters are the shards. A pass
+    without gradients leaves some gathered, as does an exception. Nothing else is touched.
 
     Args:
         model (`nn.Module`): The model as prepared by accelerate.

@@ -153,6 +153,7 @@ class SharpnessAwareMixin:
         model.train()
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self.optimizer.train()  # a schedule-free one moves the weights here: before we look at them
+        reshard(model)  # evaluation leaves some weights gathered: those are not the ones that the optimizer has
         parameters = self._perturbed_parameters()
         if self._aace_first_step:
             self._check_no_step_inside_backward(parameters)
