@@ -487,8 +487,10 @@ CONSTANT = {"lr_scheduler_type": "constant"}
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of those packages
 def test_optimizers(optim, package, kwargs, tmp_path):
+    """With evaluations, for which the schedule-free ones move the weights, to move them back before the next step."""
     pytest.importorskip(package)
-    check_goes_on_working(vit, tmp_path, optim=optim, steps=10, rho=0.5, **kwargs)
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset": digits(16)}
+    check_goes_on_working(vit, tmp_path, optim=optim, steps=10, rho=0.5, **evaluation, **kwargs)
 
 
 @pytest.mark.parametrize("kwargs", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The swap: what AACETrainer takes, logs and refuses."""
 
+import copy
 import inspect
 import pickle
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from tiny import (
     convnext,
     digits,
     identical,
+    learning_curve,
     trainer_for_single_steps,
     training_arguments,
     vit,
@@ -363,3 +365,28 @@ def test_hooks_that_run_inside_backward_are_refused(tmp_path):
     next(trainer.model.parameters()).register_post_accumulate_grad_hook(lambda p: None)
     with pytest.raises(ValueError, match="register_post_accumulate_grad_hook"):
         trainer.training_step(trainer.model, batch())
+
+
+def test_inputs_that_are_not_copied_keep_their_labels(tmp_path):
+    """A Trainer of one's own may prepare its inputs beforehand."""
+
+    class Prepared(AACETrainer):
+        def _prepare_inputs(self, inputs):
+            return inputs
+
+    trainer = trainer_for_single_steps(vit(), tmp_path, Prepared, rho=0.1)
+    inputs = batch()
+    trainer.training_step(trainer.model, inputs)
+    assert set(inputs) == {"pixel_values", "labels"}
+
+
+def test_logs_of_a_second_training_are_its_own(tmp_path):
+    """The sixth step of the first one was never logged."""
+    # Without momentum, which the first training would leave behind.
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=6, optim="sgd")
+    trainer = AACETrainer(vit(), arguments, train_dataset=digits(64))
+    trainer.train()
+    fresh = AACETrainer(copy.deepcopy(trainer.model), arguments, train_dataset=digits(64))
+    trainer.train()
+    fresh.train()
+    assert learning_curve(trainer)[0] == learning_curve(fresh)[0]
