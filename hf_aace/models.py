@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image classifiers with their image processors: two small built-in ones for 8x8 scans, or any from the Hub or a folder."""
 
+from typing import Any
+
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     ConvNextConfig,
@@ -90,3 +94,38 @@ def load_model_and_processor(
             f"name: {str(error).strip().splitlines()[0]}"
         ) from error
     return model, processor
+
+
+def model_from_architecture(name: str, overrides: dict[str, Any] | None = None) -> PreTrainedModel:
+    """
+    An image classifier with random weights, for what its weights do not matter to.
+
+    Args:
+        name (`str`):
+            One of `BUILTIN_MODELS`; a model type of Transformers in its default size (`"vit"` is ViT-B/16, `"convnext"`
+            ConvNeXt-T, both for 224 pixels); or a folder or a model id on the Hub, of which only the configuration is read.
+        overrides (`dict[str, Any]`, *optional*):
+            Fields of the configuration to change.
+
+    Raises:
+        `ValueError`: If there is no such architecture, it is none of an image classifier, or has no such field.
+    """
+    try:
+        if name in BUILTIN_MODELS:
+            config = _builtin_config(name, {})
+        elif name in CONFIG_MAPPING:
+            config = AutoConfig.for_model(name)
+        else:
+            config = AutoConfig.from_pretrained(name)
+        known = config.to_dict()
+        for key, value in (overrides or {}).items():
+            if key not in known:
+                raise ValueError(f"its configuration has no field {key!r}")
+            setattr(config, key, value)
+        return AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`model_name_or_path` is {name!r}, from which no image classifier can be made. Give a built-in model "
+            f"({', '.join(BUILTIN_MODELS)}), a model type such as `vit` or `convnext`, a folder, or a model id on the Hub: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a training run."""
+"""The pictures: of a training run, and of what steps cost."""
 
 import math
 import os
@@ -71,6 +71,37 @@ def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathL
         _decorate(axes, title, unit)
     figure.savefig(path, dpi=150)
     return True
+
+
+def plot_costs(rows: list[dict[str, Any]], title: str, path: str | os.PathLike) -> None:
+    """
+    Draws what a step costs by each method, relative to plain training, with the quartiles over the rounds.
+
+    Args:
+        rows (`list[dict]`):
+            What [`~hf_aace.benchmark.summarize`] returns.
+        title (`str`):
+            The title: which model, on what.
+        path (`str` or `os.PathLike`):
+            The file to write; its suffix gives the format.
+    """
+    figure = Figure(figsize=(7.5, 1.2 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    names, ratios = [row["name"] for row in rows], [row["ratio"] for row in rows]
+    spread = [
+        [row["ratio"] - row["ratio_quartiles"][0] for row in rows],
+        [row["ratio_quartiles"][1] - row["ratio"] for row in rows],
+    ]
+    colours = [_BLUE if name.startswith("AACE") else _ORANGE if name.startswith("SAM") else "0.6" for name in names]
+    bars = axes.barh(names, ratios, xerr=spread, color=colours, ecolor="0.3", capsize=3)
+    axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=8)
+    axes.axvline(1, color="0.3", linewidth=0.8, linestyle="--")
+    axes.set_xlim(0, 1.15 * max(row["ratio_quartiles"][1] for row in rows))
+    axes.invert_yaxis()
+    axes.set_title(title, loc="left", fontweight="bold", fontsize="medium")
+    axes.set_xlabel("time of a step, relative to plain training (median and quartiles)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
 
 
 def _curve(log_history: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:

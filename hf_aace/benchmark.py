@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step costs: plain training, sharpness-aware training and other implementations of it, measured in turns in one run."""
+
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from .config import AACEArguments, AACEConfig
+from .trainer import AACETrainer
+
+
+@dataclass
+class Method:
+    """
+    A way to make one training step.
+
+    Args:
+        name (`str`):
+            What the tables call it.
+        settings (`AACEArguments`):
+            The settings of the step; `rho=0` is plain training.
+    """
+
+    name: str
+    settings: AACEArguments
+
+
+PLAIN = Method("plain Trainer", AACEArguments(rho=0.0))
+
+
+def default_methods(fractions: list[float]) -> list[Method]:
+    """
+    Plain training, SAM, and AACE with the whole batch and with parts of it.
+
+    Args:
+        fractions (`list[float]`): Values of `ascent_fraction` below 1.
+    """
+    sam = AACEArguments(rho=0.05, perturbation_loss="cross_entropy", normalize_perturbation=True)
+    parts = [
+        Method(f"AACE, {fraction:.3g} of the batch", AACEArguments(ascent_fraction=fraction)) for fraction in fractions
+    ]
+    return [PLAIN, Method("AACE", AACEArguments()), *parts, Method("SAM", sam)]
+
+
+@dataclass
+class Measurement:
+    """
+    What was measured of a method.
+
+    Args:
+        name (`str`): The method.
+        seconds (`list[float]`): The times of its steps, optimizer included, data loading not.
+        ratios (`list[float]`): Each of them over the plain step of the same round.
+        peak_bytes (`int`, *optional*):
+            The most memory that was allocated at a time in the course of a step, on top of what was allocated before it.
+    """
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+
+def measure(
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    args: AACEConfig,
+    methods: list[Method],
+    *,
+    rounds: int,
+    warmup: int,
+    peers: bool = False,
+) -> list[Measurement]:
+    """
+    Trains `model` on one batch over and over, each round by every method in turn, so that whatever drifts, in the machine
+    or in the model, hits all of them alike.
+
+    Args:
+        model (`nn.Module`):
+            The model. It is trained, by all methods one after the other.
+        batch (`dict[str, torch.Tensor]`):
+            The batch, on the CPU.
+        args ([`AACEConfig`]):
+            Optimizer, precision, compilation and device. Batch size, number of steps and reporting are set here.
+        methods (`list[Method]`):
+            The methods; the first of them is the one that the others are compared with.
+        rounds (`int`):
+            How often each method is timed.
+        warmup (`int`):
+            Rounds before that.
+        peers (`bool`, *optional*, defaults to `False`):
+            Whether to measure pytorch_optimizer's SAM too, in the loop that its documentation recommends.
+
+    Returns:
+        `list[Measurement]`: A measurement for each method, then one for each peer.
+    """
+    samples = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["labels"]))]
+    args = replace(
+        args,
+        per_device_train_batch_size=len(samples),
+        max_steps=len(methods) * (warmup + rounds + 1),
+        logging_strategy="no",
+        save_strategy="no",
+        eval_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+    )
+    trainer = AACETrainer(model, args, train_dataset=samples)
+    trainer.remove_callback(PrinterCallback)
+    stopwatch = _Stopwatch(trainer, methods, rounds, warmup, [_SamOfPytorchOptimizer()] if peers else [])
+    trainer.add_callback(stopwatch)
+    trainer.train()
+    return stopwatch.measurements
+
+
+class _Stopwatch(TrainerCallback):
+    """Gives each step its method, and times it. A last round measures the memory."""
+
+    def __init__(
+        self,
+        trainer: AACETrainer,
+        methods: list[Method],
+        rounds: int,
+        warmup: int,
+        peers: list["_SamOfPytorchOptimizer"],
+    ):
+        self._trainer, self._methods, self._peers = trainer, methods, peers
+        self._rounds, self._warmup = rounds, warmup
+        self.measurements = [Measurement(method.name) for method in [*methods, *peers]]
+        self._bar = tqdm(total=rounds + warmup + 1, desc="rounds", leave=False)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        turn, index = divmod(state.global_step, len(self._methods))
+        # From another one in each round, as a method may leave caches in a state that the next one feels.
+        self._index = (index + turn) % len(self._methods)
+        self._turn = turn
+        for name, value in vars(self._methods[self._index].settings).items():
+            setattr(args, name, value)
+        self._begin()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._end(self._index)
+        if (state.global_step - 1) % len(self._methods) < len(self._methods) - 1:
+            return
+        inputs = self._trainer._prepare_inputs(self._batch(args))
+        for index, peer in enumerate(self._peers, start=len(self._methods)):
+            peer.prepare(model, args)
+            self._begin()
+            peer.step(self._trainer.model_wrapped, inputs)
+            self._end(index)
+        if self._warmup <= self._turn < self._warmup + self._rounds:
+            plain = self.measurements[0].seconds[-1]
+            for measurement in self.measurements:
+                measurement.ratios.append(measurement.seconds[-1] / plain)
+        self._bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()
+
+    def _batch(self, args):
+        return self._trainer.data_collator([self._trainer.train_dataset[i] for i in range(args.train_batch_size)])
+
+    def _begin(self):
+        self._memory = _PeakMemory(self._trainer.args.device) if self._turn == self._warmup + self._rounds else None
+        if self._memory is not None:
+            self._memory.__enter__()
+        _synchronize(self._trainer.args.device)
+        self._started = time.perf_counter()
+
+    def _end(self, index):
+        _synchronize(self._trainer.args.device)
+        seconds = time.perf_counter() - self._started
+        if self._memory is not None:
+            self._memory.__exit__(None, None, None)
+            self.measurements[index].peak_bytes = self._memory.peak_bytes
+        elif self._turn >= self._warmup:
+            self.measurements[index].seconds.append(seconds)
+
+
+class _SamOfPytorchOptimizer:
+    """The two passes by hand that the documentation of pytorch_optimizer recommends, with AdamW below."""
+
+    name = "SAM of pytorch_optimizer"
+    _optimizer = None
+
+    def prepare(self, model: nn.Module, args: AACEConfig) -> None:
+        from pytorch_optimizer import SAM
+
+        if self._optimizer is None:
+            self._optimizer = SAM(
+                model.parameters(),
+                torch.optim.AdamW,
+                rho=0.05,
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                fused=True,
+            )
+            self._max_grad_norm = args.max_grad_norm
+
+    def step(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+        model(**inputs).loss.backward()
+        self._optimizer.first_step(zero_grad=True)
+        model(**inputs).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), self._max_grad_norm)
+        self._optimizer.second_step(zero_grad=True)
+
+
+class _PeakMemory:
+    """Context manager: the most bytes allocated at a time inside, on top of those on entering."""
+
+    peak_bytes: int | None = None
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def __enter__(self):
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:  # the allocator of the CPU counts for the profiler only
+            self._profiler = torch.profiler.profile(profile_memory=True)
+            self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        if self._device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+            return
+        self._profiler.__exit__(*exception)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            self._profiler.export_chrome_trace(str(path))
+            events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+        self.peak_bytes = max(itertools.accumulate((change for _, change in changes), initial=0))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summarize(measurements: list[Measurement], batch_size: int) -> list[dict[str, Any]]:
+    """
+    The numbers to report.
+
+    Args:
+        measurements (`list[Measurement]`): The measurements, that of plain training first.
+        batch_size (`int`): Images in a step.
+
+    Returns:
+        `list[dict]`: For each method its `name`, the median `seconds` of a step, `images_per_second`, the `ratio` to plain
+        training (median of the ratios in each round) with its quartiles, `peak_bytes`, and `extra_peak_bytes` over plain.
+    """
+    rows = []
+    for measurement in measurements:
+        seconds = statistics.median(measurement.seconds)
+        low, ratio, high = statistics.quantiles(measurement.ratios, n=4, method="inclusive")
+        rows.append(
+            {
+                "name": measurement.name,
+                "seconds": seconds,
+                "images_per_second": batch_size / seconds,
+                "ratio": ratio,
+                "ratio_quartiles": [low, high],
+                "peak_bytes": measurement.peak_bytes,
+                "extra_peak_bytes": measurement.peak_bytes - measurements[0].peak_bytes,
+            }
+        )
+    return rows
+
+
+def random_batch(model: nn.Module, batch_size: int, image_size: int | None = None) -> dict[str, torch.Tensor]:
+    """
+    Noise of the shape that an image classifier takes, with random labels.
+
+    Args:
+        model (`nn.Module`): The model, whose `config` has `num_channels` and `num_labels`.
+        batch_size (`int`): Number of images.
+        image_size (`int`, *optional*): Height and width in pixels. Defaults to what the configuration says.
+
+    Raises:
+        `ValueError`: If neither the configuration nor the argument says how large the images are.
+    """
+    size = getattr(model.config, "image_size", None) if image_size is None else image_size
+    if size is None:
+        raise ValueError(f"The configuration of {type(model).__name__} has no `image_size`: say it by `--image_size`.")
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "pixel_values": torch.randn(batch_size, model.config.num_channels, height, width, generator=generator),
+        "labels": torch.randint(model.config.num_labels, (batch_size,), generator=generator),
+    }

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark measures what it says; how fast it is here is no test."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import batch, convnext, resnet, training_arguments, vit
+from torch import nn
+
+from hf_aace import AACEArguments, AACEConfig
+from hf_aace.benchmark import PLAIN, Measurement, Method, default_methods, measure, random_batch, summarize
+from hf_aace.cli import main
+from hf_aace.models import model_from_architecture
+
+
+def bytes_of(parameters):
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def test_every_method_has_its_turn_in_every_round(tmp_path):
+    """Each with its own settings, and none with those of another: plain steps make no ascent pass."""
+    model, passes = vit(), []
+    model.register_forward_hook(lambda module, inputs, outputs: passes.append(len(outputs.logits)))
+    methods = default_methods([0.25])
+    result = measure(model, batch(16), training_arguments(AACEConfig, tmp_path), methods, rounds=3, warmup=1)
+    assert [measurement.name for measurement in result] == [
+        "plain Trainer",
+        "AACE",
+        "AACE, 0.25 of the batch",
+        "SAM",
+    ]
+    # Turn by turn, each round begins with another method.
+    steps = {0: [16], 1: [16, 16], 2: [4, 16], 3: [16, 16]}
+    order = [(index + turn) % 4 for turn in range(5) for index in range(4)]
+    assert passes == [size for index in order for size in steps[index]]
+    for measurement in result:
+        assert len(measurement.seconds) == len(measurement.ratios) == 3
+        assert all(seconds > 0 for seconds in measurement.seconds)
+    assert result[0].ratios == [1, 1, 1]
+
+
+class Wide(nn.Module):
+    """Many weights and few activations, so that a copy of the weights shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 4000), nn.Linear(4000, 10)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.head(self.body(pixel_values.flatten(1)).relu())
+        return {"logits": logits} | ({} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)})
+
+
+@pytest.mark.parametrize("part", ["all", "body"])
+@pytest.mark.parametrize("make_model", [Wide, vit, convnext])
+def test_memory_over_plain_is_at_most_a_copy_of_what_is_perturbed(make_model, part, tmp_path):
+    """The backup. What else is allocated goes before the descent pass begins."""
+    model = make_model()
+    pattern = {"all": None, "body": "body|layers"}[part]
+    perturbed = [p for name, p in model.named_parameters() if pattern is None or "body" in name or "layers" in name]
+    methods = [PLAIN, Method("AACE", AACEArguments(perturb_modules=pattern))]
+    result = measure(model, batch(16), training_arguments(AACEConfig, tmp_path), methods, rounds=2, warmup=1)
+    extra = result[1].peak_bytes - result[0].peak_bytes
+    assert result[0].peak_bytes > 0
+    assert extra <= 1.02 * bytes_of(perturbed)
+
+
+def test_summary_is_of_medians():
+    rows = summarize(
+        [
+            Measurement("plain", [1.0, 1.0, 10.0], [1, 1, 1], 100),
+            Measurement("other", [2.0, 1.0, 30.0], [2, 1, 3], 150),
+        ],
+        batch_size=8,
+    )
+    assert rows[1]["seconds"] == 2.0
+    assert rows[1]["images_per_second"] == 4.0
+    assert rows[1]["ratio"] == 2
+    assert rows[1]["ratio_quartiles"] == [1.5, 2.5]
+    assert rows[1]["extra_peak_bytes"] == 50
+
+
+def test_command_leaves_numbers_and_a_picture(tmp_path, capsys):
+    pytest.importorskip("pytorch_optimizer")
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+    }
+    argv = "benchmark --model_name_or_path vit --batch_size 4 --rounds 2 --warmup 1 --device cpu --peers true"
+    overrides = json.dumps(size)
+    assert main([*argv.split(), "--config_overrides", overrides, "--output_dir", str(tmp_path / "cost")]) == 0
+    screen = capsys.readouterr().out
+    report = json.loads((tmp_path / "cost" / "benchmark.json").read_text())
+    names = [row["name"] for row in report["methods"]]
+    assert names[0] == "plain Trainer" and names[-1] == "SAM of pytorch_optimizer" and len(names) == 7
+    assert all(name in screen for name in names)
+    assert (tmp_path / "cost" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(Path(tmp_path / "cost").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--rounds", "1"], "`rounds` must be at least 2, got 1"),
+        (["--device", "tpu"], "`device` must be `auto`, `cpu` or `cuda`, got 'tpu'"),
+        (["--model_name_or_path", "bert"], "`model_name_or_path` is 'bert', from which no image classifier"),
+        (["--model_name_or_path", "vit", "--config_overrides", '{"width": 3}'], "no field 'width'"),
+        (["--config_overrides", "{width"], "`config_overrides` must be a JSON object, got '{width'"),
+        (["--fractions", "0.5", "2"], "`ascent_fraction` must lie in (0, 1], got 2.0"),
+    ],
+)
+def test_bad_input_is_told_in_one_sentence(argv, expected, capsys):
+    assert main(["benchmark", "--device", "cpu", *argv]) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_noise_is_of_the_shape_that_the_model_takes():
+    model = vit()
+    images = random_batch(model, 3)
+    assert images["pixel_values"].shape == (3, 1, 8, 8)
+    assert images["labels"].max() < 10
+    assert random_batch(model, 3, 16)["pixel_values"].shape == (3, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"no `image_size`: say it by `--image_size`"):
+        random_batch(resnet(), 3)  # takes images of any size
+
+
+def test_a_model_type_gives_its_default_size():
+    with torch.device("meta"):
+        model = model_from_architecture("vit")
+    assert sum(p.numel() for p in model.parameters()) > 85e6  # ViT-B/16
