@@ -71,6 +71,34 @@ class SyncBatchNorms:
         super().__init__(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model), *args, **kwargs)
 
 
+class SyncBatchNormOnCpu(torch.nn.BatchNorm2d):
+    """What SyncBatchNorm computes, by collectives that the CPU has too: statistics over the samples of all processes."""
+
+    def forward(self, input):
+        dims = (0, 2, 3)
+        sums = torch.stack([input.sum(dims), input.square().sum(dims)])
+        count = input.numel() // input.shape[1] * world_size()
+        mean, square = torch.distributed.nn.functional.all_reduce(sums) / count
+        variance = square - mean.square()
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return input * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
+
+
+class SyncBatchNormsOnCpu:
+    """Torch has the real ones for GPUs only."""
+
+    def __init__(self, model, *args, **kwargs):
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.__class__ = SyncBatchNormOnCpu
+        super().__init__(model, *args, **kwargs)
+
+
 class NotFiniteOnLastRank:
     """The ascent gradient of the last process is not finite on the third and the fourth step."""
 
@@ -304,6 +332,7 @@ def scenarios(folder):
             "bucket views": against_plain(BucketViews, gradient_accumulation_steps=2),
             "accumulation": against_plain(gradient_accumulation_steps=2),
             "BatchNorm": against_plain(name="resnet"),
+            "SyncBatchNorm": against_plain(SyncBatchNormsOnCpu, name="resnet"),
             "bf16": against_plain(bf16=True),
             "checkpointing": against_plain(gradient_accumulation_steps=2, **activation_checkpointing(False)),
             "reentrant checkpointing": against_plain(gradient_accumulation_steps=2, **activation_checkpointing(True)),

@@ -52,54 +52,40 @@ class Launch:
         return [torch.load(self.folder / f"{name}-{rank}.pt") for rank in range(self.processes)]
 
 
+# As few launches as there can be: each takes seconds to import everything.
+
+
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
     launch = Launch(tmp_path_factory.mktemp("ddp"))
+    launch("ddp killed", fails=True)
     launch(
         "ddp modes",
         "ddp not finite",
         "ddp joint",
         "ddp collectives",
         "ddp collectives, accumulated",
+        "ddp switches",
         "ddp interrupted",
+        "ddp uninterrupted",
+        "ddp resumed",
     )
-    return launch
-
-
-@pytest.fixture(scope="module")
-def ddp_switches(tmp_path_factory):
-    launch = Launch(tmp_path_factory.mktemp("ddp_switches"))
-    launch("ddp switches")
     return launch
 
 
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory):
     launch = Launch(tmp_path_factory.mktemp("fsdp2"))
-    launch("fsdp2 joint", "fsdp2 not finite", "fsdp2 interrupted", "fsdp2 replicated")
-    return launch
-
-
-@pytest.fixture(scope="module")
-def fsdp2_switches(tmp_path_factory):
-    launch = Launch(tmp_path_factory.mktemp("fsdp2_switches"))
-    launch("fsdp2 switches")
-    return launch
-
-
-@pytest.fixture(scope="module")
-def ddp_resumed(tmp_path_factory):
-    launch = Launch(tmp_path_factory.mktemp("ddp_resumed"))
-    launch("ddp killed", fails=True)
-    launch("ddp uninterrupted", "ddp resumed")
-    return launch
-
-
-@pytest.fixture(scope="module")
-def fsdp2_resumed(tmp_path_factory):
-    launch = Launch(tmp_path_factory.mktemp("fsdp2_resumed"))
     launch("fsdp2 killed", fails=True)
-    launch("fsdp2 uninterrupted", "fsdp2 resumed")
+    launch(
+        "fsdp2 joint",
+        "fsdp2 not finite",
+        "fsdp2 switches",
+        "fsdp2 replicated",
+        "fsdp2 interrupted",
+        "fsdp2 uninterrupted",
+        "fsdp2 resumed",
+    )
     return launch
 
 
@@ -184,6 +170,7 @@ SWITCHES = (
     "bucket views",
     "accumulation",
     "BatchNorm",
+    "SyncBatchNorm",
     "bf16",
     "checkpointing",
     "reentrant checkpointing",
@@ -210,8 +197,8 @@ def check_against_plain(results):
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_ddp_goes_on_working(ddp_switches, switch):
-    check_against_plain([result[switch] for result in ddp_switches.results("ddp switches")])
+def test_ddp_goes_on_working(ddp, switch):
+    check_against_plain([result[switch] for result in ddp.results("ddp switches")])
 
 
 # ---- FSDP2 ----------------------------------------------------------------------------------------------------------
@@ -229,8 +216,8 @@ def test_fsdp2_skips_together(fsdp2, mode):
 @pytest.mark.parametrize(
     "switch", ["accumulation", "full batch", "bf16", "checkpointing", "gathered until the backward pass"]
 )
-def test_fsdp2_goes_on_working(fsdp2_switches, switch):
-    check_against_plain([result[switch] for result in fsdp2_switches.results("fsdp2 switches")])
+def test_fsdp2_goes_on_working(fsdp2, switch):
+    check_against_plain([result[switch] for result in fsdp2.results("fsdp2 switches")])
 
 
 def test_norm_counts_copies_of_shards_once(fsdp2):
@@ -253,7 +240,7 @@ def test_exception_leaves_the_weights(kind, where, request):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_killed_and_resumed_run_ends_as_one_never_killed(kind, request):
-    launch = request.getfixturevalue(f"{kind}_resumed")
+    launch = request.getfixturevalue(kind)
     for uninterrupted, resumed in zip(
         launch.results(f"{kind} uninterrupted"), launch.results(f"{kind} resumed"), strict=True
     ):
