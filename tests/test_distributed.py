@@ -19,7 +19,9 @@ from torch.distributed.tensor import distribute_module
 from transformers import TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
+import hf_aace
 from hf_aace import AACEConfig, AACETrainer
+from hf_aace.models import load_model_and_processor
 
 
 class Launch:
@@ -272,6 +274,50 @@ def test_four_processes(tmp_path):
     for case in JOINT:
         check_equals_one_process(launch.results("ddp joint"), case, tmp_path)
         check_equals_one_process(launch.results("fsdp2 joint"), case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["vit-tiny-digits", "convnext-tiny-digits"])
+def test_command_under_the_shipped_configuration_for_fsdp2(model, tmp_path):
+    """By `accelerate launch`: it trains in shards, and leaves a model in one piece."""
+    config = Path(hf_aace.__file__).with_name("accelerate_configs") / "fsdp2.yaml"
+    launcher = [
+        "accelerate.commands.launch",
+        "--config_file",
+        config,
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    options = [
+        "--use_cpu",
+        "true",
+        "--ddp_backend",
+        "gloo",
+        "--max_steps",
+        "4",
+        "--train_size",
+        "40",
+        "--disable_tqdm",
+        "true",
+    ]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", *launcher, Path(__file__).with_name("fsdp2_cli_run.py")),
+            *("train", *options, "--model_name_or_path", model, "--output_dir", tmp_path / "run"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "`sync_ascent=False` is taken as True with FSDP2" in done.stderr
+    assert done.stdout.count("Test:") == 1
+    built, _ = load_model_and_processor(model, {i: str(i) for i in range(10)})
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert sum(value.numel() for value in saved.values()) == sum(p.numel() for p in built.parameters())
 
 
 @pytest.mark.gpu
