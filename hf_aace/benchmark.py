@@ -193,20 +193,19 @@ class _SamOfPytorchOptimizer:
     """The two passes by hand that the documentation of pytorch_optimizer recommends, with AdamW below."""
 
     name = "SAM of pytorch_optimizer"
-    _optimizer = None
+
+    def __init__(self):
+        try:
+            from pytorch_optimizer import SAM
+        except ImportError as error:
+            raise ImportError("To measure peers too, install them: `pip install pytorch-optimizer`.") from error
+        self._make_optimizer, self._optimizer = SAM, None
 
     def prepare(self, model: nn.Module, args: AACEConfig) -> None:
-        from pytorch_optimizer import SAM
-
+        """Makes the optimizer, at the first call: the model is on its device by then."""
         if self._optimizer is None:
-            self._optimizer = SAM(
-                model.parameters(),
-                torch.optim.AdamW,
-                rho=0.05,
-                lr=args.learning_rate,
-                weight_decay=args.weight_decay,
-                fused=True,
-            )
+            settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
+            self._optimizer = self._make_optimizer(model.parameters(), torch.optim.AdamW, rho=0.05, **settings)
             self._max_grad_norm = args.max_grad_norm
 
     def step(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:

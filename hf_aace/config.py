@@ -60,7 +60,8 @@ class AACEArguments:
     sync_ascent: bool = field(
         default=False,
         metadata={
-            "help": "With several processes: perturb by the gradient averaged over them instead of by each one's own."
+            "help": "With several processes: perturb by the gradient averaged over them instead of by each one's own. FSDP2 "
+            "always does."
         },
     )
     perturb_every: int = field(
@@ -130,8 +131,8 @@ class AACEConfig(AACEArguments, TrainingArguments):
     Args:
         rho (`float`, *optional*, defaults to `0.01`):
             Size of the ascent step, `>= 0`. Un-normalised it is a step size, in units of weight per unit of gradient;
-            with `normalize_perturbation` it is a length in weight space. Independent of accumulation steps, label
-            smoothing and the fp16 loss scale. `0` is plain training, bit for bit.
+            with `normalize_perturbation` it is a length in weight space. Independent of accumulation steps, number of
+            processes, label smoothing and the fp16 loss scale. `0` is plain training, bit for bit.
         perturbation_loss (`str`, *optional*, defaults to `"aace"`):
             The loss whose gradient gives the ascent step: `"aace"` (descended: away from the true class) or
             `"cross_entropy"` (ascended, as SAM does). Always the mean over the samples, without label smoothing.
@@ -150,7 +151,8 @@ class AACEConfig(AACEArguments, TrainingArguments):
             Under gradient accumulation, what one perturbation is computed from: each `"micro_batch"` for itself, or
             the `"full_batch"` that makes up the optimizer step.
         sync_ascent (`bool`, *optional*, defaults to `False`):
-            With several processes, whether to perturb by the gradient averaged over them instead of by each one's own.
+            With several processes, whether to perturb by the gradient averaged over them (that of the mean over all their
+            samples) instead of by each one's own. Costs one all-reduce more. With FSDP2 it is always so.
         perturb_every (`int`, *optional*, defaults to `1`):
             Perturb on every this many optimizer steps; the steps between are plain.
         perturb_modules (`str`, *optional*):

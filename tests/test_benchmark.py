@@ -2,6 +2,7 @@
 """The benchmark measures what it says; how fast it is here is no test."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,12 @@ def test_command_leaves_numbers_and_a_picture(tmp_path, capsys):
 def test_bad_input_is_told_in_one_sentence(argv, expected, capsys):
     assert main(["benchmark", "--device", "cpu", *argv]) == 1
     assert expected in capsys.readouterr().err
+
+
+def test_peers_that_are_not_installed_are_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    assert main(["benchmark", "--device", "cpu", "--peers", "true"]) == 1
+    assert "`pip install pytorch-optimizer`" in capsys.readouterr().err
 
 
 def test_noise_is_of_the_shape_that_the_model_takes():
