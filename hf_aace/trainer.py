@@ -170,7 +170,7 @@ class SharpnessAwareMixin:
                     'DDP would count the ascent pass too. Set `activation_checkpointing_kwargs={"use_reentrant": False}`.'
                 ) from error
             self._aace_uses_backward = True
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            for buffer, before in zip(self.model.buffers(), buffers, strict=False):  # no copies after the first step
                 buffer.copy_(before)  # BatchNorm counts each batch once
             gradients, losses = self._ascent_pass(model, window, parameters)
         self._aace_first_step = False
