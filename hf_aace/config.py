@@ -146,7 +146,8 @@ class AACEConfig(AACEArguments, TrainingArguments):
             Only for `perturbation_loss="aace"`.
         ascent_fraction (`float`, *optional*, defaults to `1.0`):
             Share of each batch that the ascent pass uses, in `(0, 1]`: its first `round(ascent_fraction * batch)`
-            samples, at least one. The descent pass always uses the whole batch.
+            samples, at least one. The descent pass always uses the whole batch. BatchNorm takes its running statistics from
+            the ascent pass, so from these samples: keep to a dozen or more for a model that has it.
         ascent_scope (`str`, *optional*, defaults to `"micro_batch"`):
             Under gradient accumulation, what one perturbation is computed from: each `"micro_batch"` for itself, or
             the `"full_batch"` that makes up the optimizer step.
