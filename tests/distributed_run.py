@@ -360,6 +360,7 @@ def scenarios(folder):
             "full batch": against_plain(Fsdp2OnCpu, gradient_accumulation_steps=2, ascent_scope="full_batch"),
             "bf16": against_plain(Fsdp2OnCpu, bf16=True),
             "checkpointing": against_plain(plugin(activation_checkpointing=True)),
+            "torch_compile": against_plain(Fsdp2OnCpu, torch_compile=True, torch_compile_backend="aot_eager"),
             "gathered until the backward pass": against_plain(plugin(reshard_after_forward=False)),
         },
         "fsdp2 replicated": step_on_replicated_shards,
