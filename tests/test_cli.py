@@ -21,7 +21,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 
 import hf_aace
 from hf_aace import AACEConfig, AACETrainer
-from hf_aace.cli import _train_parser, main
+from hf_aace.cli import main
+from hf_aace.cli.train import train_parser
 from hf_aace.data import load_image_dataset
 
 
@@ -44,7 +45,7 @@ def run(tmp_path_factory):
 
 
 def parse(*argv):
-    model_args, data_args, _, training_args, *_ = _train_parser(list(argv)).parse_args_into_dataclasses(
+    model_args, data_args, _, training_args, *_ = train_parser(list(argv)).parse_args_into_dataclasses(
         list(argv), return_remaining_strings=True, look_for_args_file=False
     )
     return model_args, data_args, training_args
@@ -446,7 +447,7 @@ def test_bad_input_of_several_processes_is_told_without_a_traceback():
 def test_accelerate_is_asked_for_these_processes(argv, expected, monkeypatch):
     """One for each GPU, if no number is given."""
     launched = []
-    monkeypatch.setattr(accelerate.commands.launch, "launch_command", launched.append)
+    monkeypatch.setattr("hf_aace.cli.train.launch_command", launched.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert main([*TINY, *argv]) == 0
     (arguments,) = launched

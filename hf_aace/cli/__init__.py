@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `hf-aace`: trains an image classifier, measures what that costs, or says what is installed."""
+
+# What needs torch is imported where it is used: `--help` and `--version` are to answer at once.
+import argparse
+import importlib
+import os
+import platform
+import sys
+from importlib.metadata import version
+
+
+# Each is a module here of that name, with a function `run` that takes the rest of the command line.
+_COMMANDS = {
+    "train": "train a model; without options, a small ConvNeXt on scans of digits (see hf-aace train --help)",
+    "benchmark": "measure what a step costs, with your model on your machine (see hf-aace benchmark --help)",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs the command.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            The arguments of the command line. Defaults to those of the process.
+
+    Returns:
+        `int`: The exit code: 0, or 1 after bad input, which is told in one sentence, or 130 after Ctrl-C.
+
+    Raises:
+        `SystemExit`: By `argparse`, for `--help` and for usage errors (code 2).
+    """
+    parser = argparse.ArgumentParser(
+        prog="hf-aace", description="Sharpness-aware training of image classifiers with the Hugging Face Trainer."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-aace {version('hf-aace')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in _COMMANDS.items():
+        # Its own parser, in its own module, answers `--help`.
+        commands.add_parser(name, add_help=False, help=summary)
+    commands.add_parser("env", help="print versions and hardware, for a bug report")
+    argv = sys.argv[1:] if argv is None else argv
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        if arguments.command in _COMMANDS:
+            return importlib.import_module(f".{arguments.command.replace('-', '_')}", __package__).run(rest)
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return _env()
+    # What the libraries raise for input they cannot use: bad values, missing files, packages or features.
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        rank = int(os.environ.get("RANK", 0))
+        print(f"hf-aace: error{f' in process {rank}' if rank else ''}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hf-aace: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _env() -> int:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    packages = ("hf-aace", "torch", "transformers", "accelerate", "datasets", "evaluate")
+    report = {package: version(package) for package in packages} | {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "CPU threads": torch.get_num_threads(),
+        "GPUs": ", ".join(gpus) or "none",
+    }
+    for name, value in report.items():
+        print(f"{name}: {value}")
+    return 0

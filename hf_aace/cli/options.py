@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that the commands share: which model, which data, and how they are read from the command line and files."""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+from ..config import AACEConfig
+from ..models import BUILTIN_MODELS
+
+
+@dataclass
+class ModelArguments:
+    """
+    Which model to train.
+
+    Args:
+        model_name_or_path (`str`, *optional*, defaults to `"convnext-tiny-digits"`):
+            A built-in model, a local folder, or a model id on the Hub.
+    """
+
+    model_name_or_path: str = field(
+        default="convnext-tiny-digits",
+        metadata={
+            "help": "The model: `convnext-tiny-digits` or `vit-tiny-digits` (small, from scratch, for 8x8 images), a "
+            "local folder, or a model id on the Hub. Learning rate, batch size, epochs and the like have other "
+            "defaults for the built-in two, shown here, than for models to fine-tune."
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """
+    What to train on, and what to measure.
+
+    Args:
+        dataset_name (`str`, *optional*, defaults to `"digits"`):
+            `"digits"`, a folder of images, or the id of a data set on the Hub.
+        train_size (`int`, *optional*):
+            Train on this many images only. Defaults to all.
+        label_noise (`float`, *optional*, defaults to `0.0`):
+            Share of the training labels to replace by wrong ones.
+        metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1", "confusion_matrix"]`):
+            The metrics, as [`~hf_aace.metrics.load_metric`] knows them.
+    """
+
+    dataset_name: str = field(
+        default="digits",
+        metadata={
+            "help": "The images: `digits` (8x8 scans, bundled with scikit-learn), a folder with one sub-folder of "
+            "images for each class (perhaps below `train` and `test`), or the id of a data set on the Hub."
+        },
+    )
+    train_size: int | None = field(
+        default=None,
+        metadata={"help": "Train on this many images only, drawn with `seed`, each class keeping its share."},
+    )
+    label_noise: float = field(
+        default=0.0,
+        metadata={"help": "Share of the training labels, in [0, 1), replaced by wrong ones drawn with `seed`."},
+    )
+    metrics: list[str] = field(
+        default_factory=lambda: ["accuracy", "macro_f1", "confusion_matrix"],
+        metadata={
+            "help": "Metrics: `accuracy`, `macro_f1`, `confusion_matrix` (once, at the end), or any that "
+            "`evaluate.load` finds on the Hub."
+        },
+    )
+
+    def __post_init__(self):
+        if isinstance(self.metrics, str):  # a single name in a configuration file
+            self.metrics = [self.metrics]
+
+
+def training_parser(command: str, description: str, kinds: tuple[type, ...], argv: list[str]) -> HfArgumentParser:
+    """
+    The parser of a command that trains models, with the defaults that depend on its arguments. Has answered `--help` and
+    unknown options.
+
+    Args:
+        command (`str`): The name of the command.
+        description (`str`): What it does, for `--help`.
+        kinds (`tuple[type, ...]`): The dataclasses whose fields are options beside those of model, data and training.
+        argv (`list[str]`): The arguments of the command line.
+    """
+    kinds = (ModelArguments, DataArguments, *kinds, AACEConfig)
+    names = [option.name for kind in kinds for option in fields(kind) if option.init]
+    parser = HfArgumentParser(
+        kinds,
+        prog=f"hf-aace {command}",
+        usage=f"hf-aace {command} [--config FILE] [options]",  # all of them would fill pages, at every usage error
+        description=description,
+        allow_abbrev=False,  # an abbreviation would take a misspelt option for another one
+    )
+    parser.add_argument("--config", help="A YAML or JSON file with options by name; the command line overrides it.")
+    parser.set_defaults(**_recipe(ModelArguments.model_name_or_path, DataArguments.dataset_name))
+    config_path = parser.parse_known_args(argv)[0].config
+    config = {} if config_path is None else _read_config(config_path, names)
+    # The recipe depends on the model, which the configuration or the command line may name.
+    parser.set_defaults(**config)
+    chosen = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**_recipe(chosen.model_name_or_path, chosen.dataset_name) | config)
+    _, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = _did_you_mean(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), names, prefix="--")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
+    return parser
+
+
+def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
+    """Defaults of the training arguments: from scratch for a built-in model, fine-tuning for others."""
+    recipe = {
+        "output_dir": str(Path("runs") / f"{last_part(model_name_or_path)}-{last_part(dataset_name)}"),
+        "lr_scheduler_type": "cosine",
+        "logging_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),  # elsewhere it only warns
+    }
+    if model_name_or_path in BUILTIN_MODELS:
+        return recipe | {
+            "learning_rate": 3e-3,
+            "num_train_epochs": 30,
+            "per_device_train_batch_size": 64,
+            "per_device_eval_batch_size": 256,
+        }
+    return recipe | {
+        "learning_rate": 5e-5,
+        "num_train_epochs": 5,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+    }
+
+
+def last_part(name: str) -> str:
+    """The name of a folder or file, or of a model or data set without its owner."""
+    return Path(name).resolve().name if Path(name).is_dir() else Path(name).name
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Reads `3e-3` as a number and `no` as a word, as YAML 1.2 does; PyYAML keeps to YAML 1.1, which has both otherwise."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own attribute)
+        first: [
+            resolver
+            for resolver in resolvers
+            if resolver[0] not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"), "-+.0123456789"
+)
+
+
+def _read_config(path: str, names: list[str]) -> dict[str, Any]:
+    """Reads a configuration file into defaults for a parser that has the options `names`."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        config = json.loads(text) if Path(path).suffix == ".json" else yaml.load(text, Loader=_YamlLoader)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The configuration file {path} is neither valid YAML nor, by its suffix, JSON: {error}"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"The configuration file {path} must hold options as `name: value`, got {config!r}.")
+    for key in config:
+        if key not in names:
+            raise ValueError(
+                f"The configuration file {path} has an unknown key, {key!r}.{_did_you_mean(str(key), names)}"
+            )
+    # The parser converts defaults that are strings as it converts the command line, so all scalars go to it as such.
+    # A key without a value leaves the default.
+    return {
+        key: value if isinstance(value, list | dict) else str(value)
+        for key, value in config.items()
+        if value is not None
+    }
+
+
+def _did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    return f" Did you mean {prefix}{close[0]}?" if close else ""
