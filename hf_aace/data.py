@@ -25,7 +25,12 @@ _TEST_SPLITS = ("test", "validation")
 
 
 def load_image_dataset(
-    name: str, *, seed: int, train_size: int | None = None, label_noise: float = 0.0
+    name: str,
+    *,
+    seed: int,
+    train_size: int | None = None,
+    label_noise: float = 0.0,
+    validation_size: float = 0.0,
 ) -> DatasetDict:
     """
     Loads a data set for image classification.
@@ -36,17 +41,20 @@ def load_image_dataset(
             sub-folder for each class, perhaps below `train` and `test`; or the id of a data set on the Hub. Anything
             that is a folder here is read as one, save `"digits"`: write `"./digits"` for a folder of that name.
         seed (`int`):
-            Draws the images that `train_size` keeps and those that `label_noise` changes. The test images do not
-            depend on it.
+            Draws the images that `train_size` and `validation_size` take and those that `label_noise` changes. The test
+            images do not depend on it.
         train_size (`int`, *optional*):
             Keep this many training images, with about the shares that the classes have, and each class at least once.
             Defaults to all.
         label_noise (`float`, *optional*, defaults to `0.0`):
-            Share of the training images, in `[0, 1)`, whose label is replaced by another class, drawn uniformly. Test
-            labels are never changed.
+            Share of the training images, in `[0, 1)`, whose label is replaced by another class, drawn uniformly; of the
+            validation images too, as they come from the same source. Test labels are never changed.
+        validation_size (`float`, *optional*, defaults to `0.0`):
+            Share of the training images, in `[0, 1)`, to set apart as validation images, before `train_size` is taken of
+            the rest.
 
     Returns:
-        `DatasetDict`: The splits `train` and `test`, with the columns `image` ([`~datasets.Image`]) and `label`
+        `DatasetDict`: The splits `train` and `test`, and `validation` if `validation_size` asks for it, with the columns `image` ([`~datasets.Image`]) and `label`
         ([`~datasets.ClassLabel`]). A data set without a labelled `test` or `validation` split has a fifth of its images
         set apart as test images.
 
@@ -56,18 +64,25 @@ def load_image_dataset(
     """
     if not 0 <= label_noise < 1:
         raise ValueError(f"`label_noise` must lie in [0, 1), got {label_noise}. Use 0 for the labels as they are.")
+    if not 0 <= validation_size < 1:
+        raise ValueError(
+            f"`validation_size` must lie in [0, 1), got {validation_size}. Use 0 for no validation images."
+        )
     if name == "digits":
         splits = _load_digits()
     elif Path(name).is_dir():
         splits = _load_folder(name)
     else:
         splits = _load_from_hub(name)
-    train = splits["train"]
+    test = splits.pop("test")
+    if validation_size > 0:
+        splits = _split(splits["train"], round(validation_size * len(splits["train"])), seed)
+        splits["validation"] = splits.pop("test")
     if train_size is not None:
-        train = _take(train, train_size, seed)
+        splits["train"] = _take(splits["train"], train_size, seed)
     if label_noise > 0:
-        train = _with_label_noise(train, label_noise, seed)
-    return DatasetDict(train=train, test=splits["test"])
+        splits = DatasetDict({name: _with_label_noise(split, label_noise, seed) for name, split in splits.items()})
+    return DatasetDict(**splits, test=test)
 
 
 def image_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list]], dict[str, Any]]:
@@ -102,7 +117,7 @@ def _load_digits() -> DatasetDict:
         {"image": [PIL.Image.fromarray(array) for array in pixels], "label": digits.target},
         features=Features(image=Image(), label=ClassLabel(names=[str(name) for name in digits.target_names])),
     )
-    return _split(dataset, _DIGITS_TEST_SIZE)
+    return _split(dataset, _DIGITS_TEST_SIZE, _SPLIT_SEED)
 
 
 def _load_folder(name: str) -> DatasetDict:
@@ -157,7 +172,7 @@ def _train_and_test(name: str, splits: DatasetDict) -> DatasetDict:
     labelled = [split for split in _TEST_SPLITS if split in splits and _is_labelled(splits[split])]
     if labelled:
         return DatasetDict(train=train, test=splits[labelled[0]])
-    return _split(train, round(_TEST_FRACTION * len(train)))
+    return _split(train, round(_TEST_FRACTION * len(train)), _SPLIT_SEED)
 
 
 def _image_and_label(name: str, dataset: Dataset) -> Dataset:
@@ -188,8 +203,8 @@ def _is_labelled(dataset: Dataset) -> bool:
     return all(label is not None and label >= 0 for label in dataset["label"])
 
 
-def _split(dataset: Dataset, test_size: int) -> DatasetDict:
-    train = _draw_stratified(_labels(dataset), len(dataset) - test_size, _SPLIT_SEED)
+def _split(dataset: Dataset, test_size: int, seed: int) -> DatasetDict:
+    train = _draw_stratified(_labels(dataset), len(dataset) - test_size, seed)
     test = np.setdiff1d(np.arange(len(dataset)), train)
     return DatasetDict(train=dataset.select(train), test=dataset.select(test))
 

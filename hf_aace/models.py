@@ -12,13 +12,14 @@ from transformers import (
     ConvNextConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    ResNetConfig,
     ViTConfig,
     ViTImageProcessorPil,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
 
-BUILTIN_MODELS = ("convnext-tiny-digits", "vit-tiny-digits")
+BUILTIN_MODELS = ("convnext-tiny-digits", "vit-tiny-digits", "resnet-tiny-digits")
 
 _BUILTIN_IMAGE_SIZE = 8
 
@@ -35,6 +36,8 @@ def _builtin_config(name: str, labels: dict) -> PreTrainedConfig:
             layer_scale_init_value=0.1,
             **labels,
         )
+    if name == "resnet-tiny-digits":
+        return ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[2, 2], layer_type="basic", **labels)
     return ViTConfig(
         image_size=_BUILTIN_IMAGE_SIZE,
         patch_size=2,
@@ -69,9 +72,11 @@ def load_model_and_processor(
     labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
     if model_name_or_path in BUILTIN_MODELS:
         model = AutoModelForImageClassification.from_config(_builtin_config(model_name_or_path, labels))
+        # A ResNet's stem shrinks the image to a quarter of its height, and of 8 pixels it would leave two.
+        size = 4 * _BUILTIN_IMAGE_SIZE if model_name_or_path == "resnet-tiny-digits" else _BUILTIN_IMAGE_SIZE
         # ConvNeXt's own processor enlarges and crops the border away below 384 pixels; this one only resizes.
         processor = ViTImageProcessorPil(
-            size={"height": _BUILTIN_IMAGE_SIZE, "width": _BUILTIN_IMAGE_SIZE},
+            size={"height": size, "width": size},
             image_mean=[0.5, 0.5, 0.5],
             image_std=[0.5, 0.5, 0.5],
             do_convert_rgb=True,

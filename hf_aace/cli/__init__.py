@@ -13,6 +13,7 @@ from importlib.metadata import version
 # Each is a module here of that name, with a function `run` that takes the rest of the command line.
 _COMMANDS = {
     "train": "train a model; without options, a small ConvNeXt on scans of digits (see hf-aace train --help)",
+    "compare": "train several methods side by side over seeds, and test which is better (see hf-aace compare --help)",
     "benchmark": "measure what a step costs, with your model on your machine (see hf-aace benchmark --help)",
 }
 

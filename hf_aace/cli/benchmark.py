@@ -21,6 +21,7 @@ from ..config import AACEArguments, AACEConfig
 from ..models import model_from_architecture
 from ..plots import plot_costs
 from .options import last_part
+from .table import table
 
 
 @dataclass
@@ -152,9 +153,9 @@ def run(argv: list[str]) -> int:
 
 
 def _cost_table(rows: list[dict[str, Any]]) -> str:
-    header = ("", "ms", "images/s", "ratio", "quartiles", "peak MB", "more than plain")
+    header = ["", "ms", "images/s", "ratio", "quartiles", "peak MB", "more than plain"]
     lines = [
-        (
+        [
             row["name"],
             f"{1000 * row['seconds']:.1f}",
             f"{row['images_per_second']:.0f}",
@@ -162,14 +163,7 @@ def _cost_table(rows: list[dict[str, Any]]) -> str:
             "{:.3f} .. {:.3f}".format(*row["ratio_quartiles"]),
             f"{row['peak_bytes'] / 1e6:.1f}",
             f"{row['extra_peak_bytes'] / 1e6:+.1f}",
-        )
+        ]
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in [header, *lines]
-    )
+    return table(header, lines)

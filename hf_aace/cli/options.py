@@ -29,9 +29,9 @@ class ModelArguments:
     model_name_or_path: str = field(
         default="convnext-tiny-digits",
         metadata={
-            "help": "The model: `convnext-tiny-digits` or `vit-tiny-digits` (small, from scratch, for 8x8 images), a "
-            "local folder, or a model id on the Hub. Learning rate, batch size, epochs and the like have other "
-            "defaults for the built-in two, shown here, than for models to fine-tune."
+            "help": "The model: `convnext-tiny-digits`, `vit-tiny-digits` or `resnet-tiny-digits` (small, from scratch, for 8x8 "
+            "images), a local folder, or a model id on the Hub. Learning rate, batch size, epochs and the like have other "
+            "defaults for the built-in three, shown here, than for models to fine-tune."
         },
     )
 
@@ -48,6 +48,8 @@ class DataArguments:
             Train on this many images only. Defaults to all.
         label_noise (`float`, *optional*, defaults to `0.0`):
             Share of the training labels to replace by wrong ones.
+        validation_size (`float`, *optional*, defaults to `0.0`):
+            Share of the training images to set apart and evaluate on in the course of training.
         metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1", "confusion_matrix"]`):
             The metrics, as [`~hf_aace.metrics.load_metric`] knows them.
     """
@@ -66,6 +68,13 @@ class DataArguments:
     label_noise: float = field(
         default=0.0,
         metadata={"help": "Share of the training labels, in [0, 1), replaced by wrong ones drawn with `seed`."},
+    )
+    validation_size: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training images, in [0, 1), set apart with `seed` (before `train_size`): the evaluations "
+            "before the end then use these, and the test images are for the end alone."
+        },
     )
     metrics: list[str] = field(
         default_factory=lambda: ["accuracy", "macro_f1", "confusion_matrix"],

@@ -150,6 +150,7 @@ def run(argv: list[str]) -> int:
             seed=training_args.seed,
             train_size=data_args.train_size,
             label_noise=data_args.label_noise,
+            validation_size=data_args.validation_size,
         )
     set_seed(training_args.seed)
     id2label = dict(enumerate(dataset["train"].features["label"].names))
@@ -160,23 +161,28 @@ def run(argv: list[str]) -> int:
         model=model,
         args=training_args,
         train_dataset=dataset["train"],
-        eval_dataset=dataset["test"],
+        eval_dataset=dataset.get("validation", dataset["test"]),
         processing_class=processor,
         compute_metrics=compute_metrics,
     )
 
-    started = time.time()
+    started, processor_started = time.time(), time.process_time()
     try:
         result = trainer.train(resume_from_checkpoint=_resume_from(training_args.resume_from_checkpoint))
     except KeyboardInterrupt:
         if trainer.is_world_process_zero():
             print(f"\n{_how_to_resume(training_args.output_dir, started, argv)}", file=sys.stderr)
         return 130
+    # Unlike the time on the clock, it does not depend on what else the machine is doing.
+    result.metrics["train_processor_seconds"] = time.process_time() - processor_started
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
 
+    if "validation" in dataset:
+        metrics = trainer.evaluate(metric_key_prefix="validation")
+        trainer.save_metrics("validation", metrics)
     prediction = trainer.predict(dataset["test"], metric_key_prefix="eval")
     metrics = dict(prediction.metrics)
     trainer.log_metrics("eval", metrics)

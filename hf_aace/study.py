@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparisons of training methods over seeds: what is to be run, which settings are chosen, what the results say."""
+
+import itertools
+import re
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.stats import ttest_rel
+
+from .config import AACEArguments
+
+
+# What each name stands for, as options of `hf-aace train`. The values of rho are those of the papers of SAM and ASAM for
+# small images, and the default of this library.
+PRESETS = {
+    "trainer": {"rho": "0"},
+    "sam": {"perturbation_loss": "cross_entropy", "normalize_perturbation": "true", "rho": "0.05"},
+    "asam": {
+        "perturbation_loss": "cross_entropy",
+        "normalize_perturbation": "true",
+        "adaptive_perturbation": "true",
+        "rho": "0.5",
+    },
+    "aace": {"rho": str(AACEArguments.rho)},
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    One setting of a method.
+
+    Args:
+        method (`str`):
+            The method, as it was written.
+        options (`tuple[tuple[str, str], ...]`):
+            Names and values of options of `hf-aace train`.
+        varied (`tuple[str, ...]`, *optional*):
+            The names of those options that have other values in other candidates of the method.
+    """
+
+    method: str
+    options: tuple[tuple[str, str], ...]
+    varied: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """A name for its files, unlike that of any other candidate of a study."""
+        chosen = [f"{name}={value}" for name, value in self.options if name in self.varied]
+        fixed = [part for part in self.method.split(":") if "|" not in part]
+        return re.sub(r"[^\w.=+-]+", "-", " ".join([*fixed, *chosen]))
+
+    @property
+    def choice(self) -> str:
+        """The values of the options that vary, for people."""
+        return ", ".join(f"{name}={value}" for name, value in self.options if name in self.varied)
+
+
+def candidates_of(method: str, rhos: list[str] | None = None) -> list[Candidate]:
+    """
+    Reads a method as the command line has it.
+
+    Args:
+        method (`str`):
+            One of `trainer`, `sam`, `asam`, `aace`, perhaps followed by options of `hf-aace train`, each as `:name=value`.
+            Several values, separated by `|`, make as many candidates: `aace:ascent_fraction=0.125:rho=0.01|0.1`.
+        rhos (`list[str]`, *optional*):
+            Values of `rho` for a method that perturbs and does not say any itself. Defaults to one, the preset.
+
+    Returns:
+        `list[Candidate]`: All combinations of the values.
+
+    Raises:
+        `ValueError`: If there is no such method, or an option is not written as `name=value`.
+    """
+    name, *settings = method.split(":")
+    if name not in PRESETS:
+        raise ValueError(
+            f"`methods` must be of {', '.join(PRESETS)}, each perhaps with `:option=value`, got {method!r}."
+        )
+    grid = {option: [value] for option, value in PRESETS[name].items()}
+    if rhos is not None and name != "trainer":
+        grid["rho"] = rhos
+    for setting in settings:
+        option, equals, values = setting.partition("=")
+        if not (option and equals and values):
+            raise ValueError(f"`methods` must give each option as `:name=value`, got {setting!r} in {method!r}.")
+        grid[option] = values.split("|")
+    varied = tuple(option for option, values in grid.items() if len(values) > 1)
+    return [
+        Candidate(method, tuple(zip(grid, values, strict=True)), varied)
+        for values in itertools.product(*grid.values())
+    ]
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    What a run came to.
+
+    Args:
+        candidate ([`Candidate`]): The setting.
+        seed (`int`): The seed, which gave data, initial weights and order.
+        test (`float`): Accuracy on the test images.
+        validation (`float`, *optional*): Accuracy on the validation images.
+        seconds (`float`): Time that the training took.
+    """
+
+    candidate: Candidate
+    seed: int
+    test: float
+    validation: float | None
+    seconds: float
+
+
+def choose(results: Iterable[Result]) -> dict[str, Candidate]:
+    """
+    The candidate of each method with the highest mean accuracy on the validation images. Only seeds that all candidates of
+    the method have count; the test images are not looked at.
+
+    Args:
+        results (iterable of [`Result`]): The results so far.
+
+    Returns:
+        `dict[str, Candidate]`: By method. Of equals, the first.
+    """
+    chosen = {}
+    for method, runs in _by(results, lambda run: run.candidate.method).items():
+        candidates = _by(runs, lambda run: run.candidate)
+        shared = set.intersection(*({run.seed for run in own} for own in candidates.values()))
+        if len(candidates) > 1:
+            score = {
+                candidate: statistics.fmean(run.validation for run in own if run.seed in shared)
+                for candidate, own in candidates.items()
+            }
+            chosen[method] = max(score, key=score.get)
+        else:
+            chosen[method] = next(iter(candidates))
+    return chosen
+
+
+def summarize(results: Iterable[Result], baseline: str) -> list[dict[str, Any]]:
+    """
+    The comparison, by the chosen candidate of each method.
+
+    Args:
+        results (iterable of [`Result`]): The results of all runs.
+        baseline (`str`): The method that the others are compared with.
+
+    Returns:
+        `list[dict]`: For each method, in the order in which they come: `method`, `choice` (the options that were chosen on
+        the validation images), `seeds`, `accuracy` on the test images and its `standard_error`, `seconds` (median), `ratio`
+        (of the seconds to those of the baseline); and over the seeds that both have, paired: `gain`, `gain_standard_error`,
+        and `p_value` of a t-test that there is none (each `None` for the baseline).
+    """
+    results = list(results)
+    chosen = choose(results)
+    runs = {
+        method: {run.seed: run for run in results if run.candidate == candidate}
+        for method, candidate in chosen.items()
+    }
+    base = runs[baseline]
+    base_seconds = statistics.median(run.seconds for run in base.values())
+    rows = []
+    for method, own in runs.items():
+        accuracy, error = mean_and_error([run.test for run in own.values()])
+        seconds = statistics.median(run.seconds for run in own.values())
+        gain = gain_error = p_value = None
+        shared = sorted(own.keys() & base.keys())
+        if method != baseline and shared:
+            first, second = [own[seed].test for seed in shared], [base[seed].test for seed in shared]
+            gain, gain_error = mean_and_error([a - b for a, b in zip(first, second, strict=True)])
+            if len(shared) > 1 and gain_error > 0:
+                p_value = float(ttest_rel(first, second).pvalue)
+        rows.append(
+            {
+                "method": method,
+                "choice": chosen[method].choice,
+                "seeds": len(own),
+                "accuracy": accuracy,
+                "standard_error": error,
+                "gain": gain,
+                "gain_standard_error": gain_error,
+                "p_value": p_value,
+                "seconds": seconds,
+                "ratio": seconds / base_seconds,
+            }
+        )
+    return rows
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean, and its standard error (NaN for a single value)."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.fmean(values), error
+
+
+def _by(results: Iterable[Result], key) -> dict[Any, list[Result]]:
+    groups = {}
+    for run in results:
+        groups.setdefault(key(run), []).append(run)
+    return groups
