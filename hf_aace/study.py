@@ -96,6 +96,22 @@ def candidates_of(method: str, rhos: list[str] | None = None) -> list[Candidate]
     ]
 
 
+def rho_values(text: str) -> list[str]:
+    """
+    Reads values of rho, numbers separated by commas, and leaves them as they are written.
+
+    Raises:
+        `ValueError`: If one is no number.
+    """
+    values = list(dict.fromkeys(text.split(",")))
+    for value in values:
+        try:
+            float(value)
+        except ValueError as error:
+            raise ValueError(f"`rho` must be numbers separated by commas, got {value!r} in {text!r}.") from error
+    return values
+
+
 @dataclass(frozen=True)
 class Result:
     """
@@ -203,3 +219,34 @@ def _by(results: Iterable[Result], key) -> dict[Any, list[Result]]:
     for run in results:
         groups.setdefault(key(run), []).append(run)
     return groups
+
+
+def advise_rho(results: Iterable[Result]) -> dict[str, Any]:
+    """
+    Which rho to take, by the validation images.
+
+    Args:
+        results (iterable of [`Result`]): Runs with several values of rho, 0 among them, on the same seeds.
+
+    Returns:
+        `dict`: `values`, for each rho the mean `accuracy` and its `standard_error`; `rho`, the one with the highest mean; the
+        `gain` over rho 0, paired over the seeds, and its `gain_standard_error`; and a `text` for people that says so, and
+        also whether the gain is more than twice its standard error, and whether the best value is the last one tried.
+    """
+    runs = _by(results, lambda run: float(dict(run.candidate.options)["rho"]))
+    values, accuracies = [], {}
+    for rho, own in sorted(runs.items()):
+        accuracies[rho] = {run.seed: run.validation for run in own}
+        mean, error = mean_and_error(list(accuracies[rho].values()))
+        values.append({"rho": rho, "accuracy": mean, "standard_error": error})
+    best = max(values, key=lambda row: row["accuracy"])["rho"]
+    gain, error = mean_and_error([accuracies[best][seed] - plain for seed, plain in accuracies[0.0].items()])
+    if best == 0:
+        text = "No rho did better than plain training. Train longer, try smaller values, or train plainly (--rho 0)."
+    else:
+        text = f"Take --rho {best:g}: {100 * gain:+.1f} ± {100 * error:.1f} points over plain training."
+        if not gain > 2 * error:
+            text += " That may be chance: add seeds to know."
+        if best == values[-1]["rho"]:
+            text += " It is the largest that was tried: try larger ones."
+    return {"values": values, "rho": best, "gain": gain, "gain_standard_error": error, "text": text}

@@ -108,6 +108,16 @@ def test_a_run_that_logs_nothing_still_ends_well(capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "Picture: none, since nothing was logged"
 
 
+def test_with_validation_images_the_test_images_are_for_the_end(tmp_path, capsys):
+    assert main([*TINY, "--validation_size", "0.1", "--output_dir", "here"]) == 0
+    results = json.loads(Path("here/all_results.json").read_text())
+    logs = json.loads(Path("here/trainer_state.json").read_text())["log_history"]
+    in_training = [entry["eval_accuracy"] for entry in logs if "eval_accuracy" in entry]
+    assert len(in_training) == 3 and in_training[-1] == results["validation_accuracy"]
+    assert np.sum(results["eval_confusion_matrix"]) == 500
+    assert results["train_processor_seconds"] > 0
+
+
 def test_a_trained_model_trains_on_with_a_folder_of_images(run, tmp_path, capsys):
     generator = np.random.default_rng(0)
     for name in ("cat", "dog"):

@@ -58,10 +58,35 @@ def test_digits_are_all_the_scans_of_scikit_learn_scaled_to_bytes():
 
 def test_test_images_do_not_depend_on_any_argument():
     plain = load_image_dataset("digits", seed=0)
-    other = load_image_dataset("digits", seed=1, train_size=100, label_noise=0.5)
+    other = load_image_dataset("digits", seed=1, train_size=100, label_noise=0.5, validation_size=0.3)
     assert pixels(plain["test"]) == pixels(other["test"])
     assert np.array_equal(labels(plain["test"]), labels(other["test"]))
     assert set(np.bincount(labels(plain["test"]))) <= {48, 49, 50, 51, 52}  # stratified
+
+
+def test_validation_images_are_training_images_that_are_not_trained_on():
+    """Drawn before `train_size`, so that they are as many with few training images; with labels as noisy."""
+    every = load_image_dataset("digits", seed=0)
+    split = load_image_dataset("digits", seed=3, train_size=100, validation_size=0.2, label_noise=0.5)
+    assert (len(split["train"]), len(split["validation"])) == (100, round(0.2 * 1297))
+    assert set(pixels(split["train"])) <= set(pixels(every["train"])) - set(pixels(split["validation"]))
+    assert set(pixels(split["validation"])) <= set(pixels(every["train"]))
+    assert set(np.bincount(labels(load_image_dataset("digits", seed=3, validation_size=0.2)["validation"]))) <= {
+        25,
+        26,
+        27,
+    }
+    truth = dict(zip(pixels(every["train"]), labels(every["train"]), strict=True))
+    for name in ("train", "validation"):
+        wrong = [truth[scan] != label for scan, label in zip(pixels(split[name]), labels(split[name]), strict=True)]
+        assert sum(wrong) == round(0.5 * len(wrong))
+    other = load_image_dataset("digits", seed=4, validation_size=0.2)
+    assert pixels(other["validation"]) != pixels(split["validation"])
+
+
+def test_validation_size_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"`validation_size` must lie in \[0, 1\), got 1.2"):
+        load_image_dataset("digits", seed=0, validation_size=1.2)
 
 
 @pytest.mark.parametrize("train_size", [10, 100, 403, 1297])

@@ -14,6 +14,7 @@ from importlib.metadata import version
 _COMMANDS = {
     "train": "train a model; without options, a small ConvNeXt on scans of digits (see hf-aace train --help)",
     "compare": "train several methods side by side over seeds, and test which is better (see hf-aace compare --help)",
+    "find-rho": "find the rho to train with, by a search on validation images (see hf-aace find-rho --help)",
     "benchmark": "measure what a step costs, with your model on your machine (see hf-aace benchmark --help)",
 }
 

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
-from ..study import Candidate, Result, candidates_of, choose, summarize
+from ..study import Candidate, Result, candidates_of, choose, rho_values, summarize
 from . import main
 from .options import last_part
 from .table import table
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     options, common = parser.parse_known_args(argv)
 
     methods = list(dict.fromkeys(options.methods.split(",")))
-    rhos = None if options.rho is None else options.rho.split(",")
+    rhos = None if options.rho is None else rho_values(options.rho)
     candidates = {method: candidates_of(method, rhos) for method in methods}
     baseline = methods[0] if options.baseline is None else options.baseline
     if baseline not in methods:
@@ -75,7 +75,7 @@ def run(argv: list[str]) -> int:
     ]
     # Known beforehand: the chosen candidate of each method runs on the seeds that were not tried.
     total = len(search) + sum(len(seeds) - len(tried_on) for own in candidates.values() if len(own) > 1)
-    with tqdm(total=total, desc="runs") as bar:
+    with study, tqdm(total=total, desc="runs") as bar:
         results = study.train(search, bar)
         chosen = choose(results).values()
         results += study.train(
@@ -112,7 +112,8 @@ def study_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 class Study:
     """
-    Runs of `hf-aace train`, several at a time. Those that are there already are not made again.
+    Runs of `hf-aace train`, several at a time. Those that are there already are not made again. A context manager, for as
+    long as which there are processes to run in.
 
     Args:
         options (`argparse.Namespace`): What a parser of [`study_parser`] has read.
@@ -127,7 +128,7 @@ class Study:
         for name in ("seeds", "jobs"):
             if getattr(options, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(options, name)}.")
-        self.folder, self.jobs = Path(options.output_dir), options.jobs
+        self.folder, self._jobs = Path(options.output_dir), options.jobs
         self.seeds = list(range(options.first_seed, options.first_seed + options.seeds))
         self._common = common
         for candidate in candidates:
@@ -148,6 +149,14 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({"options": common}, indent=2) + "\n", encoding="utf-8")
 
+    def __enter__(self) -> "Study":
+        # Not forked: torch's threads do not survive it, and neither does CUDA.
+        self._pool = ProcessPoolExecutor(self._jobs, get_context("spawn"), _share_the_cores, (self._jobs,))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
     def train(self, runs: list[tuple[Candidate, int]], bar: tqdm) -> list[Result]:
         """
         Makes the runs, pairs of a candidate and a seed, and counts them on the bar.
@@ -158,30 +167,24 @@ class Study:
         results = {run: self._result(*run) for run in runs}
         missing = [run for run, result in results.items() if result is None]
         bar.update(len(runs) - len(missing))
-        failures = []
-        if missing:
-            # Not forked: torch's threads do not survive it, and neither does CUDA.
-            with ProcessPoolExecutor(self.jobs, get_context("spawn"), _share_the_cores, (self.jobs,)) as pool:
-                futures = {}
-                for run in missing:
-                    folder = self._folder(*run)
-                    folder.mkdir(parents=True, exist_ok=True)
-                    futures[pool.submit(_train, self._argv(*run), folder / "output.txt")] = run
-                try:
-                    for future in as_completed(futures):
-                        run = futures[future]
-                        if future.result() == 0:
-                            results[run] = self._result(*run)
-                        else:
-                            failures.append(self._folder(*run) / "output.txt")
-                        bar.update()
-                except BrokenProcessPool as error:
-                    raise ValueError(
-                        "The process of a run was killed, perhaps for want of memory. Give the same command again to go on, "
-                        f"perhaps with fewer `jobs` than {self.jobs}."
-                    ) from error
-                finally:
-                    pool.shutdown(wait=False, cancel_futures=True)
+        failures, futures = [], {}
+        for run in missing:
+            folder = self._folder(*run)
+            folder.mkdir(parents=True, exist_ok=True)
+            futures[self._pool.submit(_train, self._argv(*run), folder / "output.txt")] = run
+        try:
+            for future in as_completed(futures):
+                run = futures[future]
+                if future.result() == 0:
+                    results[run] = self._result(*run)
+                else:
+                    failures.append(self._folder(*run) / "output.txt")
+                bar.update()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "The process of a run was killed, perhaps for want of memory. Give the same command again to go on, "
+                f"perhaps with fewer `jobs` than {self._jobs}."
+            ) from error
         if failures:
             last = failures[0].read_text(encoding="utf-8").strip().splitlines()[-1:]
             raise ValueError(

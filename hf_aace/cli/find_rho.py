@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hf-aace find-rho`: which rho to train with, by a search on validation images."""
+
+import json
+import shlex
+
+from tqdm.auto import tqdm
+
+from ..plots import plot_accuracy_by_rho
+from ..study import Candidate, advise_rho, rho_values
+from .compare import Study, study_parser
+from .table import table
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command with the arguments `argv`; returns the exit code."""
+    parser = study_parser(
+        "find-rho",
+        "Trains with several values of rho, and without perturbation, and says which did best on validation images. The test "
+        "images play no part. The best rho depends on model, data, learning rate, length of training and ascent_fraction: "
+        "give them as they will be.",
+    )
+    parser.add_argument("--rho", default="0.003,0.01,0.03,0.1,0.3", help="The values to try, separated by commas.")
+    parser.set_defaults(seeds=3)
+    options, common = parser.parse_known_args(argv)
+    values = rho_values(options.rho)
+    plain = Candidate("trainer", (("rho", "0"),))
+    candidates = [plain, *(Candidate("aace", (("rho", value),), ("rho",)) for value in values if float(value) != 0)]
+
+    study = Study(options, common, candidates)
+    runs = [(candidate, seed) for seed in study.seeds for candidate in candidates]
+    with study, tqdm(total=len(runs), desc="runs") as bar:
+        results = study.train(runs, bar)
+    advice = advise_rho(results)
+
+    print(f"{study.title}, accuracy on validation images in per cent")
+    lines = [
+        [f"{row['rho']:g}", f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}"]
+        for row in advice["values"]
+    ]
+    print(table(["rho", "accuracy"], lines))
+    print(advice["text"])
+    report = {"command": shlex.join(["hf-aace", "find-rho", *argv]), **advice}
+    (study.folder / "find_rho.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plot_accuracy_by_rho(results, study.title, study.folder / "rho.png")
+    print(f"Numbers: {study.folder / 'find_rho.json'}\nPicture: {study.folder / 'rho.png'}")
+    return 0

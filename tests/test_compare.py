@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hf-aace compare` and `find-rho`: what is run, what is chosen by which images, and what the numbers say."""
+
+import csv
+import json
+import statistics
+from concurrent.futures import Executor, Future
+
+import pytest
+from scipy.stats import ttest_rel
+
+from hf_aace.cli import main
+from hf_aace.study import Candidate, Result, advise_rho, candidates_of, choose, summarize
+
+
+# ---- Methods ---------------------------------------------------------------
+
+
+def test_values_of_an_option_make_as_many_candidates():
+    candidates = candidates_of("aace:ascent_fraction=0.125:rho=0.01|0.1")
+    assert [dict(candidate.options) for candidate in candidates] == [
+        {"rho": rho, "ascent_fraction": "0.125"} for rho in ("0.01", "0.1")
+    ]
+    assert [candidate.choice for candidate in candidates] == ["rho=0.01", "rho=0.1"]
+    assert len(candidates_of("trainer:learning_rate=1e-3|1e-2:weight_decay=0|0.1")) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "rhos"), [("trainer", ["0"]), ("sam", ["0.1", "1"]), ("aace", ["0.1", "1"]), ("aace:rho=3", ["3"])]
+)
+def test_values_of_rho_are_for_what_perturbs_and_says_none_itself(method, rhos):
+    assert [dict(candidate.options)["rho"] for candidate in candidates_of(method, ["0.1", "1"])] == rhos
+
+
+def test_each_candidate_has_a_folder_of_its_own():
+    methods = [
+        "aace",
+        "aace:rho=0.1",
+        "aace:rho=0.1|0.2",
+        "aace:rho=0.2|0.3:weight_decay=1|2",
+        "aace:rho=.2:weight_decay=1",
+    ]
+    candidates = [candidate for method in methods for candidate in candidates_of(method)]
+    # The same settings, written in two ways, may share their runs.
+    assert len({candidate.folder for candidate in candidates}) == len({candidate.options for candidate in candidates})
+
+
+@pytest.mark.parametrize("method", ["adam", "aace:rho", "aace:rho=", "", "aace:=1"])
+def test_a_method_that_cannot_be_read_is_told(method):
+    with pytest.raises(ValueError, match="`methods` must"):
+        candidates_of(method)
+
+
+# ---- Choice and statistics -------------------------------------------------
+
+PLAIN = Candidate("trainer", (("rho", "0"),))
+LOW, HIGH = (Candidate("aace:rho=1|2", (("rho", rho),), ("rho",)) for rho in ("1", "2"))
+
+
+def results(candidate, tests, validations, seconds=1.0):
+    return [
+        Result(candidate, seed, test, validation, seconds)
+        for seed, (test, validation) in enumerate(zip(tests, validations, strict=True))
+    ]
+
+
+def test_settings_are_chosen_by_the_validation_images():
+    """Though the test images prefer the other one."""
+    runs = results(LOW, [0.9, 0.9], [0.5, 0.6]) + results(HIGH, [0.1, 0.1], [0.7, 0.6])
+    assert choose(runs) == {LOW.method: HIGH}
+
+
+def test_more_seeds_of_the_chosen_one_do_not_change_the_choice():
+    """They are not compared with what was not run on them."""
+    runs = results(LOW, [0, 0], [0.5, 0.6]) + results(HIGH, [0, 0, 0], [0.7, 0.6, 0.0])
+    assert choose(runs) == {LOW.method: HIGH}
+
+
+def test_summary_is_paired_over_the_seeds_that_both_have():
+    plain, ours = [0.5, 0.6, 0.8, 0.7], [0.6, 0.8, 0.9]
+    runs = results(PLAIN, plain, [None] * 4) + results(LOW, ours, [0] * 3, 3.0)
+    first, second = summarize(runs, "trainer")
+    assert first["gain"] is None and first["p_value"] is None and first["ratio"] == 1
+    assert first["standard_error"] == pytest.approx(statistics.stdev(plain) / 2)
+    assert (second["seeds"], second["ratio"]) == (3, 3)
+    assert second["gain"] == pytest.approx((0.1 + 0.2 + 0.1) / 3)
+    assert second["gain_standard_error"] == pytest.approx(statistics.stdev([0.1, 0.2, 0.1]) / 3**0.5)
+    assert second["p_value"] == pytest.approx(ttest_rel(ours, plain[:3]).pvalue)
+
+
+# ---- The command -----------------------------------------------------------
+
+TINY = [
+    "compare",
+    "--max_steps",
+    "2",
+    "--train_size",
+    "40",
+    "--seeds",
+    "2",
+    "--search_seeds",
+    "1",
+    "--jobs",
+    "1",
+    "--output_dir",
+    "study",
+]
+
+
+class Here(Executor):
+    """Makes the runs in this process: a new one takes its time to import torch."""
+
+    def __init__(self, *args):
+        pass
+
+    def submit(self, function, argv, log):
+        future = Future()
+        future.set_result(main(["train", *argv]))
+        return future
+
+
+def test_a_study_is_made_told_and_not_made_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_aace.cli.compare.ProcessPoolExecutor", Here)
+    argv = [*TINY, "--methods", "trainer,aace:rho=0.1|0.2"]
+    assert main(argv) == 0
+    screen = capsys.readouterr().out
+    runs = sorted(
+        str(path.parent.relative_to(tmp_path / "study")) for path in (tmp_path / "study").rglob("model.safetensors")
+    )
+    rows = json.loads((tmp_path / "study" / "summary.json").read_text())["methods"]
+    chosen = rows[1]["choice"]
+    # Both values with one seed, the chosen one with both.
+    assert len(runs) == 2 + 2 + 1 and f"aace-{chosen}/seed-1" in runs
+    assert [row["seeds"] for row in rows] == [2, 2]
+    assert chosen in screen and f"{100 * rows[0]['accuracy']:.1f} ±" in screen
+    for name in ("accuracy", "time", "rho"):
+        assert (tmp_path / "study" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    with open(tmp_path / "study" / "runs.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    for row in table:
+        folder = "trainer" if row["method"] == "trainer" else "aace-" + row["options"].split()[0]
+        saved = json.loads((tmp_path / "study" / folder / f"seed-{row['seed']}" / "all_results.json").read_text())
+        assert float(row["test_accuracy"]) == saved["eval_accuracy"]
+        assert float(row["validation_accuracy"]) == saved["validation_accuracy"]
+
+    # A run that was cut short is made again, and nothing else.
+    lost, kept = tmp_path / "study" / "trainer" / "seed-1", tmp_path / "study" / "trainer" / "seed-0"
+    results = json.loads((lost / "all_results.json").read_text())
+    (lost / "all_results.json").write_text(json.dumps({"train_runtime": 1}))
+    before = (kept / "all_results.json").stat().st_mtime_ns
+    assert main(argv) == 0
+    again = json.loads((lost / "all_results.json").read_text())
+    assert again["eval_accuracy"] == results["eval_accuracy"]
+    assert (kept / "all_results.json").stat().st_mtime_ns == before
+
+    # Other options would mix two studies in one folder.
+    assert main([*argv, "--label_noise", "0.5"]) == 1
+    assert "holds a study with other options" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path, monkeypatch, capsys):
+    """In processes of their own."""
+    monkeypatch.chdir(tmp_path)
+    argv = [
+        "compare",
+        "--max_steps",
+        "2",
+        "--train_size",
+        "40",
+        "--seeds",
+        "1",
+        "--jobs",
+        "1",
+        "--output_dir",
+        "study",
+    ]
+    # Resuming from what is not there is found out by the run alone.
+    assert main([*argv, "--methods", "trainer:resume_from_checkpoint=nothing,trainer"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of the runs failed" in error and "nothing" in error and "output.txt" in error
+    assert (tmp_path / "study" / "trainer" / "seed-0" / "all_results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--seeds", "0"], "`seeds` must be at least 1, got 0"),
+        (["--methods", "adam"], "`methods` must be of trainer, sam, asam, aace"),
+        (["--baseline", "sam", "--methods", "trainer"], "`baseline` must be one of the methods, trainer, got 'sam'"),
+        (["--methods", "aace:ascent_fraction=2"], "`ascent_fraction` must lie in (0, 1], got 2.0"),
+        (["--rho", "0.1,0.2", "--validation_size", "0"], "`validation_size` is 0"),
+    ],
+)
+def test_bad_input_is_told_before_the_first_run(argv, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *argv]) == 1
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.rglob("seed-*"))
+
+
+# ---- Finding rho -----------------------------------------------------------
+
+
+def search(accuracies):
+    """Results whose test accuracies say the opposite of the validation accuracies."""
+    return [
+        Result(Candidate("aace", (("rho", rho),), ("rho",)), seed, 1 - validation, validation, 1.0)
+        for rho, own in accuracies.items()
+        for seed, validation in enumerate(own)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "rho", "gain", "said", "not_said"),
+    [
+        (
+            {"0": [0.5, 0.6], "0.1": [0.7, 0.81], "1": [0.6, 0.6]},
+            0.1,
+            0.205,
+            ["--rho 0.1: +20.5 ± 0.5"],
+            ["chance", "larg"],
+        ),
+        ({"0": [0.5, 0.6], "0.1": [0.5, 0.7], "1": [0.1, 0.1]}, 0.1, 0.05, ["chance"], ["larg"]),
+        ({"0": [0.5, 0.6], "0.1": [0.6, 0.7], "1": [0.7, 0.81]}, 1, 0.205, ["try larger ones"], ["chance"]),
+        ({"0": [0.5, 0.6], "0.1": [0.1, 0.2]}, 0, 0, ["No rho did better"], ["Take"]),
+        ({"0": [0.5], "0.1": [0.7], "1": [0.6]}, 0.1, 0.2, ["chance"], []),  # one seed says nothing of chance
+    ],
+)
+def test_advice_is_by_the_validation_images_and_says_how_sure_it_is(accuracies, rho, gain, said, not_said):
+    advice = advise_rho(search(accuracies))
+    assert advice["rho"] == rho and advice["gain"] == pytest.approx(gain)
+    assert all(part in advice["text"] for part in said) and not any(part in advice["text"] for part in not_said)
+
+
+def test_find_rho_trains_with_each_value_and_plainly(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_aace.cli.compare.ProcessPoolExecutor", Here)
+    argv = ["find-rho", "--max_steps", "2", "--train_size", "40", "--seeds", "1", "--jobs", "1", "--rho", "0.1,0.2"]
+    assert main(argv) == 0
+    report = json.loads((tmp_path / "runs" / "find-rho" / "find_rho.json").read_text())
+    assert [row["rho"] for row in report["values"]] == [0, 0.1, 0.2]
+    screen = capsys.readouterr().out
+    assert report["text"] in screen
+    for row in report["values"]:
+        folder = "aace-rho={rho:g}".format(**row) if row["rho"] else "trainer"
+        path = tmp_path / "runs" / "find-rho" / folder / "seed-0" / "all_results.json"
+        assert row["accuracy"] == json.loads(path.read_text())["validation_accuracy"]
+    assert (tmp_path / "runs" / "find-rho" / "rho.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["compare", "find-rho"])
+def test_a_rho_that_is_no_number_is_told(command, capsys):
+    assert main([command, "--rho", "0.1,large"]) == 1
+    assert "`rho` must be numbers separated by commas, got 'large' in '0.1,large'" in capsys.readouterr().err
