@@ -54,7 +54,7 @@ def losses_and_gradient_norms(model: nn.Module, batches: Batches) -> dict[str, f
     Raises:
         `ValueError`: If there are no samples, labels or float32 parameters, or the loss is not finite.
     """
-    with _objective(model, batches) as objective:
+    with measuring(model, batches) as objective:
         cross_entropy, gradient = objective.loss_and_gradient()
         aace, aace_gradient = objective.loss_and_gradient(loss=aace_loss)
         scores = objective.margins()
@@ -81,7 +81,7 @@ def margins(model: nn.Module, batches: Batches) -> np.ndarray:
     Raises:
         `ValueError`: As [`losses_and_gradient_norms`]; also if the labels are probabilities.
     """
-    with _objective(model, batches) as objective:
+    with measuring(model, batches) as objective:
         return objective.margins()
 
 
@@ -126,7 +126,7 @@ def worst_case_rise(
     _check_radius(rho)
     if m is not None:
         _check_at_least_one(m=m)
-    with _objective(model, batches) as objective:
+    with measuring(model, batches) as objective:
         scale = objective.ball_scale(adaptive)
         if m is None:
             return _climb(objective, batches, rho, scale, steps, seed)
@@ -152,7 +152,7 @@ def average_rise(
 ) -> Estimate:
     """
     The mean rise of the cross-entropy over random directions of one length: the mean of `L(w + e) - L(w)` with `e` uniform
-    on the sphere of radius `rho`. For a small radius it is `rho**2 / 2` times the trace of the Hessian, divided by the number
+    on the sphere of radius `rho`. Each direction is taken both ways, which cancels the slope. For a small radius it is `rho**2 / 2` times the trace of the Hessian, divided by the number
     of weights.
 
     Args:
@@ -175,14 +175,18 @@ def average_rise(
     if directions < 2:
         raise ValueError(f"`directions` must be at least 2 for a standard error, got {directions}.")
     generator = torch.Generator().manual_seed(seed)
-    with _objective(model, batches) as objective:
+    with measuring(model, batches) as objective:
         scale = objective.ball_scale(adaptive)
         base = objective.loss()
         rises = []
         for _ in range(directions):
             direction = objective.random_vector(generator)
-            with objective.moved(scale * direction * (rho / direction.norm())):
-                rises.append(objective.loss() - base)
+            direction = scale * direction * (rho / direction.norm())
+            both = 0.0
+            for sign in (1, -1):
+                with objective.moved(sign * direction):
+                    both += objective.loss() / 2
+            rises.append(both - base)
         return _estimate(rises)
 
 
@@ -216,7 +220,7 @@ def hessian_eigenvalues(
         `ValueError`: As [`losses_and_gradient_norms`]; also if `count` is not below the number of parameters, or the iteration
             does not converge.
     """
-    with _objective(model, batches) as objective:
+    with measuring(model, batches) as objective:
         if not 1 <= count < objective.size:
             raise ValueError(
                 f"`count` must lie between 1 and {objective.size - 1}, one less than the number of parameters, got {count}."
@@ -235,7 +239,7 @@ def hessian_eigenvalues(
     return values, vectors * np.sign(np.take_along_axis(vectors, largest, axis=1))
 
 
-def hessian_trace(model: nn.Module, batches: Batches, *, products: int = 60, seed: int = 0) -> Estimate:
+def hessian_trace(model: nn.Module, batches: Batches, *, products: int = 30, seed: int = 0) -> Estimate:
     """
     The trace of the Hessian of the mean cross-entropy, the sum of its eigenvalues, by Hutch++ (Meyer et al.,
     [arXiv 2010.09649](https://huggingface.co/papers/2010.09649)): exact on a subspace that holds most of it, and an average over
@@ -244,7 +248,7 @@ def hessian_trace(model: nn.Module, batches: Batches, *, products: int = 60, see
     Args:
         model (`nn.Module`): The classifier, as for [`hessian_eigenvalues`].
         batches (iterable of mappings): The data set, as there.
-        products (`int`, *optional*, defaults to `60`):
+        products (`int`, *optional*, defaults to `30`):
             Number of products with the Hessian, a third of it for each part; at least 6. Keeps two thirds as many vectors of
             the parameters' length, in 64 bits.
         seed (`int`, *optional*, defaults to `0`): Draws the vectors.
@@ -259,7 +263,7 @@ def hessian_trace(model: nn.Module, batches: Batches, *, products: int = 60, see
     if third < 2:
         raise ValueError(f"`products` must be at least 6, got {products}.")
     generator = np.random.default_rng(seed)
-    with _objective(model, batches) as objective:
+    with measuring(model, batches) as objective:
 
         def signs() -> np.ndarray:
             return generator.choice([-1.0, 1.0], size=objective.size)
@@ -285,7 +289,7 @@ def measure_sharpness(
     steps: int = 20,
     directions: int = 20,
     eigenvalues: int = 5,
-    products: int = 60,
+    products: int = 30,
     seed: int = 0,
 ) -> dict[str, Any]:
     """
@@ -301,7 +305,7 @@ def measure_sharpness(
         steps (`int`, *optional*, defaults to `20`): Gradients for each worst case.
         directions (`int`, *optional*, defaults to `20`): Directions for [`average_rise`].
         eigenvalues (`int`, *optional*, defaults to `5`): How many to compute. 0 leaves out the trace too.
-        products (`int`, *optional*, defaults to `60`): Products for [`hessian_trace`].
+        products (`int`, *optional*, defaults to `30`): Products for [`hessian_trace`].
         seed (`int`, *optional*, defaults to `0`): Draws what is random.
 
     Returns:
@@ -333,7 +337,7 @@ def measure_sharpness(
 # ---- Inside -----------------------------------------------------------------
 
 
-class _Objective:
+class Objective:
     """The mean loss of a model over batches as a function of its trainable parameters, which are one vector here."""
 
     def __init__(self, model: nn.Module, batches: Batches):
@@ -388,7 +392,7 @@ class _Objective:
         gradient = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         for logits, labels in self.logits_and_labels(batches):
             value = loss(logits, labels, reduction="sum")
-            gradient += self._flat(torch.autograd.grad(value, self.parameters, allow_unused=True))
+            gradient += self.flat(torch.autograd.grad(value, self.parameters, allow_unused=True))
             total += value.detach().to(self.dtype)
             count += count_labels(labels)
         _mean(gradient.norm(), count)  # its checks
@@ -396,14 +400,14 @@ class _Objective:
 
     def hessian_product(self, vector: np.ndarray) -> np.ndarray:
         """The Hessian of the mean cross-entropy times a vector, both of shape `(size,)`."""
-        direction = self._parts(torch.as_tensor(vector.reshape(-1)).to(self.device, self.dtype))
+        direction = self.parts(torch.as_tensor(vector.reshape(-1)).to(self.device, self.dtype))
         product = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         count = 0
         for logits, labels in self.logits_and_labels():
             value = F.cross_entropy(logits, labels, reduction="sum")
             gradients = torch.autograd.grad(value, self.parameters, create_graph=True, allow_unused=True)
             slope = sum((g * v).sum() for g, v in zip(gradients, direction, strict=True) if g is not None)
-            product += self._flat(torch.autograd.grad(slope, self.parameters, allow_unused=True))
+            product += self.flat(torch.autograd.grad(slope, self.parameters, allow_unused=True))
             count += count_labels(labels)
         _mean(product.norm(), count)  # its checks
         return (product / count).cpu().double().numpy()
@@ -423,16 +427,16 @@ class _Objective:
 
     def moved(self, vector: torch.Tensor) -> perturbed:
         """The context inside which the parameters have `vector` added."""
-        return perturbed(self.parameters, self._parts(vector), 1.0, maximize=True)
+        return perturbed(self.parameters, self.parts(vector), 1.0, maximize=True)
 
     def ball_scale(self, adaptive: bool) -> torch.Tensor | float:
         """What the unit ball is scaled by, element by element."""
-        return self._flat([p.detach().abs() for p in self.parameters]) if adaptive else 1.0
+        return self.flat([p.detach().abs() for p in self.parameters]) if adaptive else 1.0
 
     def random_vector(self, generator: torch.Generator) -> torch.Tensor:
         return torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
 
-    def _flat(self, tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    def flat(self, tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
         return torch.cat(
             [
                 torch.zeros_like(p, dtype=self.dtype).reshape(-1) if t is None else t.reshape(-1).to(self.dtype)
@@ -440,13 +444,13 @@ class _Objective:
             ]
         )
 
-    def _parts(self, vector: torch.Tensor) -> list[torch.Tensor]:
+    def parts(self, vector: torch.Tensor) -> list[torch.Tensor]:
         parts = vector.split(self.sizes)
         return [part.view_as(p).to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)]
 
 
 @contextmanager
-def _objective(model: nn.Module, batches: Batches) -> Iterator[_Objective]:
+def measuring(model: nn.Module, batches: Batches) -> Iterator[Objective]:
     """
     Context manager that gives the objective, with the model in evaluation mode; afterwards modes, buffers and random number
     generators are what they were. Gradients of the parameters are never touched.
@@ -456,7 +460,7 @@ def _objective(model: nn.Module, batches: Batches) -> Iterator[_Objective]:
             "`batches` is read several times, but is an iterator, which can be read once. Pass a list of it."
         )
     model = extract_model_from_parallel(model, keep_torch_compile=False)  # a compiled one has no second derivatives
-    objective = _Objective(model, batches)
+    objective = Objective(model, batches)
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
@@ -473,7 +477,7 @@ def _objective(model: nn.Module, batches: Batches) -> Iterator[_Objective]:
 
 
 def _climb(
-    objective: _Objective, batches: Batches, rho: float, scale: torch.Tensor | float, steps: int, seed: int
+    objective: Objective, batches: Batches, rho: float, scale: torch.Tensor | float, steps: int, seed: int
 ) -> float:
     """The rise of the loss by projected gradient ascent in the ball, whose points are `scale * offset`."""
     base, gradient = objective.loss_and_gradient(batches)
