@@ -14,6 +14,8 @@ from importlib.metadata import version
 _COMMANDS = {
     "train": "train a model; without options, a small ConvNeXt on scans of digits (see hf-aace train --help)",
     "benchmark": "measure what a step costs, with your model on your machine (see hf-aace benchmark --help)",
+    "sharpness": "measure how sharp the minima are that runs found (see hf-aace sharpness --help)",
+    "plot": "draw runs side by side: training, and the loss around their weights (see hf-aace plot --help)",
 }
 
 
