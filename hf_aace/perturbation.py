@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ascent step on the weights: its scale, its application, its exact undoing. Knows parameters and gradients."""
 
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -270,3 +272,21 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
+
+
+@contextmanager
+def replayed_rng(devices: set[torch.device]) -> Iterator[None]:
+    """
+    Context manager after which every global random number generator is where it was before it.
+
+    Args:
+        devices (`set[torch.device]`): The devices whose generators are meant, beside those of the CPU.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # some models draw from these two
+    accelerators = [device for device in devices if device.type != "cpu"]
+    try:
+        with torch.random.fork_rng(accelerators, device_type=accelerators[0].type if accelerators else "cuda"):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -3,13 +3,11 @@
 
 import functools
 import math
-import random
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.optimizer import AcceleratedOptimizer
@@ -27,8 +25,8 @@ from .distributed import (
     reshard,
     sum_over_processes,
 )
-from .losses import aace_loss, check_classification, check_label_values
-from .perturbation import check_precision, frozen_running_statistics, perturbed
+from .losses import aace_loss, check_classification, check_label_values, count_labels
+from .perturbation import check_precision, frozen_running_statistics, perturbed, replayed_rng
 
 
 logger = logging.get_logger(__name__)
@@ -200,7 +198,7 @@ class SharpnessAwareMixin:
     ) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
         """The gradients of the mean ascent loss (times the fp16 loss scale), and the mean losses at these weights."""
         samples = [self._ascent_samples(inputs) for inputs in window]
-        count = sum(_count(labels) for _, labels in samples)
+        count = sum(count_labels(labels) for _, labels in samples)
         synced, sharded = self._perturbs_in_sync(), self.accelerator.is_fsdp2
         # What the processes divide by, so that the mean over them is that over all their samples.
         share = (
@@ -213,7 +211,7 @@ class SharpnessAwareMixin:
         losses = {"clean_loss": 0.0, "ascent_loss": 0.0}
         # The descent pass is to draw the same random numbers, and the run those that it would without an ascent pass.
         with (
-            _replayed_rng({p.device for p in parameters}),
+            replayed_rng({p.device for p in parameters}),
             outside_ddp(model) as inner,
             _gradients_set_aside(self.model) if use_backward else nullcontext(),
         ):
@@ -286,7 +284,7 @@ class SharpnessAwareMixin:
     def _clean_loss(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         """The training loss at the present weights, summed over the samples."""
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=None) * _count(labels)
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=None) * count_labels(labels)
         return F.cross_entropy(
             self.ascent_logits(outputs), labels, reduction="sum", label_smoothing=self.args.label_smoothing_factor
         )
@@ -482,24 +480,6 @@ def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
     finally:
         for p, grad in zip(trainable, accumulated, strict=True):
             p.grad = grad
-
-
-@contextmanager
-def _replayed_rng(devices: set[torch.device]) -> Iterator[None]:
-    """After the block, every global random number generator is where it was before it."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # some models draw from these two
-    accelerators = [device for device in devices if device.type != "cpu"]
-    try:
-        with torch.random.fork_rng(accelerators, device_type=accelerators[0].type if accelerators else "cuda"):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-
-
-def _count(labels: torch.Tensor) -> torch.Tensor | int:
-    """The number of samples that count: all but those with the index -100, which cross-entropy ignores too."""
-    return labels.shape[0] if labels.is_floating_point() else (labels != -100).sum()
 
 
 def _first(data: Any, used: int, batch: int) -> Any:

@@ -79,6 +79,17 @@ def test_results_are_those_of_the_saved_model(run):
     assert {"train_loss", "train_runtime", "eval_loss", "eval_macro_f1"} <= set(results)
 
 
+def test_options_are_there_that_load_the_data_again(run):
+    options = json.loads((run / "train_options.json").read_text())
+    assert {
+        "dataset_name": "digits",
+        "train_size": 40,
+        "label_noise": 0.0,
+        "rho": 0.01,
+        "seed": 42,
+    }.items() <= options.items()
+
+
 def test_state_and_picture_are_there(run):
     logs = json.loads((run / "trainer_state.json").read_text())["log_history"]
     for key in ("loss", "clean_loss", "sharpness", "eval_accuracy"):

@@ -16,6 +16,8 @@ _COMMANDS = {
     "compare": "train several methods side by side over seeds, and test which is better (see hf-aace compare --help)",
     "find-rho": "find the rho to train with, by a search on validation images (see hf-aace find-rho --help)",
     "benchmark": "measure what a step costs, with your model on your machine (see hf-aace benchmark --help)",
+    "sharpness": "measure how sharp the minima are that runs found (see hf-aace sharpness --help)",
+    "plot": "draw runs side by side: training, and the loss around their weights (see hf-aace plot --help)",
 }
 
 

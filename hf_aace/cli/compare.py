@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
 from ..study import Candidate, Result, candidates_of, choose, rho_values, summarize
+from ..study_plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
 from . import main
 from .options import last_part
 from .table import table

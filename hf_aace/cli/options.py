@@ -4,7 +4,7 @@
 import difflib
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from ..config import AACEConfig
+from ..config import AACEArguments, AACEConfig
 from ..models import BUILTIN_MODELS
+
+
+TRAIN_OPTIONS_NAME = "train_options.json"
 
 
 @dataclass
@@ -157,6 +160,18 @@ def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
 def last_part(name: str) -> str:
     """The name of a folder or file, or of a model or data set without its owner."""
     return Path(name).resolve().name if Path(name).is_dir() else Path(name).name
+
+
+def write_train_options(model_args: ModelArguments, data_args: DataArguments, training_args: AACEConfig) -> None:
+    """
+    Writes into the output directory, as `train_options.json`, what a run needs to have its data loaded again and to be told
+    from others: the options of model and data, those of the method, and the seed.
+    """
+    method = {option.name: getattr(training_args, option.name) for option in fields(AACEArguments)}
+    options = asdict(model_args) | asdict(data_args) | method | {"seed": training_args.seed}
+    path = Path(training_args.output_dir) / TRAIN_OPTIONS_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -25,7 +25,7 @@ from ..metrics import compute_metrics_fn, load_metric, predicted_classes
 from ..models import load_model_and_processor
 from ..plots import plot_training_curves
 from ..trainer import AACETrainer
-from .options import training_parser
+from .options import training_parser, write_train_options
 
 
 # Set in the processes that `--accelerate_config` starts.
@@ -165,6 +165,8 @@ def run(argv: list[str]) -> int:
         processing_class=processor,
         compute_metrics=compute_metrics,
     )
+    if trainer.is_world_process_zero():
+        write_train_options(model_args, data_args, training_args)
 
     started, processor_started = time.time(), time.process_time()
     try:
