@@ -20,7 +20,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import PredictionOutput
 
-from ..data import image_transform, load_image_dataset
+from ..data import load_image_dataset
+from ..images import image_transform
 from ..metrics import compute_metrics_fn, load_metric, predicted_classes
 from ..models import load_model_and_processor
 from ..plots import plot_training_curves
