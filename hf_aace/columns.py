@@ -36,7 +36,8 @@ def find_columns(
     Raises:
         `ValueError`: If there is no such column, or its type is another.
     """
-    images = [column for column, feature in features.items() if _is_image(feature)]
+    images = [column for column, feature in features.items() if isinstance(feature, Image)]
+    images = images or [column for column, feature in features.items() if _is_image(feature)]
     classes = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
     usual = [column for column in _LABEL_NAMES if column in features]
     image = _column(name, features, "image_column_name", image_column_name, images, "image")
@@ -76,13 +77,15 @@ def _wrong_type(name: str, features: Features, column: str, argument: str, conte
     )
 
 
+def untyped_images(features: Features) -> list[str]:
+    """The columns that hold encoded images but are not typed so: other programs than `datasets` leave that out."""
+    return [
+        name for name, feature in features.items() if isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    ]
+
+
 def _is_image(feature: Any) -> bool:
-    # Files written without `datasets` have the bytes, perhaps with a path, but not the type.
-    return (
-        isinstance(feature, Image)
-        or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"))
-        or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
-    )
+    return isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"))
 
 
 def _is_label(feature: Any) -> bool:

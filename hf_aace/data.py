@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dat
 from sklearn.datasets import load_digits
 from transformers.utils import logging
 
-from .columns import find_columns, unseen_classes, with_classes
+from .columns import find_columns, unseen_classes, untyped_images, with_classes
 from .images import find_corrupt, first_few
 
 
@@ -165,13 +165,16 @@ def _image_and_label(
     """The splits with two columns: `image`, and `label` with classes."""
     if "train" not in splits:
         raise ValueError(f"The data set {name!r} must have a split named `train`, but has: {', '.join(splits)}.")
-    splits = splits.flatten()  # the fields of a JSON column by names of their own
     parts = {}
     # A split that is not used may have other columns.
     for split in ("train", *_TEST_SPLITS):
         if split in splits:
-            image, label = find_columns(name, splits[split].features, image_column_name, label_column_name)
-            part = splits[split].select_columns([image, label])
+            part = splits[split]
+            for column in untyped_images(part.features):
+                part = part.cast_column(column, Image())
+            part = part.flatten()  # the fields of a JSON column by names of their own
+            image, label = find_columns(name, part.features, image_column_name, label_column_name)
+            part = part.select_columns([image, label])
             part = part.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
             parts[split] = part if isinstance(part.features["image"], Image) else part.cast_column("image", Image())
     return with_classes(name, DatasetDict(parts))

@@ -137,27 +137,30 @@ def find_corrupt(dataset: Dataset) -> dict[int, str]:
         dataset (`Dataset`): A data set with a column `image`.
 
     Returns:
-        `dict[int, str]`: For each image that cannot be decoded, by its index, the file and the reason.
+        `dict[int, str]`: For each image that cannot be decoded, by its index, the file (or the row) and the reason.
     """
     encoded = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
     problems = {}
     with ThreadPool() as pool, tqdm(total=len(encoded), desc="Checking the images", delay=1) as bar:
         # In batches, as the pool takes in all that it is given before it is through with the first.
         for batch in encoded.iter(_CHECKED_AT_ONCE):
-            for index, problem in enumerate(pool.map(_problem, batch["image"]), start=bar.n):
+            images = batch["image"]
+            for index, (image, problem) in enumerate(
+                zip(images, pool.map(_problem, images), strict=True), start=bar.n
+            ):
                 if problem:
-                    problems[index] = problem
-            bar.update(len(batch["image"]))
+                    problems[index] = f"{(image and image['path']) or f'row {index}'} ({problem})"
+            bar.update(len(images))
     return problems
 
 
 def _problem(image: dict[str, Any] | None) -> str | None:
     if image is None:
-        return "a row without an image"
+        return "no image"
     try:
         decode_image(image, min_size=1)  # a JPEG at an eighth of the size still reads, and so checks, the whole file
     except ValueError as error:
-        return f"{image['path'] or 'an image without a name'} ({error.__cause__ or error})"
+        return str(error.__cause__) or type(error.__cause__).__name__
     return None
 
 

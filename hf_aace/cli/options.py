@@ -43,7 +43,14 @@ class DataArguments:
 
     Args:
         dataset_name (`str`, *optional*, defaults to `"digits"`):
-            `"digits"`, a folder of images, or the id of a data set on the Hub.
+            `"digits"`, a folder of images, a folder written by `save_to_disk`, parquet or WebDataset files, or the id of a data
+            set on the Hub.
+        image_column_name (`str`, *optional*):
+            The column of the images. Found if left out.
+        label_column_name (`str`, *optional*):
+            The column of the labels: classes, strings or integers. Found if left out.
+        skip_corrupt_images (`bool`, *optional*, defaults to `False`):
+            Whether to leave out images that cannot be decoded, rather than stop.
         train_size (`int`, *optional*):
             Train on this many images only. Defaults to all.
         label_noise (`float`, *optional*, defaults to `0.0`):
@@ -58,7 +65,25 @@ class DataArguments:
         default="digits",
         metadata={
             "help": "The images: `digits` (8x8 scans, bundled with scikit-learn), a folder with one sub-folder of "
-            "images for each class (perhaps below `train` and `test`), or the id of a data set on the Hub."
+            "images for each class (perhaps below `train` and `test`), a folder written by `save_to_disk`, a file or folder "
+            "in parquet or of WebDataset shards (.tar), or the id of a data set on the Hub."
+        },
+    )
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "The column of the images. By default the first that holds images."}
+    )
+    label_column_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "The column of the labels: classes, strings or integers (a field of a JSON column as `json.label`). By "
+            "default one that is typed as classes, or is called `label` or the like."
+        },
+    )
+    skip_corrupt_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode all images beforehand, and name, count and leave out those that cannot be. Without it they are an "
+            "error."
         },
     )
     train_size: int | None = field(

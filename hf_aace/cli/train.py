@@ -152,6 +152,9 @@ def run(argv: list[str]) -> int:
             train_size=data_args.train_size,
             label_noise=data_args.label_noise,
             validation_size=data_args.validation_size,
+            image_column_name=data_args.image_column_name,
+            label_column_name=data_args.label_column_name,
+            skip_corrupt_images=data_args.skip_corrupt_images,
         )
     set_seed(training_args.seed)
     id2label = dict(enumerate(dataset["train"].features["label"].names))
