@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -57,6 +57,8 @@ class DataArguments:
             Share of the training labels to replace by wrong ones.
         validation_size (`float`, *optional*, defaults to `0.0`):
             Share of the training images to set apart and evaluate on in the course of training.
+        class_weights (`str`, *optional*, defaults to `"none"`):
+            `"balanced"` to weight each class inversely to its number of training images.
         metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1", "confusion_matrix"]`):
             The metrics, as [`~hf_aace.metrics.load_metric`] knows them.
     """
@@ -99,6 +101,13 @@ class DataArguments:
         metadata={
             "help": "Share of the training images, in [0, 1), set apart with `seed` (before `train_size`): the evaluations "
             "before the end then use these, and the test images are for the end alone."
+        },
+    )
+    class_weights: Literal["none", "balanced"] = field(
+        default="none",
+        metadata={
+            "help": "`balanced` weights the training loss of each class inversely to its number of training images, so that "
+            "rare ones count as much as frequent ones. The ascent is not weighted. `eval_loss` is, as it is the same loss."
         },
     )
     metrics: list[str] = field(

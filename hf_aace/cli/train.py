@@ -26,6 +26,7 @@ from ..metrics import compute_metrics_fn, load_metric, predicted_classes
 from ..models import load_model_and_processor
 from ..plots import plot_training_curves
 from ..trainer import AACETrainer
+from ..training_loss import TrainingLoss, balanced_class_weights
 from .options import training_parser
 
 
@@ -159,6 +160,10 @@ def run(argv: list[str]) -> int:
     set_seed(training_args.seed)
     id2label = dict(enumerate(dataset["train"].features["label"].names))
     model, processor = load_model_and_processor(model_args.model_name_or_path, id2label)
+    compute_loss_func = None  # the model's own
+    if data_args.class_weights == "balanced":
+        weights = balanced_class_weights(dataset["train"]["label"][:], len(id2label))
+        compute_loss_func = TrainingLoss(weights, training_args.label_smoothing_factor)
     # Left encoded, an image that cannot be decoded is named by the transform.
     dataset = dataset.cast_column("image", Image(decode=False)).with_transform(image_transform(processor))
     trainer = AACETrainer(
@@ -168,6 +173,7 @@ def run(argv: list[str]) -> int:
         eval_dataset=dataset.get("validation", dataset["test"]),
         processing_class=processor,
         compute_metrics=compute_metrics,
+        compute_loss_func=compute_loss_func,
     )
 
     started, processor_started = time.time(), time.process_time()
