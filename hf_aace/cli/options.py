@@ -59,6 +59,13 @@ class DataArguments:
             Share of the training images to set apart and evaluate on in the course of training.
         class_weights (`str`, *optional*, defaults to `"none"`):
             `"balanced"` to weight each class inversely to its number of training images.
+        augmentation (`str`, *optional*):
+            `"none"`, `"default"` or `"randaugment"`, see [`~hf_aace.augmentation.Augmentation`]. Defaults to `"none"` for a
+            built-in model and for digits, to `"default"` for others.
+        mixup (`float`, *optional*, defaults to `0.0`):
+            Parameter of the Beta distribution of mixup; 0 is off.
+        cutmix (`float`, *optional*, defaults to `0.0`):
+            Parameter of the Beta distribution of cutmix; 0 is off.
         metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1", "confusion_matrix"]`):
             The metrics, as [`~hf_aace.metrics.load_metric`] knows them.
     """
@@ -110,6 +117,25 @@ class DataArguments:
             "rare ones count as much as frequent ones. The ascent is not weighted. `eval_loss` is, as it is the same loss."
         },
     )
+    augmentation: Literal["none", "default", "randaugment"] = field(
+        default="none",
+        metadata={
+            "help": "Random changes of the training images, on the device (pip install 'hf-aace[augmentation]'): `default` crops "
+            "and flips, `randaugment` also turns, shears, darkens and so on. `none` by default for the built-in models and for "
+            "digits, `default` for models to fine-tune."
+        },
+    )
+    mixup: float = field(
+        default=0.0,
+        metadata={"help": "Blend pairs of images, and their labels, in a ratio from Beta(mixup, mixup). 0 is off."},
+    )
+    cutmix: float = field(
+        default=0.0,
+        metadata={
+            "help": "Put a rectangle of one image into another, and the same share of its label, from Beta(cutmix, cutmix). 0 is "
+            "off. With `mixup` too, each batch gets one of the two."
+        },
+    )
     metrics: list[str] = field(
         default_factory=lambda: ["accuracy", "macro_f1", "confusion_matrix"],
         metadata={
@@ -159,7 +185,7 @@ def training_parser(command: str, description: str, kinds: tuple[type, ...], arg
 
 
 def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
-    """Defaults of the training arguments: from scratch for a built-in model, fine-tuning for others."""
+    """Defaults of the options: from scratch for a built-in model, fine-tuning for others."""
     recipe = {
         "output_dir": str(Path("runs") / f"{last_part(model_name_or_path)}-{last_part(dataset_name)}"),
         "lr_scheduler_type": "cosine",
@@ -185,6 +211,8 @@ def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
         "per_device_eval_batch_size": 64,
         "warmup_steps": 0.1,
         "weight_decay": 0.01,
+        # A mirrored digit is another sign.
+        "augmentation": "none" if dataset_name == "digits" else "default",
     }
 
 

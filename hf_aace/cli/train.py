@@ -18,16 +18,17 @@ from datasets import Image
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import HfArgumentParser, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import PredictionOutput
 
+from ..augmentation import Augmentation, AugmentedAACETrainer
 from ..data import load_image_dataset
 from ..images import image_transform
 from ..metrics import compute_metrics_fn, load_metric, predicted_classes
 from ..models import load_model_and_processor
 from ..plots import plot_training_curves
-from ..trainer import AACETrainer
 from ..training_loss import TrainingLoss, balanced_class_weights
-from .options import training_parser
+from .options import DataArguments, training_parser
 
 
 # Set in the processes that `--accelerate_config` starts.
@@ -161,12 +162,15 @@ def run(argv: list[str]) -> int:
     id2label = dict(enumerate(dataset["train"].features["label"].names))
     model, processor = load_model_and_processor(model_args.model_name_or_path, id2label)
     compute_loss_func = None  # the model's own
+    augmentation = _augmentation(data_args, processor, len(id2label))
+    weights = None
     if data_args.class_weights == "balanced":
         weights = balanced_class_weights(dataset["train"]["label"][:], len(id2label))
+    if weights is not None or (augmentation is not None and augmentation.soft_labels):
         compute_loss_func = TrainingLoss(weights, training_args.label_smoothing_factor)
     # Left encoded, an image that cannot be decoded is named by the transform.
     dataset = dataset.cast_column("image", Image(decode=False)).with_transform(image_transform(processor))
-    trainer = AACETrainer(
+    trainer = AugmentedAACETrainer(
         model=model,
         args=training_args,
         train_dataset=dataset["train"],
@@ -174,6 +178,7 @@ def run(argv: list[str]) -> int:
         processing_class=processor,
         compute_metrics=compute_metrics,
         compute_loss_func=compute_loss_func,
+        augmentation=augmentation,
     )
 
     started, processor_started = time.time(), time.process_time()
@@ -204,6 +209,18 @@ def run(argv: list[str]) -> int:
         drawn = plot_training_curves(trainer.state.log_history, picture)
         print(_summary(metrics, result.metrics["train_runtime"], training_args.output_dir, picture if drawn else None))
     return 0
+
+
+def _augmentation(options: DataArguments, processor: BaseImageProcessor, num_classes: int) -> Augmentation | None:
+    if options.augmentation == "none" and options.mixup == options.cutmix == 0:
+        return None
+    return Augmentation(
+        options.augmentation,
+        processor=processor,
+        num_classes=num_classes,
+        mixup=options.mixup,
+        cutmix=options.cutmix,
+    )
 
 
 def _confusion_matrix(prediction: PredictionOutput, num_classes: int) -> dict[str, list[list[int]]]:
