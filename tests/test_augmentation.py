@@ -152,3 +152,134 @@ def test_without_kornia_the_command_says_what_to_install(monkeypatch, tmp_path, 
     assert main(argv) == 1
     assert "Augmentation needs kornia: pip install 'hf-aace[augmentation]'" in capsys.readouterr().err
     assert main(argv[:3] + argv[5:] + ["--save_strategy", "no", "--eval_strategy", "no"]) == 0  # needed for that alone
+
+
+# ---- In the trainer --------------------------------------------------------
+
+
+def grey(policy="default", **mixing):
+    return Augmentation(policy, processor=processor([0.0], [1.0]), num_classes=10, **mixing)
+
+
+def trained(output_dir, model=None, cls=AugmentedAACETrainer, augment=None, resume=None, **kwargs):
+    config = AACEConfig if cls is AugmentedAACETrainer else TrainingArguments
+    augment = grey(mixup=0.4, cutmix=1.0) if augment is None else augment
+    arguments = training_arguments(config, output_dir, **{"max_steps": 6, **kwargs})
+    trainer = cls(
+        model or convnext(0.1),
+        arguments,
+        train_dataset=digits(64),
+        eval_dataset=digits(64),
+        augmentation=augment,
+        compute_loss_func=TrainingLoss(),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+class Spy(nn.Module):
+    """Keeps the images that the model sees, by whether it is being trained."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config, self.seen = model, model.config, {True: [], False: []}
+
+    def forward(self, pixel_values, labels=None, **kwargs):
+        self.seen[self.training].append(pixel_values.clone())
+        return self.model(pixel_values, labels, **kwargs)
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
+def test_both_passes_see_the_same_augmented_batch(tmp_path, scope):
+    spy = Spy(convnext())
+    trained(tmp_path, spy, gradient_accumulation_steps=2, max_steps=2, ascent_scope=scope)
+    seen = spy.seen[True]
+    assert len(seen) == 8  # two steps of two micro-batches, two passes
+    order = [(0, 1), (2, 3)] if scope == "micro_batch" else [(0, 2), (1, 3)]
+    for step in (seen[:4], seen[4:]):
+        assert all(torch.equal(step[ascent], step[descent]) for ascent, descent in order)
+        assert not torch.equal(step[order[0][0]], step[order[1][0]])
+    known = {row["pixel_values"].numpy().tobytes() for row in digits(64)}
+    assert not any(image.numpy().tobytes() in known for batch in seen for image in batch)
+
+
+def test_evaluation_and_prediction_see_the_images_as_they_are(tmp_path):
+    spy = Spy(convnext())
+    trainer = trained(tmp_path, spy, max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.predict(digits(64))
+    expected = torch.stack([row["pixel_values"] for row in digits(64)])
+    assert torch.equal(torch.cat(spy.seen[False]), expected.repeat(3, 1, 1, 1))
+
+
+def test_rho_0_is_plain_training_with_the_same_augmentation(tmp_path):
+    ours, plain = trained(tmp_path, rho=0.0), trained(tmp_path, cls=AugmentedTrainer)
+    assert identical(weights(ours.model), weights(plain.model))
+    assert not identical(weights(ours.model), weights(trained(tmp_path).model))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_makes_the_changes_of_the_whole_one(tmp_path, workers):
+    """Stopped in the middle of the second epoch; the ViT has dropout, whose random numbers must not have moved either."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "dataloader_num_workers": workers,
+    }
+    whole = trained(tmp_path, vit(0.1), **options)
+    resumed = trained(tmp_path, vit(0.1), resume=str(tmp_path / "checkpoint-3"), **options)
+    assert identical(weights(whole.model), weights(resumed.model))
+
+
+def test_every_micro_batch_has_a_seed_of_its_own(tmp_path, monkeypatch):
+    """By the seed of the run, the step, the place in it and the process: no two of which may be alike."""
+
+    def seeds(process=0, **kwargs):
+        found = []
+        monkeypatch.setattr(TrainingArguments, "process_index", property(lambda self: process))
+        trained(tmp_path, augment=lambda batch, seed: found.append(seed) or batch, **kwargs)
+        return found
+
+    first = seeds(gradient_accumulation_steps=2)
+    assert len(set(first)) == len(first) == 12
+    assert first == seeds(gradient_accumulation_steps=2)
+    others = [seeds(gradient_accumulation_steps=2, seed=7), seeds(gradient_accumulation_steps=2, data_seed=8)]
+    others.append(seeds(process=1, gradient_accumulation_steps=2))
+    assert len(set(first).union(*others)) == 4 * 12
+
+
+def test_soft_labels_count_as_images_not_as_numbers(tmp_path):
+    """Soft labels that say the same as hard ones train the same, also where a mean is made over micro-batches."""
+
+    def soften(batch, seed):
+        return {**batch, "labels": nn.functional.one_hot(batch["labels"], 10).float()}
+
+    for accumulate in (1, 2):
+        options = {"gradient_accumulation_steps": accumulate, "optim": "sgd", "max_steps": 3}
+        soft = weights(trained(tmp_path, vit(), augment=soften, **options).model)
+        hard = weights(trained(tmp_path, vit(), augment=lambda batch, seed: batch, **options).model)
+        for name in soft:
+            torch.testing.assert_close(soft[name], hard[name], rtol=0, atol=1e-6)
+
+
+# ---- In the command --------------------------------------------------------
+
+
+def chosen(*argv):
+    return train_parser(list(argv)).parse_args(list(argv)).augmentation
+
+
+def test_what_is_fine_tuned_is_augmented_by_default():
+    assert chosen() == "none"
+    assert chosen("--model_name_or_path", "vit-tiny-digits", "--dataset_name", "AI/beans") == "none"
+    assert chosen("--model_name_or_path", "google/vit-base-patch16-224", "--dataset_name", "AI/beans") == "default"
+    assert chosen("--model_name_or_path", "google/vit-base-patch16-224") == "none"  # a mirrored digit is another sign
+    fine_tuning = ["--model_name_or_path", "google/vit-base-patch16-224", "--dataset_name", "AI/beans"]
+    assert chosen(*fine_tuning, "--augmentation", "randaugment") == "randaugment"
+
+
+def test_the_command_trains_with_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "--max_steps", "2", "--train_size", "40", "--disable_tqdm", "true", "--save_strategy", "no"]
+    options = ["--augmentation", "randaugment", "--mixup", "0.2", "--cutmix", "1", "--class_weights", "balanced"]
+    assert main([*argv, *options, "--label_smoothing_factor", "0.1", "--output_dir", "out"]) == 0
