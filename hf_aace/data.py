@@ -5,7 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
 from sklearn.datasets import load_digits
 from transformers.utils import logging
 
@@ -19,7 +28,7 @@ _DIGITS_TEST_SIZE = 500
 _TEST_FRACTION = 0.2
 # Test images stay the same whatever the seed of a run, or the runs could not be compared.
 _SPLIT_SEED = 0
-_TEST_SPLITS = ("test", "validation")
+TEST_SPLITS = ("test", "validation")
 # Files that hold many images, by their suffix, and what of `datasets` reads them.
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 
@@ -84,7 +93,7 @@ def load_image_dataset(
     if name == "digits":
         splits = _load_digits()
     else:
-        splits = _image_and_label(name, _load(name), image_column_name, label_column_name)
+        splits = _image_and_label(name, load_splits(name), image_column_name, label_column_name)
         if skip_corrupt_images or Path(name).exists():  # of the Hub, checking all may take longer than training
             splits = _without_corrupt(name, splits, skip_corrupt_images)
         splits = _train_and_test(name, splits)
@@ -109,8 +118,18 @@ def _load_digits() -> DatasetDict:
     return _split(dataset, _DIGITS_TEST_SIZE, _SPLIT_SEED)
 
 
-def _load(name: str) -> DatasetDict:
-    """Loads the splits of what `name` stands for, as they are."""
+def load_splits(name: str, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+    """
+    Loads the splits of a data set as they are.
+
+    Args:
+        name (`str`): The data set, as [`load_image_dataset`] takes it, but for `"digits"`.
+        streaming (`bool`, *optional*, defaults to `False`): Whether not to read it yet.
+
+    Raises:
+        `ValueError`: If there is no such data set, or it cannot be streamed.
+    """
+    options = {"streaming": True} if streaming else {}
     path = Path(name)
     if path.is_file():
         builder = _BUILDERS.get(path.suffix)
@@ -118,11 +137,19 @@ def _load(name: str) -> DatasetDict:
             raise ValueError(
                 f"`dataset_name` is the file {name!r}, but a file must be of {' or '.join(_BUILDERS)}. Give a folder."
             )
-        return load_dataset(builder, data_files=name)
+        return load_dataset(builder, data_files=name, **options)
     if path.is_dir():
+        builder = _builder_of_folder(path)
+        if builder is not None:
+            return load_dataset(builder, data_dir=name, **options)
+        if streaming:
+            raise ValueError(
+                f"`streaming` is for data sets on the Hub and for files of {' or '.join(_BUILDERS)}. The folder {name!r} is "
+                "read image by image, or mapped into memory, without it."
+            )
         return _load_folder(name)
     try:
-        return load_dataset(name)
+        return load_dataset(name, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`dataset_name` is {name!r}: neither `digits`, nor a folder or file, nor a data set that could be loaded from "
@@ -130,20 +157,29 @@ def _load(name: str) -> DatasetDict:
         ) from error
 
 
+def _is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` has written the folder."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _builder_of_folder(path: Path) -> str | None:
+    """What of `datasets` reads the files in a folder, `None` if it is one of images or was saved by `datasets`."""
+    suffixes = {file.suffix.lower() for file in path.rglob("*")}
+    if _is_saved(path) or suffixes & PIL.Image.registered_extensions().keys():
+        return None
+    for suffix, builder in _BUILDERS.items():
+        if suffix in suffixes:
+            return builder
+    raise ValueError(
+        f"The folder {str(path)!r} given as `dataset_name` holds no images. Put them into one sub-folder for each class. "
+        f"(Nor is it a data set written by `save_to_disk`, nor does it hold files of {' or '.join(_BUILDERS)}.)"
+    )
+
+
 def _load_folder(name: str) -> DatasetDict:
-    path = Path(name)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # written by `save_to_disk`
+    if _is_saved(Path(name)):
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-    suffixes = {file.suffix.lower() for file in path.rglob("*")}
-    if not suffixes & PIL.Image.registered_extensions().keys():
-        for suffix, builder in _BUILDERS.items():
-            if suffix in suffixes:
-                return load_dataset(builder, data_dir=name)
-        raise ValueError(
-            f"The folder {name!r} given as `dataset_name` holds no images. Put them into one sub-folder for each class. "
-            f"(Nor is it a data set written by `save_to_disk`, nor does it hold files of {' or '.join(_BUILDERS)}.)"
-        )
     splits = load_dataset("imagefolder", data_dir=name)
     # `imagefolder` leaves the labels out, of the column or altogether, where it finds no two classes at one depth. With
     # a metadata file there are columns of its own instead.
@@ -165,17 +201,20 @@ def _image_and_label(
     """The splits with two columns: `image`, and `label` with classes."""
     if "train" not in splits:
         raise ValueError(f"The data set {name!r} must have a split named `train`, but has: {', '.join(splits)}.")
-    parts = {}
-    # A split that is not used may have other columns.
-    for split in ("train", *_TEST_SPLITS):
+    parts, columns = {}, None
+    for split in ("train", *TEST_SPLITS):  # another may have other columns
         if split in splits:
             part = splits[split]
             for column in untyped_images(part.features):
                 part = part.cast_column(column, Image())
             part = part.flatten()  # the fields of a JSON column by names of their own
-            image, label = find_columns(name, part.features, image_column_name, label_column_name)
-            part = part.select_columns([image, label])
-            part = part.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+            columns = columns or find_columns(name, part.features, image_column_name, label_column_name)
+            if not set(columns) <= set(part.column_names):
+                continue  # a test split without labels
+            part = part.select_columns(list(columns))
+            part = part.rename_columns(
+                {old: new for old, new in zip(columns, ("image", "label"), strict=True) if old != new}
+            )
             parts[split] = part if isinstance(part.features["image"], Image) else part.cast_column("image", Image())
     return with_classes(name, DatasetDict(parts))
 
@@ -192,7 +231,7 @@ def _train_and_test(name: str, splits: DatasetDict) -> DatasetDict:
             f"All training images of the data set {name!r} are {found}. Classification needs two classes at least."
         )
     # The test labels of a public competition are often withheld.
-    labelled = [split for split in _TEST_SPLITS if split in splits and _is_labelled(splits[split])]
+    labelled = [split for split in TEST_SPLITS if split in splits and _is_labelled(splits[split])]
     if not labelled:
         return _split(train, round(_TEST_FRACTION * len(train)), _SPLIT_SEED)
     test = splits[labelled[0]]

@@ -24,7 +24,7 @@ _DRAFT_MARGIN = 2
 _CHECKED_AT_ONCE = 256
 
 
-def decode_image(image: PIL.Image.Image | dict[str, Any], min_size: int | None = None) -> PIL.Image.Image:
+def decode_image(image: PIL.Image.Image | dict[str, Any] | None, min_size: int | None = None) -> PIL.Image.Image:
     """
     Decodes an image and brings it to 8 bits of red, green and blue.
 
@@ -49,6 +49,8 @@ def decode_image(image: PIL.Image.Image | dict[str, Any], min_size: int | None =
         `ValueError`: If it cannot be decoded, or has more pixels than Pillow takes for a decompression bomb
             (`2 * PIL.Image.MAX_IMAGE_PIXELS`, 179 millions); the message names the file.
     """
+    if image is None:
+        raise ValueError("A row of the data set has no image. Leave it out, or set `skip_corrupt_images`.")
     if not isinstance(image, dict):
         return _to_rgb(image)
     try:
@@ -92,7 +94,9 @@ def _to_bytes(pixels: np.ndarray) -> np.ndarray:
     return np.round((pixels - low) * (255 / (high - low) if high > low else 0.0)).astype(np.uint8)
 
 
-def image_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list]], dict[str, Any]]:
+def image_transform(
+    processor: BaseImageProcessor, *, skip_corrupt_images: bool = False
+) -> Callable[[dict[str, list]], dict[str, Any]]:
     """
     Makes the function that turns a batch of images and labels into what a model takes, for
     [`~datasets.Dataset.with_transform`]. The training arguments need `remove_unused_columns=False`.
@@ -100,6 +104,9 @@ def image_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list]]
     Args:
         processor (`BaseImageProcessor`):
             The image processor of the model.
+        skip_corrupt_images (`bool`, *optional*, defaults to `False`):
+            Whether to leave out images that cannot be decoded, with a warning that names and counts them. Only for
+            [`~datasets.IterableDataset.map`]: other data sets are to keep their length.
 
     Returns:
         `Callable`: A function from a batch with `image` and `label` to one with `pixel_values` and `labels`. Images may
@@ -107,13 +114,24 @@ def image_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list]]
         of them. It raises a `ValueError` for an encoded image that cannot be decoded, and names the file.
     """
     min_size = _sufficient_size(processor)
+    skipped = []
 
     # On the fly rather than mapped beforehand: the same one way serves data sets that do not fit into memory. A digit costs
     # about 0.1 ms this way, an epoch of the digits 0.2 s.
     def transform(batch: dict[str, list]) -> dict[str, Any]:
-        images = [decode_image(image, min_size) for image in batch["image"]]
-        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixel_values, "labels": batch["label"]}
+        images, labels = [], []
+        for image, label in zip(batch["image"], batch["label"], strict=True):
+            try:
+                images.append(decode_image(image, min_size))
+            except ValueError as error:
+                if not skip_corrupt_images:
+                    raise
+                skipped.append(error)
+                logger.warning(f"{error}: left out, number {len(skipped)} of this process.")
+            else:
+                labels.append(label)
+        pixel_values = processor(images, return_tensors="pt")["pixel_values"] if images else []
+        return {"pixel_values": pixel_values, "labels": labels}
 
     return transform
 

@@ -51,6 +51,8 @@ class DataArguments:
             The column of the labels: classes, strings or integers. Found if left out.
         skip_corrupt_images (`bool`, *optional*, defaults to `False`):
             Whether to leave out images that cannot be decoded, rather than stop.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read the images in the course of training only.
         train_size (`int`, *optional*):
             Train on this many images only. Defaults to all.
         label_noise (`float`, *optional*, defaults to `0.0`):
@@ -93,6 +95,13 @@ class DataArguments:
         metadata={
             "help": "Decode all images beforehand, and name, count and leave out those that cannot be. Without it they are an "
             "error."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the images in the course of training, rather than download and prepare them all beforehand. For hub "
+            "ids, parquet and WebDataset. Needs `max_steps` and a labelled test split; `train_size` then takes the first ones."
         },
     )
     train_size: int | None = field(
@@ -176,7 +185,7 @@ def training_parser(command: str, description: str, kinds: tuple[type, ...], arg
     # The recipe depends on the model, which the configuration or the command line may name.
     parser.set_defaults(**config)
     chosen = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**_recipe(chosen.model_name_or_path, chosen.dataset_name) | config)
+    parser.set_defaults(**_recipe(chosen.model_name_or_path, chosen.dataset_name, chosen.streaming) | config)
     _, unknown = parser.parse_known_args(argv)
     if unknown:
         hint = _did_you_mean(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), names, prefix="--")
@@ -184,7 +193,7 @@ def training_parser(command: str, description: str, kinds: tuple[type, ...], arg
     return parser
 
 
-def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
+def _recipe(model_name_or_path: str, dataset_name: str, streaming: bool = False) -> dict[str, Any]:
     """Defaults of the options: from scratch for a built-in model, fine-tuning for others."""
     recipe = {
         "output_dir": str(Path("runs") / f"{last_part(model_name_or_path)}-{last_part(dataset_name)}"),
@@ -197,6 +206,9 @@ def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),  # elsewhere it only warns
     }
+    if streaming:  # an epoch may have no end: shares of `max_steps`
+        recipe |= dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), "steps")
+        recipe |= {"logging_steps": 0.02, "eval_steps": 0.2, "save_steps": 0.2}
     if model_name_or_path in BUILTIN_MODELS:
         return recipe | {
             "learning_rate": 3e-3,

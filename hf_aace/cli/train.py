@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
-from datasets import Image
+from datasets import DatasetDict, Image, IterableDatasetDict
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import HfArgumentParser, set_seed
@@ -22,11 +22,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import PredictionOutput
 
 from ..augmentation import Augmentation, AugmentedAACETrainer
+from ..config import AACEConfig
 from ..data import load_image_dataset
 from ..images import image_transform
 from ..metrics import compute_metrics_fn, load_metric, predicted_classes
 from ..models import load_model_and_processor
 from ..plots import plot_training_curves
+from ..streaming import stream_image_dataset, transform_stream
 from ..training_loss import TrainingLoss, balanced_class_weights
 from .options import DataArguments, training_parser
 
@@ -148,16 +150,7 @@ def run(argv: list[str]) -> int:
     training_args.remove_unused_columns = False
     compute_metrics = compute_metrics_fn([name for name in data_args.metrics if name != "confusion_matrix"])
     with training_args.main_process_first(desc="loading the data set"):
-        dataset = load_image_dataset(
-            data_args.dataset_name,
-            seed=training_args.seed,
-            train_size=data_args.train_size,
-            label_noise=data_args.label_noise,
-            validation_size=data_args.validation_size,
-            image_column_name=data_args.image_column_name,
-            label_column_name=data_args.label_column_name,
-            skip_corrupt_images=data_args.skip_corrupt_images,
-        )
+        dataset = _load_data(data_args, training_args)
     set_seed(training_args.seed)
     id2label = dict(enumerate(dataset["train"].features["label"].names))
     model, processor = load_model_and_processor(model_args.model_name_or_path, id2label)
@@ -168,8 +161,11 @@ def run(argv: list[str]) -> int:
         weights = balanced_class_weights(dataset["train"]["label"][:], len(id2label))
     if weights is not None or (augmentation is not None and augmentation.soft_labels):
         compute_loss_func = TrainingLoss(weights, training_args.label_smoothing_factor)
-    # Left encoded, an image that cannot be decoded is named by the transform.
-    dataset = dataset.cast_column("image", Image(decode=False)).with_transform(image_transform(processor))
+    if data_args.streaming:
+        dataset = transform_stream(dataset, processor, data_args.skip_corrupt_images)
+    else:
+        # Left encoded, an image that cannot be decoded is named by the transform.
+        dataset = dataset.cast_column("image", Image(decode=False)).with_transform(image_transform(processor))
     trainer = AugmentedAACETrainer(
         model=model,
         args=training_args,
@@ -209,6 +205,30 @@ def run(argv: list[str]) -> int:
         drawn = plot_training_curves(trainer.state.log_history, picture)
         print(_summary(metrics, result.metrics["train_runtime"], training_args.output_dir, picture if drawn else None))
     return 0
+
+
+def _load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict | IterableDatasetDict:
+    columns = {name: getattr(options, name) for name in ("image_column_name", "label_column_name")}
+    if not options.streaming:
+        return load_image_dataset(
+            options.dataset_name,
+            seed=training_args.seed,
+            train_size=options.train_size,
+            label_noise=options.label_noise,
+            validation_size=options.validation_size,
+            skip_corrupt_images=options.skip_corrupt_images,
+            **columns,
+        )
+    if training_args.max_steps <= 0:
+        raise ValueError("`streaming` needs `max_steps`, as the number of images is not known: say how long to train.")
+    for name, off in (("label_noise", 0), ("validation_size", 0), ("class_weights", "none")):
+        if getattr(options, name) != off:
+            raise ValueError(
+                f"`{name}` needs all training labels beforehand, which `streaming` does not read: leave out one of the two."
+            )
+    return stream_image_dataset(
+        options.dataset_name, seed=training_args.seed, train_size=options.train_size, **columns
+    )
 
 
 def _augmentation(options: DataArguments, processor: BaseImageProcessor, num_classes: int) -> Augmentation | None:
