@@ -44,9 +44,11 @@ def files(sizes):
     return [(form.lower(), encoded(size, mode, form, **options)) for size in sizes for mode, form, options in kinds]
 
 
-def write_folder(folder, count, sizes, every):
-    """Writes `count` images of two classes, one in `every` of them broken, and returns the paths of those."""
+def write_folder(folder, count, sizes, every, huge):
+    """Writes `count` images of two classes, one in `every` of them broken, and returns the paths of those; `huge` times two of 6
+    megapixels for every twelve of each size."""
     contents, broken = files(sizes), set()
+    contents += [("jpeg", encoded((3000, 2000), "RGB", "JPEG")), ("png", encoded((3000, 2000), "RGB", "PNG"))] * huge
     for name in ("cat", "dog"):
         (folder / name).mkdir(parents=True)
     for index in range(count):
@@ -71,9 +73,9 @@ def epoch(dataset, workers, processor):
     return memory, count
 
 
-def check(tmp_path, monkeypatch, count, sizes, every, size, workers):
+def check(tmp_path, monkeypatch, count, sizes, every, size, workers, huge=0):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    broken = write_folder(tmp_path / "pets", count, sizes, every)
+    broken = write_folder(tmp_path / "pets", count, sizes, every, huge)
     said = []
     monkeypatch.setattr("hf_aace.data.logger.warning", said.append)
     started = time.perf_counter()
@@ -104,7 +106,7 @@ def test_bad_files_are_named_and_memory_stays_flat(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_ten_thousand_images(tmp_path, monkeypatch):
-    sizes = [(17, 9), (64, 64), (320, 240), (500, 375), (640, 480), (1024, 768), (3000, 2000)]
-    numbers = check(tmp_path, monkeypatch, 10_000, sizes, every=199, size=224, workers=2)
+    sizes = [(17, 9), (64, 64), (320, 240), (500, 375), (640, 480), (1024, 768)]
+    numbers = check(tmp_path, monkeypatch, 10_000, sizes, every=199, size=224, workers=2, huge=1)
     print({name: round(value, 1) for name, value in numbers.items()})
     assert numbers["growth_MB"] < 100
