@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -46,13 +46,31 @@ class DataArguments:
 
     Args:
         dataset_name (`str`, *optional*, defaults to `"digits"`):
-            `"digits"`, a folder of images, or the id of a data set on the Hub.
+            `"digits"`, a folder of images, a folder written by `save_to_disk`, parquet or WebDataset files, or the id of a data
+            set on the Hub.
+        image_column_name (`str`, *optional*):
+            The column of the images. Found if left out.
+        label_column_name (`str`, *optional*):
+            The column of the labels: classes, strings or integers. Found if left out.
+        skip_corrupt_images (`bool`, *optional*, defaults to `False`):
+            Whether to leave out images that cannot be decoded, rather than stop.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read the images in the course of training only.
         train_size (`int`, *optional*):
             Train on this many images only. Defaults to all.
         label_noise (`float`, *optional*, defaults to `0.0`):
             Share of the training labels to replace by wrong ones.
         validation_size (`float`, *optional*, defaults to `0.0`):
             Share of the training images to set apart and evaluate on in the course of training.
+        class_weights (`str`, *optional*, defaults to `"none"`):
+            `"balanced"` to weight each class inversely to its number of training images.
+        augmentation (`str`, *optional*):
+            `"none"`, `"default"` or `"randaugment"`, see [`~hf_aace.augmentation.Augmentation`]. Defaults to `"none"` for a
+            built-in model and for digits, to `"default"` for others.
+        mixup (`float`, *optional*, defaults to `0.0`):
+            Parameter of the Beta distribution of mixup; 0 is off.
+        cutmix (`float`, *optional*, defaults to `0.0`):
+            Parameter of the Beta distribution of cutmix; 0 is off.
         metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1", "confusion_matrix"]`):
             The metrics, as [`~hf_aace.metrics.load_metric`] knows them.
     """
@@ -61,7 +79,32 @@ class DataArguments:
         default="digits",
         metadata={
             "help": "The images: `digits` (8x8 scans, bundled with scikit-learn), a folder with one sub-folder of "
-            "images for each class (perhaps below `train` and `test`), or the id of a data set on the Hub."
+            "images for each class (perhaps below `train` and `test`), a folder written by `save_to_disk`, a file or folder "
+            "in parquet or of WebDataset shards (.tar), or the id of a data set on the Hub."
+        },
+    )
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "The column of the images. By default the first that holds images."}
+    )
+    label_column_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "The column of the labels: classes, strings or integers (a field of a JSON column as `json.label`). By "
+            "default one that is typed as classes, or is called `label` or the like."
+        },
+    )
+    skip_corrupt_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode all images beforehand, and name, count and leave out those that cannot be. Without it they are an "
+            "error."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the images in the course of training, rather than download and prepare them all beforehand. For hub "
+            "ids, parquet and WebDataset. Needs `max_steps` and a labelled test split; `train_size` then takes the first ones."
         },
     )
     train_size: int | None = field(
@@ -77,6 +120,32 @@ class DataArguments:
         metadata={
             "help": "Share of the training images, in [0, 1), set apart with `seed` (before `train_size`): the evaluations "
             "before the end then use these, and the test images are for the end alone."
+        },
+    )
+    class_weights: Literal["none", "balanced"] = field(
+        default="none",
+        metadata={
+            "help": "`balanced` weights the training loss of each class inversely to its number of training images, so that "
+            "rare ones count as much as frequent ones. The ascent is not weighted. `eval_loss` is, as it is the same loss."
+        },
+    )
+    augmentation: Literal["none", "default", "randaugment"] = field(
+        default="none",
+        metadata={
+            "help": "Random changes of the training images, on the device (pip install 'hf-aace[augmentation]'): `default` crops "
+            "and flips, `randaugment` also turns, shears, darkens and so on. `none` by default for the built-in models and for "
+            "digits, `default` for models to fine-tune."
+        },
+    )
+    mixup: float = field(
+        default=0.0,
+        metadata={"help": "Blend pairs of images, and their labels, in a ratio from Beta(mixup, mixup). 0 is off."},
+    )
+    cutmix: float = field(
+        default=0.0,
+        metadata={
+            "help": "Put a rectangle of one image into another, and the same share of its label, from Beta(cutmix, cutmix). 0 is "
+            "off. With `mixup` too, each batch gets one of the two."
         },
     )
     metrics: list[str] = field(
@@ -119,7 +188,7 @@ def training_parser(command: str, description: str, kinds: tuple[type, ...], arg
     # The recipe depends on the model, which the configuration or the command line may name.
     parser.set_defaults(**config)
     chosen = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**_recipe(chosen.model_name_or_path, chosen.dataset_name) | config)
+    parser.set_defaults(**_recipe(chosen.model_name_or_path, chosen.dataset_name, chosen.streaming) | config)
     _, unknown = parser.parse_known_args(argv)
     if unknown:
         hint = _did_you_mean(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), names, prefix="--")
@@ -127,8 +196,8 @@ def training_parser(command: str, description: str, kinds: tuple[type, ...], arg
     return parser
 
 
-def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
-    """Defaults of the training arguments: from scratch for a built-in model, fine-tuning for others."""
+def _recipe(model_name_or_path: str, dataset_name: str, streaming: bool = False) -> dict[str, Any]:
+    """Defaults of the options: from scratch for a built-in model, fine-tuning for others."""
     recipe = {
         "output_dir": str(Path("runs") / f"{last_part(model_name_or_path)}-{last_part(dataset_name)}"),
         "lr_scheduler_type": "cosine",
@@ -140,6 +209,9 @@ def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),  # elsewhere it only warns
     }
+    if streaming:  # an epoch may have no end: shares of `max_steps`
+        recipe |= dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), "steps")
+        recipe |= {"logging_steps": 0.02, "eval_steps": 0.2, "save_steps": 0.2}
     if model_name_or_path in BUILTIN_MODELS:
         return recipe | {
             "learning_rate": 3e-3,
@@ -154,6 +226,8 @@ def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
         "per_device_eval_batch_size": 64,
         "warmup_steps": 0.1,
         "weight_decay": 0.01,
+        # A mirrored digit is another sign.
+        "augmentation": "none" if dataset_name == "digits" else "default",
     }
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from ..data import image_transform, load_image_dataset
+from ..data import load_image_dataset
+from ..images import image_transform
 from .options import TRAIN_OPTIONS_NAME, last_part
 
 

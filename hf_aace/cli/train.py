@@ -14,18 +14,23 @@ from typing import Any
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
-from datasets import Image
+from datasets import DatasetDict, Image, IterableDatasetDict
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import HfArgumentParser, set_seed
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import PredictionOutput
 
-from ..data import image_transform, load_image_dataset
+from ..augmentation import Augmentation, AugmentedAACETrainer
+from ..config import AACEConfig
+from ..data import load_image_dataset
+from ..images import image_transform
 from ..metrics import compute_metrics_fn, load_metric, predicted_classes
 from ..models import load_model_and_processor
 from ..plots import plot_training_curves
-from ..trainer import AACETrainer
-from .options import training_parser, write_train_options
+from ..streaming import stream_image_dataset, transform_stream
+from ..training_loss import TrainingLoss, balanced_class_weights
+from .options import DataArguments, training_parser, write_train_options
 
 
 # Set in the processes that `--accelerate_config` starts.
@@ -145,25 +150,31 @@ def run(argv: list[str]) -> int:
     training_args.remove_unused_columns = False
     compute_metrics = compute_metrics_fn([name for name in data_args.metrics if name != "confusion_matrix"])
     with training_args.main_process_first(desc="loading the data set"):
-        dataset = load_image_dataset(
-            data_args.dataset_name,
-            seed=training_args.seed,
-            train_size=data_args.train_size,
-            label_noise=data_args.label_noise,
-            validation_size=data_args.validation_size,
-        )
+        dataset = _load_data(data_args, training_args)
     set_seed(training_args.seed)
     id2label = dict(enumerate(dataset["train"].features["label"].names))
     model, processor = load_model_and_processor(model_args.model_name_or_path, id2label)
-    # Left encoded, an image that cannot be decoded is named by the transform.
-    dataset = dataset.cast_column("image", Image(decode=False)).with_transform(image_transform(processor))
-    trainer = AACETrainer(
+    compute_loss_func = None  # the model's own
+    augmentation = _augmentation(data_args, processor, len(id2label))
+    weights = None
+    if data_args.class_weights == "balanced":
+        weights = balanced_class_weights(dataset["train"]["label"][:], len(id2label))
+    if weights is not None or (augmentation is not None and augmentation.soft_labels):
+        compute_loss_func = TrainingLoss(weights, training_args.label_smoothing_factor)
+    if data_args.streaming:
+        dataset = transform_stream(dataset, processor, data_args.skip_corrupt_images)
+    else:
+        # Left encoded, an image that cannot be decoded is named by the transform.
+        dataset = dataset.cast_column("image", Image(decode=False)).with_transform(image_transform(processor))
+    trainer = AugmentedAACETrainer(
         model=model,
         args=training_args,
         train_dataset=dataset["train"],
         eval_dataset=dataset.get("validation", dataset["test"]),
         processing_class=processor,
         compute_metrics=compute_metrics,
+        compute_loss_func=compute_loss_func,
+        augmentation=augmentation,
     )
     if trainer.is_world_process_zero():
         write_train_options(model_args, data_args, training_args)
@@ -196,6 +207,42 @@ def run(argv: list[str]) -> int:
         drawn = plot_training_curves(trainer.state.log_history, picture)
         print(_summary(metrics, result.metrics["train_runtime"], training_args.output_dir, picture if drawn else None))
     return 0
+
+
+def _load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict | IterableDatasetDict:
+    columns = {name: getattr(options, name) for name in ("image_column_name", "label_column_name")}
+    if not options.streaming:
+        return load_image_dataset(
+            options.dataset_name,
+            seed=training_args.seed,
+            train_size=options.train_size,
+            label_noise=options.label_noise,
+            validation_size=options.validation_size,
+            skip_corrupt_images=options.skip_corrupt_images,
+            **columns,
+        )
+    if training_args.max_steps <= 0:
+        raise ValueError("`streaming` needs `max_steps`, as the number of images is not known: say how long to train.")
+    for name, off in (("label_noise", 0), ("validation_size", 0), ("class_weights", "none")):
+        if getattr(options, name) != off:
+            raise ValueError(
+                f"`{name}` needs all training labels beforehand, which `streaming` does not read: leave out one of the two."
+            )
+    return stream_image_dataset(
+        options.dataset_name, seed=training_args.seed, train_size=options.train_size, **columns
+    )
+
+
+def _augmentation(options: DataArguments, processor: BaseImageProcessor, num_classes: int) -> Augmentation | None:
+    if options.augmentation == "none" and options.mixup == options.cutmix == 0:
+        return None
+    return Augmentation(
+        options.augmentation,
+        processor=processor,
+        num_classes=num_classes,
+        mixup=options.mixup,
+        cutmix=options.cutmix,
+    )
 
 
 def _confusion_matrix(prediction: PredictionOutput, num_classes: int) -> dict[str, list[list[int]]]:
