@@ -34,10 +34,16 @@ _PANELS = (
     ("Ascent loss", r"ascent loss at $w$", "linear", (("ascent_loss", "ascent loss", _ORANGE, "-"),)),
     ("Gradient of the ascent loss", "norm", "linear", (("ascent_grad_norm", "gradient", _ORANGE, "-"),)),
     (r"Perturbation $w' - w$", "norm", "linear", (("perturbation_norm", "perturbation", _BLUE, "-"),)),
+    (
+        "Consistency of the perturbations",
+        "cosine",
+        "linear",
+        (("perturbation_consistency", "to the one before", _PURPLE, "-"),),
+    ),
 )
 
 
-def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) -> bool:
+def training_curves(log_history: list[dict[str, Any]]) -> Figure | None:
     """
     Draws losses, accuracy, sharpness and perturbation over the epochs of a run. What the run did not log is left out,
     so a plain run has no sharpness.
@@ -45,17 +51,15 @@ def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathL
     Args:
         log_history (`list[dict]`):
             `trainer.state.log_history`.
-        path (`str` or `os.PathLike`):
-            The file to write; its suffix gives the format.
 
     Returns:
-        `bool`: Whether there was anything to draw. If not, no file is written.
+        `Figure`: The picture, or `None` if there is nothing to draw.
     """
     curves = {key: _curve(log_history, key) for *_, lines in _PANELS for key, *_ in lines}
     plain = not curves["clean_loss"]
     panels = [panel for panel in _PANELS if any(curves[key] for key, *_ in panel[-1])]
     if not panels:
-        return False
+        return None
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.4 * columns, 3.3 * rows), layout="constrained")
@@ -69,8 +73,26 @@ def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathL
                 axes.plot(*zip(*curves[key], strict=True), label=label, color=colour, linestyle=dashes, marker=marker)
         axes.set_yscale(scale)
         _decorate(axes, title, unit)
-    figure.savefig(path, dpi=150)
-    return True
+    return figure
+
+
+def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) -> bool:
+    """
+    Writes the picture that [`training_curves`] draws.
+
+    Args:
+        log_history (`list[dict]`):
+            `trainer.state.log_history`.
+        path (`str` or `os.PathLike`):
+            The file to write; its suffix gives the format.
+
+    Returns:
+        `bool`: Whether there was anything to draw. If not, no file is written.
+    """
+    figure = training_curves(log_history)
+    if figure is not None:
+        figure.savefig(path, dpi=150)
+    return figure is not None
 
 
 def plot_costs(rows: list[dict[str, Any]], title: str, path: str | os.PathLike) -> None:

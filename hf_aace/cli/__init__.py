@@ -64,6 +64,7 @@ def _env() -> int:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     packages = ("hf-aace", "torch", "transformers", "accelerate", "datasets", "evaluate")
     report = {package: version(package) for package in packages} | {
+        "torch": torch.__version__,  # with the build (+cu130), which the package's own version leaves out
         "python": platform.python_version(),
         "platform": platform.platform(),
         "CPU threads": torch.get_num_threads(),
