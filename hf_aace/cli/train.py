@@ -190,6 +190,8 @@ def run(argv: list[str]) -> int:
         raise
     if model_args.lora:
         _merge_adapters(trainer)
+    elif model_args.freeze_backbone:
+        trainer.model.float()  # what loads it gives all weights one dtype, and 16 bits would round the head
     try:
         trainer.save_model(_internal_call=True)  # pushed below, with its results
     except Exception as error:
@@ -287,7 +289,8 @@ def _raise_if_save_failed(error: Exception, trainer: AACETrainer, started: float
     shutil.rmtree(aside, ignore_errors=True)
     broken[0].rename(aside)
     raise OSError(
-        f"Saving {broken[0]} failed, and what there is of it was renamed to {aside.name}: {_first_line(error)}. "
+        f"Saving {broken[0]} failed, with {shutil.disk_usage(output_dir).free / 1e6:.0f} MB free on its disk, and what there "
+        f"is of it was renamed to {aside.name}: {_first_line(error)}. "
         f"{_how_to_resume(output_dir, started, argv)}".replace("\n", " ")
     ) from error
 
