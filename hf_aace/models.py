@@ -191,6 +191,12 @@ def _unnamed(id2label: dict[int, str]) -> bool:
     return all(name == f"LABEL_{index}" for index, name in id2label.items())
 
 
+def model_classes(model: PreTrainedModel) -> list[str] | None:
+    """The names of a classifier's classes in the order of their numbers, or `None` if they have none of their own."""
+    id2label = model.config.id2label
+    return None if _unnamed(id2label) else [id2label[index] for index in range(len(id2label))]
+
+
 def head_parameters(model: PreTrainedModel) -> set[str]:
     """
     The names of the parameters whose shape depends on the number of classes: the last layer.

@@ -13,6 +13,8 @@ from importlib.metadata import version
 # Each is a module here of that name, with a function `run` that takes the rest of the command line.
 _COMMANDS = {
     "train": "train a model; without options, a small ConvNeXt on scans of digits (see hf-aace train --help)",
+    "evaluate": "measure how good a model is, and see where it errs (see hf-aace evaluate --help)",
+    "predict": "name the classes of the images in a folder (see hf-aace predict --help)",
     "benchmark": "measure what a step costs, with your model on your machine (see hf-aace benchmark --help)",
 }
 

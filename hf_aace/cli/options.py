@@ -35,7 +35,7 @@ class PretrainedArguments:
     """
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The model: a local folder, or a model id on the Hub."}
+        default=None, metadata={"help": "The model: a local folder, or a model id on the Hub. Needed."}
     )
     model_revision: str = field(
         default="main", metadata={"help": "Branch, tag or commit of a model on the Hub, to pin what is loaded."}
@@ -183,7 +183,7 @@ def command_parser(
     description: str,
     kinds: tuple[type, ...],
     argv: list[str],
-    defaults: Callable[[argparse.Namespace], dict[str, Any]],
+    defaults: Callable[[argparse.Namespace], dict[str, Any]] = lambda chosen: {},
 ) -> HfArgumentParser:
     """
     The parser of a command whose options are the fields of dataclasses, from the command line and from the file that
@@ -194,7 +194,7 @@ def command_parser(
         description (`str`): What it does, for `--help`.
         kinds (`tuple[type, ...]`): The dataclasses.
         argv (`list[str]`): The arguments of the command line.
-        defaults (`Callable`): From the options chosen, the defaults that depend on them.
+        defaults (`Callable`, *optional*): From the options chosen, the defaults that depend on them.
     """
     names = [option.name for kind in kinds for option in fields(kind) if option.init]
     parser = HfArgumentParser(
@@ -247,6 +247,22 @@ def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
         "warmup_steps": 0.1,
         "weight_decay": 0.01,
     }
+
+
+def required(name: str, value: str | None) -> str:
+    """The value of an option that has no default. It may come from a file, so that the parser cannot ask for it."""
+    if value is None:
+        raise ValueError(f"`{name}` is needed: --{name} on the command line, or in the configuration file.")
+    return value
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that an option `device` names: `cpu`, `cuda`, or `auto`, a GPU if there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"`device` must be `auto`, `cpu` or `cuda`, got {name!r}.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`device` is `cuda`, but torch finds no GPU here. Use `cpu`.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def last_part(name: str) -> str:

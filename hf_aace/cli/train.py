@@ -172,7 +172,10 @@ def run(argv: list[str]) -> int:
             compute_metrics=compute_metrics,
         )
     except (HTTPError, LocalTokenNotFoundError) as error:
-        raise OSError(f"The repository to push to could not be made on the Hub: {_first_line(error)}.") from error
+        raise OSError(
+            f"The repository to push to could not be made on the Hub: {_first_line(error)}. "
+            "Log in with `hf auth login`, or set `hub_token`."
+        ) from error
     if model_args.lora and trainer.is_fsdp_enabled:
         raise ValueError("`lora` does not go with FSDP, whose shards it could not merge. Use `ddp`.")
 
