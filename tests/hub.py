@@ -34,6 +34,7 @@ class Hub:
         self.commits: list[tuple[str, str]] = []  # the repository and the message of each
         self.uploads: dict[str, bytes] = {}  # what was sent by git-lfs, by its hash
         self.broken = False  # whether commits are refused
+        self.closed = False
 
     def __enter__(self) -> "Hub":
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -43,6 +44,7 @@ class Hub:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.closed = True
         self._server.shutdown()
         self._server.server_close()
 
@@ -78,6 +80,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer("PUT")
 
     def _answer(self, method: str) -> None:
+        if self.hub.closed:  # on a connection that the client keeps
+            self.close_connection = True
+            return None
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urlsplit(self.path)
         path = unquote(url.path).strip("/")
@@ -174,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._may_write():
             return
         if self.hub.broken:
-            return self._send(b'{"error": "The disk of the Hub is full."}', status=507)
+            return self._send(b'{"error": "You have reached your quota."}', status=403)
         message = ""
         for line in body.splitlines():
             operation = json.loads(line)
