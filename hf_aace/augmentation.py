@@ -25,8 +25,7 @@ _RANDAUGMENT_GROUP = 8
 
 class Augmentation:
     """
-    Changes a batch at random, by [kornia](https://kornia.readthedocs.io) (`pip install "hf-aace[augmentation]"`), on the device
-    that the batch is on.
+    Changes a batch at random, by [kornia](https://kornia.readthedocs.io), on the device that the batch is on.
 
     Args:
         policy (`str`):
@@ -48,7 +47,6 @@ class Augmentation:
 
     Raises:
         `ValueError`: If there is no such policy, or a number is negative.
-        `ImportError`: If kornia is not installed.
     """
 
     def __init__(
@@ -65,13 +63,8 @@ class Augmentation:
         for name, value in (("mixup", mixup), ("cutmix", cutmix)):
             if not value >= 0:
                 raise ValueError(f"`{name}` must be 0 (off) or more, got {value}. Common values are 0.2 to 1.")
-        try:
-            import kornia.augmentation as K
-        except ImportError as error:
-            raise ImportError(
-                "Augmentation needs kornia: pip install 'hf-aace[augmentation]'. Or set `augmentation` to `none` and leave "
-                "out `mixup` and `cutmix`."
-            ) from error
+        import kornia.augmentation as K  # takes its time
+
         self._policy, self._num_classes, self._mixup, self._cutmix = policy, num_classes, mixup, cutmix
         normalized = getattr(processor, "do_normalize", False)
         self._mean = torch.tensor(processor.image_mean if normalized else [0.0]).view(-1, 1, 1)

@@ -140,15 +140,36 @@ class perturbed:
         self.skipped = (~self._finite).float()
         self._direction, self._factor = gradients, factor * scale
 
+    @property
+    def direction(self) -> list[torch.Tensor]:
+        """The direction of the step up to a positive factor and the sign, as this process holds it. Empty once it is made."""
+        return self._direction
+
+    def cosine(self, direction: list[torch.Tensor]) -> torch.Tensor:
+        """
+        The cosine of the angle between this step, before it is made, and an earlier one. Waits for no device.
+
+        Args:
+            direction (`list[torch.Tensor]`): The `direction` of the earlier one, over the same parameters.
+
+        Returns:
+            `torch.Tensor`: The cosine, a scalar on the device. NaN if one of the two is zero or not finite.
+        """
+        product = sum(torch.sum(a * b) for a, b in zip(self._direction, direction, strict=True))
+        return self._sum_over_shards(product) / (self._norm(self._direction) * self._norm(direction))
+
     def _norm(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """The norm over all tensors, and over the processes that hold their shards."""
         norm = get_total_norm(tensors)
+        return norm if self._sharding is None else self._sum_over_shards(norm.square()).sqrt()
+
+    def _sum_over_shards(self, value: torch.Tensor) -> torch.Tensor:
         if self._sharding is None:
-            return norm
+            return value
         mesh, placements = self._sharding
-        # The squares add up over the shards, not over copies of them (HSDP).
+        # It adds up over the shards, not over copies of them (HSDP).
         summed = [Partial() if placement.is_shard() else Replicate() for placement in placements]
-        return DTensor.from_local(norm.square(), mesh, summed, run_check=False).full_tensor().sqrt()
+        return DTensor.from_local(value, mesh, summed, run_check=False).full_tensor()
 
     def __enter__(self) -> "perturbed":
         if not self._direction and not self._moved:

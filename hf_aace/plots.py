@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures: of a training run, of what steps cost, and of runs side by side."""
+"""The pictures: of a training run, of what steps cost, of what a classifier confuses, and of runs side by side."""
 
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
@@ -43,10 +45,16 @@ _PANELS = (
     ("Ascent loss", r"ascent loss at $w$", "linear", (("ascent_loss", "ascent loss", _ORANGE, "-"),)),
     ("Gradient of the ascent loss", "norm", "linear", (("ascent_grad_norm", "gradient", _ORANGE, "-"),)),
     (r"Perturbation $w' - w$", "norm", "linear", (("perturbation_norm", "perturbation", _BLUE, "-"),)),
+    (
+        "Consistency of the perturbations",
+        "cosine",
+        "linear",
+        (("perturbation_consistency", "to the one before", _PURPLE, "-"),),
+    ),
 )
 
 
-def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) -> bool:
+def training_curves(log_history: list[dict[str, Any]]) -> Figure | None:
     """
     Draws losses, accuracy, sharpness and perturbation over the epochs of a run. What the run did not log is left out,
     so a plain run has no sharpness.
@@ -54,17 +62,15 @@ def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathL
     Args:
         log_history (`list[dict]`):
             `trainer.state.log_history`.
-        path (`str` or `os.PathLike`):
-            The file to write; its suffix gives the format.
 
     Returns:
-        `bool`: Whether there was anything to draw. If not, no file is written.
+        `Figure`: The picture, or `None` if there is nothing to draw.
     """
     curves = {key: _curve(log_history, key) for *_, lines in _PANELS for key, *_ in lines}
     plain = not curves["clean_loss"]
     panels = [panel for panel in _PANELS if any(curves[key] for key, *_ in panel[-1])]
     if not panels:
-        return False
+        return None
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.4 * columns, 3.3 * rows), layout="constrained")
@@ -78,8 +84,26 @@ def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathL
                 axes.plot(*zip(*curves[key], strict=True), label=label, color=colour, linestyle=dashes, marker=marker)
         axes.set_yscale(scale)
         _decorate(axes, title, unit)
-    figure.savefig(path, dpi=150)
-    return True
+    return figure
+
+
+def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) -> bool:
+    """
+    Writes the picture that [`training_curves`] draws.
+
+    Args:
+        log_history (`list[dict]`):
+            `trainer.state.log_history`.
+        path (`str` or `os.PathLike`):
+            The file to write; its suffix gives the format.
+
+    Returns:
+        `bool`: Whether there was anything to draw. If not, no file is written.
+    """
+    figure = training_curves(log_history)
+    if figure is not None:
+        figure.savefig(path, dpi=150)
+    return figure is not None
 
 
 def plot_costs(rows: list[dict[str, Any]], title: str, path: str | os.PathLike) -> None:
@@ -110,6 +134,72 @@ def plot_costs(rows: list[dict[str, Any]], title: str, path: str | os.PathLike) 
     axes.set_title(title, loc="left", fontweight="bold", fontsize="medium")
     axes.set_xlabel("time of a step, relative to plain training (median and quartiles)")
     axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+# Beyond these numbers of classes, counts or names would not be legible.
+_MAX_COUNTS, _MAX_NAMES = 20, 60
+
+
+def plot_confusion_matrix(matrix: list[list[int]], classes: list[str], path: str | os.PathLike) -> None:
+    """
+    Draws a confusion matrix; the colour is the share of the row, so that small classes show as well as large ones.
+
+    Args:
+        matrix (`list[list[int]]`):
+            Counts of images by true class (rows) and predicted class (columns).
+        classes (`list[str]`):
+            The names of the classes.
+        path (`str` or `os.PathLike`):
+            The file to write; its suffix gives the format.
+    """
+    counts = np.array(matrix)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = min(3.0 + 0.45 * len(classes), 16.0)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(classes) <= _MAX_COUNTS:
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.6 else "black" if count else "0.7"
+            axes.text(column, row, f"{count}", ha="center", va="center", color=colour, fontsize="small")
+    if len(classes) <= _MAX_NAMES:
+        names = [textwrap.shorten(str(name), 24, placeholder="...") for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize="small")
+        axes.set_yticks(range(len(classes)), names, fontsize="small")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title("Confusion matrix", loc="left", fontweight="bold")
+    figure.colorbar(image, label="share of the true class", shrink=0.8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_image_grid(images: list[PIL.Image.Image], captions: list[str], title: str, path: str | os.PathLike) -> None:
+    """
+    Draws images in a grid, each below its caption.
+
+    Args:
+        images (`list[PIL.Image.Image]`):
+            The images.
+        captions (`list[str]`):
+            What to write above each.
+        title (`str`):
+            What to write above all.
+        path (`str` or `os.PathLike`):
+            The file to write; its suffix gives the format.
+    """
+    columns = min(len(images), 5)
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(2.4 * columns, 0.5 + 2.8 * rows), layout="constrained")
+    figure.suptitle(title, fontweight="bold")
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        shown = image.convert("RGB")
+        shown.thumbnail((300, 300))
+        axes.imshow(np.asarray(shown), interpolation="nearest")
+        lines = [textwrap.shorten(line, 34, placeholder="...") for line in caption.splitlines()]
+        axes.set_title("\n".join(lines), fontsize="small")
+        axes.set_axis_off()
     figure.savefig(path, dpi=150)
 
 

@@ -6,13 +6,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate.optimizer import AcceleratedOptimizer
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer
+from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainerCallback
+from transformers.modelcard import TrainingSummary
 from transformers.utils import logging
 
 from ._compat import load_converted_weights, needs_conversion, without_input_embeddings
@@ -26,10 +30,35 @@ from .distributed import (
     sum_over_processes,
 )
 from .losses import aace_loss, check_classification, check_label_values, count_labels
+from .model_card import describe_hardware, model_card_text
 from .perturbation import check_precision, frozen_running_statistics, perturbed, replayed_rng
 
 
 logger = logging.get_logger(__name__)
+
+
+class PerturbationCallback(TrainerCallback):
+    """
+    A [`~transformers.TrainerCallback`] that is also told of each perturbation:
+
+    ```python
+    class LargestStep(PerturbationCallback):
+        def on_perturbation(self, perturbation):
+            return {"largest_step": torch.stack([d.abs().max() for d in perturbation.direction]).max()}
+    ```
+    """
+
+    def on_perturbation(self, perturbation: perturbed) -> dict[str, torch.Tensor] | None:
+        """
+        Called after each ascent pass, before the weights move.
+
+        Args:
+            perturbation ([`perturbed`]): The step that is about to be made.
+
+        Returns:
+            `dict[str, torch.Tensor]`, *optional*: Scalars on the device (reading them would wait for it), which are averaged
+            over the steps and the processes and logged beside those of the trainer. All processes must return the same names.
+        """
 
 
 class SharpnessAwareMixin:
@@ -191,6 +220,9 @@ class SharpnessAwareMixin:
                 "skipped_perturbations": perturbation.skipped,
             }
         )
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PerturbationCallback) and (values := callback.on_perturbation(perturbation)):
+                self._aace_metrics.add(values)
         return perturbation
 
     def _ascent_pass(
@@ -423,9 +455,45 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
     ```
     """
 
+    _tag_names = ("hf_aace", "sharpness-aware-minimization")
+
     @functools.wraps(Trainer.__init__)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+
+    def create_model_card(
+        self, language: str | None = None, license: str | None = None, tags: str | list[str] | None = None, **kwargs
+    ) -> None:
+        """
+        Writes the model card, `README.md` in the output directory: Trainer's metadata, and a text that tells the settings,
+        the results, the cost, and how to load and to cite the model. `push_to_hub` calls it.
+
+        Args:
+            language (`str`, *optional*): The language of the model, if it has one.
+            license (`str`, *optional*): The licence. Defaults to that of the model on the Hub that it started from.
+            tags (`str` or `list[str]`, *optional*): Tags besides those of the trainer and those of a card that is there.
+            **kwargs: What else [`~transformers.Trainer.create_model_card`] takes.
+        """
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir, "README.md")
+        present = ModelCard.load(path).data if path.is_file() else ModelCardData()
+        own = self._tag_names if self._aace_args.rho > 0 else ()
+        tags = [*([tags] if isinstance(tags, str) else tags or []), *own, *(present.tags or [])]
+        summary = TrainingSummary.from_trainer(
+            self, language=language, license=license, tags=list(dict.fromkeys(tags)), **kwargs
+        )
+        text = model_card_text(
+            summary,
+            self._aace_args,
+            model_id=self.hub_model_id or summary.model_name,
+            log_history=self.state.log_history,
+            hardware=describe_hardware(self.args.device, self.args.world_size),
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"---\n{yaml.dump(summary.create_metadata(), sort_keys=False)}---\n\n{text}", encoding="utf-8")
+        if present.library_name == "peft":  # peft wrote it when it saved the adapters, and completes it
+            self.accelerator.unwrap_model(self.model).create_or_update_model_card(self.args.output_dir)
 
 
 class _IntervalMetrics:
@@ -458,7 +526,7 @@ class _IntervalMetrics:
         means = {
             name: total / count if count else math.nan for name, total, count in zip(names, sums, counts, strict=True)
         }
-        return {
+        own = {
             "clean_loss": means["clean_loss"],
             "sharpness": means.get("perturbed_loss", math.nan) - means["clean_loss"],
             "ascent_loss": means["ascent_loss"],
@@ -466,6 +534,7 @@ class _IntervalMetrics:
             "perturbation_norm": means["perturbation_norm"],
             "skipped_perturbations": round(sums[names.index("skipped_perturbations")]),
         }
+        return own | {name: mean for name, mean in means.items() if name not in own and name != "perturbed_loss"}
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation: what becomes of images and labels, and that each training batch, and no other, is changed once."""
 
-import sys
-
 import pytest
 import torch
 from tiny import convnext, digits, identical, training_arguments, vit, weights
@@ -144,14 +142,6 @@ def test_bad_settings_are_refused(policy, mixing, complaint):
 def test_pixels_that_are_no_images_are_refused():
     with pytest.raises(ValueError, match=r"shape \(batch, channels, height, width\), got \(16, 9, 48\)"):
         augmentation("default")({"pixel_values": torch.rand(16, 9, 48), "labels": torch.arange(16)}, 0)
-
-
-def test_without_kornia_the_command_says_what_to_install(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
-    argv = ["train", "--max_steps", "1", "--mixup", "0.2", "--output_dir", str(tmp_path / "out")]
-    assert main(argv) == 1
-    assert "Augmentation needs kornia: pip install 'hf-aace[augmentation]'" in capsys.readouterr().err
-    assert main(argv[:3] + argv[5:] + ["--save_strategy", "no", "--eval_strategy", "no"]) == 0  # needed for that alone
 
 
 # ---- In the trainer --------------------------------------------------------

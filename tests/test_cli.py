@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_run_is_not_resumed_from(capsys):
         os.utime(state, (0, 0))
     capsys.readouterr()
     assert interrupted([*TINY, "--output_dir", "here"], step=1) == 130
-    assert "before the first checkpoint" in capsys.readouterr().err
+    assert "no checkpoint of this run" in capsys.readouterr().err
 
 
 def test_resuming_from_nothing_is_refused(capsys):

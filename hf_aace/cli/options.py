@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options that the commands share: which model, which data, and how they are read from the command line and files."""
 
+import argparse
 import difflib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +22,59 @@ TRAIN_OPTIONS_NAME = "train_options.json"
 
 
 @dataclass
-class ModelArguments:
+class PretrainedArguments:
     """
-    Which model to train.
+    Which model to load, and what it may bring with it.
+
+    Args:
+        model_name_or_path (`str`, *optional*):
+            A local folder, or a model id on the Hub.
+        model_revision (`str`, *optional*, defaults to `"main"`):
+            The branch, tag or commit on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run Python code that comes with the model.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            Whether to load weights that are not safetensors.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The model: a local folder, or a model id on the Hub. Needed."}
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of a model on the Hub, to pin what is loaded."}
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run Python code that comes with the model. Only for a model whose code you have read."},
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata={"help": "Load weights also from `pytorch_model.bin`, not only from safetensors."},
+    )
+
+
+@dataclass
+class ModelArguments(PretrainedArguments):
+    """
+    Which model to train, and what of it.
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"convnext-tiny-digits"`):
             A built-in model, a local folder, or a model id on the Hub.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            The dtype of the weights: `"float32"`, `"bfloat16"` or `"float16"`.
+        freeze_backbone (`bool`, *optional*, defaults to `False`):
+            Whether to train the classification head only.
+        lora (`bool`, *optional*, defaults to `False`):
+            Whether to train low-rank adapters and the head.
+        lora_rank (`int`, *optional*, defaults to `16`):
+            Rank of the adapters.
+        lora_alpha (`float`, *optional*, defaults to `16.0`):
+            The adapters are scaled by `lora_alpha / lora_rank`.
+        lora_target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
+            The layers to adapt.
+
+    The other arguments are those of [`PretrainedArguments`].
     """
 
     model_name_or_path: str = field(
@@ -37,6 +85,40 @@ class ModelArguments:
             "defaults for the built-in three, shown here, than for models to fine-tune."
         },
     )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={
+            "help": "Dtype of the loaded weights. 16 bits save memory with `lora` or `freeze_backbone`, where what is trained "
+            "stays in 32 bits, and need `bf16` or `fp16`; other training in 16-bit weights is refused unless `rho` is 0, as "
+            "their rounding swallows the perturbation. For speed, set `bf16` alone."
+        },
+    )
+    freeze_backbone: bool = field(
+        default=False,
+        metadata={"help": "Train the classification head only. BatchNorm statistics still follow the images."},
+    )
+    lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Train low-rank adapters and the head (pip install 'hf-aace[peft]'). They are merged into the saved "
+            "model, which loads like any other, and saved by themselves in `adapter/`."
+        },
+    )
+    lora_rank: int = field(default=16, metadata={"help": "With `lora`: rank of the adapters."})
+    lora_alpha: float = field(
+        default=16.0, metadata={"help": "With `lora`: the adapters are scaled by `lora_alpha / lora_rank`."}
+    )
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={
+            "help": "With `lora`: the layers to adapt, by the ends of their names, such as `q_proj v_proj`. `all-linear` "
+            "is every linear layer but the head; a network of convolutions (ResNet) has none, so name some."
+        },
+    )
+
+    def __post_init__(self):
+        if isinstance(self.lora_target_modules, str):  # a single name in a configuration file
+            self.lora_target_modules = [self.lora_target_modules]
 
 
 @dataclass
@@ -132,7 +214,7 @@ class DataArguments:
     augmentation: Literal["none", "default", "randaugment"] = field(
         default="none",
         metadata={
-            "help": "Random changes of the training images, on the device (pip install 'hf-aace[augmentation]'): `default` crops "
+            "help": "Random changes of the training images, on the device: `default` crops "
             "and flips, `randaugment` also turns, shears, darkens and so on. `none` by default for the built-in models and for "
             "digits, `default` for models to fine-tune."
         },
@@ -163,8 +245,7 @@ class DataArguments:
 
 def training_parser(command: str, description: str, kinds: tuple[type, ...], argv: list[str]) -> HfArgumentParser:
     """
-    The parser of a command that trains models, with the defaults that depend on its arguments. Has answered `--help` and
-    unknown options.
+    The parser of a command that trains models, as [`command_parser`] makes it.
 
     Args:
         command (`str`): The name of the command.
@@ -173,6 +254,33 @@ def training_parser(command: str, description: str, kinds: tuple[type, ...], arg
         argv (`list[str]`): The arguments of the command line.
     """
     kinds = (ModelArguments, DataArguments, *kinds, AACEConfig)
+    return command_parser(
+        command,
+        description,
+        kinds,
+        argv,
+        lambda chosen: _recipe(chosen.model_name_or_path, chosen.dataset_name, chosen.streaming),
+    )
+
+
+def command_parser(
+    command: str,
+    description: str,
+    kinds: tuple[type, ...],
+    argv: list[str],
+    defaults: Callable[[argparse.Namespace], dict[str, Any]] = lambda chosen: {},
+) -> HfArgumentParser:
+    """
+    The parser of a command whose options are the fields of dataclasses, from the command line and from the file that
+    `--config` names. Has answered `--help` and unknown options.
+
+    Args:
+        command (`str`): The name of the command.
+        description (`str`): What it does, for `--help`.
+        kinds (`tuple[type, ...]`): The dataclasses.
+        argv (`list[str]`): The arguments of the command line.
+        defaults (`Callable`, *optional*): From the options chosen, the defaults that depend on them.
+    """
     names = [option.name for kind in kinds for option in fields(kind) if option.init]
     parser = HfArgumentParser(
         kinds,
@@ -182,13 +290,13 @@ def training_parser(command: str, description: str, kinds: tuple[type, ...], arg
         allow_abbrev=False,  # an abbreviation would take a misspelt option for another one
     )
     parser.add_argument("--config", help="A YAML or JSON file with options by name; the command line overrides it.")
-    parser.set_defaults(**_recipe(ModelArguments.model_name_or_path, DataArguments.dataset_name))
-    config_path = parser.parse_known_args(argv)[0].config
+    # Once without `--help`, which is to show the defaults for what else is given.
+    known = [argument for argument in argv if argument not in ("-h", "--help")]
+    config_path = parser.parse_known_args(known)[0].config
     config = {} if config_path is None else _read_config(config_path, names)
-    # The recipe depends on the model, which the configuration or the command line may name.
+    # The defaults depend on what the configuration or the command line chooses.
     parser.set_defaults(**config)
-    chosen = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**_recipe(chosen.model_name_or_path, chosen.dataset_name, chosen.streaming) | config)
+    parser.set_defaults(**defaults(parser.parse_known_args(known)[0]) | config)
     _, unknown = parser.parse_known_args(argv)
     if unknown:
         hint = _did_you_mean(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), names, prefix="--")
@@ -229,6 +337,22 @@ def _recipe(model_name_or_path: str, dataset_name: str, streaming: bool = False)
         # A mirrored digit is another sign.
         "augmentation": "none" if dataset_name == "digits" else "default",
     }
+
+
+def required(name: str, value: str | None) -> str:
+    """The value of an option that has no default. It may come from a file, so that the parser cannot ask for it."""
+    if value is None:
+        raise ValueError(f"`{name}` is needed: --{name} on the command line, or in the configuration file.")
+    return value
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that an option `device` names: `cpu`, `cuda`, or `auto`, a GPU if there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"`device` must be `auto`, `cpu` or `cuda`, got {name!r}.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`device` is `cuda`, but torch finds no GPU here. Use `cpu`.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def last_part(name: str) -> str:

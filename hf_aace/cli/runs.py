@@ -145,6 +145,7 @@ class Run:
             name: self.options.get(name) if getattr(args, name) is None else getattr(args, name)
             for name in ("dataset_name", "train_size", "label_noise")
         }
+        others = ("validation_size", "image_column_name", "label_column_name", "skip_corrupt_images")
         if options["dataset_name"] is None:
             raise ValueError(
                 f"The folder {str(self.folder)!r} has no {TRAIN_OPTIONS_NAME} that says which data the run was trained on. "
@@ -156,6 +157,7 @@ class Run:
             seed=seed,
             train_size=options["train_size"],
             label_noise=options["label_noise"] or 0.0,
+            **{name: self.options[name] for name in others if name in self.options},
         )[args.split]
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         classes = dataset.features["label"].num_classes
