@@ -45,6 +45,9 @@ class Augmentation:
             share is drawn for each image from `Beta(cutmix, cutmix)` ([arXiv
             1905.04899](https://huggingface.co/papers/1905.04899)). With `mixup` too, each batch gets one of the two.
 
+    AACE leads away from both classes of a mixed image. With few classes that may be *down* the loss of the mixture: of two
+    classes in equal shares it is exactly so. There, take `perturbation_loss="cross_entropy"`.
+
     Raises:
         `ValueError`: If there is no such policy, or a number is negative.
     """

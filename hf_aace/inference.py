@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .data import image_transform
+from .images import image_transform
 
 
 def classify(
