@@ -182,7 +182,9 @@ def _explained(model_name_or_path: str, allow_pickle: bool) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
         reason = str(error).strip().splitlines()[0]
-        if not allow_pickle and "safetensors" in reason:
+        if "trust_remote_code" in str(error):
+            reason += " If you trust it, set `trust_remote_code`."
+        elif not allow_pickle and "safetensors" in reason:
             reason += " If its weights are in another format and you trust them, set `allow_pickle`."
         raise ValueError(
             f"`model_name_or_path` is {model_name_or_path!r}: not a built-in model ({', '.join(BUILTIN_MODELS)}), and "

@@ -197,7 +197,7 @@ def plot_image_grid(images: list[PIL.Image.Image], captions: list[str], title: s
         shown = image.convert("RGB")
         shown.thumbnail((300, 300))
         axes.imshow(np.asarray(shown), interpolation="nearest")
-        lines = [textwrap.shorten(line, 34, placeholder="...") for line in caption.splitlines()]
+        lines = [textwrap.fill(line, 32, max_lines=2, placeholder=" ...") for line in caption.splitlines()]
         axes.set_title("\n".join(lines), fontsize="small")
         axes.set_axis_off()
     figure.savefig(path, dpi=150)

@@ -10,7 +10,9 @@ from matplotlib.text import Text
 from hf_aace.landscape import LossPath, LossSurface
 from hf_aace.plots import (
     _styles,
+    plot_confusion_matrix,
     plot_dynamics,
+    plot_image_grid,
     plot_landscapes,
     plot_margins,
     plot_paths,
@@ -46,7 +48,7 @@ def saved(monkeypatch):
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
+        Figure, "savefig", lambda self, *args, **kwargs: (saved.append(self), save(self, *args, **kwargs))
     )
     return figures
 
@@ -112,6 +114,25 @@ def test_every_axis_is_labelled(drawn):
 def test_nothing_logged_is_nothing_drawn(tmp_path):
     assert not plot_training_curves([END], tmp_path / "curves.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_confusion_matrix_shows_counts_while_they_are_legible(tmp_path, saved):
+    plot_confusion_matrix([[3, 1], [0, 0]], ["cat", "dog"], tmp_path / "small.png")
+    plot_confusion_matrix([[1] * 100] * 100, [f"class {i}" for i in range(100)], tmp_path / "large.png")
+    small, large = (figure.axes[0] for figure in saved)
+    assert [text.get_text() for text in small.texts] == ["3", "1", "0", "0"]
+    assert [label.get_text() for label in small.get_yticklabels()] == ["cat", "dog"]
+    # The colour is the share of the row; a class without images has none.
+    assert small.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
+    assert not large.texts
+
+
+def test_image_grid_has_every_image_under_its_caption(tmp_path, saved):
+    images = [PIL.Image.new(mode, size) for mode, size in (("L", (8, 8)), ("RGBA", (900, 30)), ("1", (5, 7)))]
+    plot_image_grid(images, ["one", "two\nlines", "x" * 40], "Title", tmp_path / "grid.png")
+    (figure,) = saved
+    assert [axes.get_title() for axes in figure.axes] == ["one", "two\nlines", f"{'x' * 32}\n{'x' * 8}"]
+    assert len(figure.axes) == 3 and all(axes.images for axes in figure.axes)
 
 
 # ---- Runs side by side ---------------------------------------------------------
