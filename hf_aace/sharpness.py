@@ -487,7 +487,7 @@ def _climb(
         gradient = objective.random_vector(torch.Generator().manual_seed(seed))
     for _ in range(steps):
         candidate = offset + gradient * (length / gradient.norm())
-        candidate *= min(1.0, rho / float(candidate.norm()))
+        candidate *= rho / max(rho, float(candidate.norm()))
         with objective.moved(scale * candidate):
             loss, slope = objective.loss_and_gradient(batches)
         if loss > best:

@@ -174,6 +174,24 @@ def test_worst_case_is_the_greatest_in_the_ball():
         assert worst_case_rise(model, data, 0.8, adaptive=adaptive, steps=1) < 0.99 * expected
 
 
+class Wave(nn.Module):
+    """One weight, whose loss has its greatest value inside the ball, not on its edge."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.0]))
+
+    def forward(self, x):
+        return torch.stack((torch.zeros(len(x)), 3 * self.w.sin() * x), dim=1)
+
+
+def test_worst_case_inside_the_ball_is_found():
+    """By halving the steps that overshoot it."""
+    data = [{"x": torch.ones(2), "labels": torch.zeros(2, dtype=torch.long)}]
+    expected = np.logaddexp(0, 3) - np.log(2)  # at w = pi / 2
+    assert worst_case_rise(Wave(), data, 3.0) == pytest.approx(expected, rel=1e-4)
+
+
 def test_adaptive_worst_case_does_not_change_when_layers_are_rescaled():
     """The reason for it: the network computes the same function."""
     torch.manual_seed(0)
@@ -301,7 +319,7 @@ def test_attention_has_second_derivatives_whatever_its_kernel():
 
 def test_a_compiled_model_is_measured_as_the_model_that_it_is():
     model = Small()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="aot_eager")  # whose backward pass has no derivative
     assert hessian_eigenvalues(compiled, small_data())[0] == hessian_eigenvalues(model, small_data())[0]
 
 
