@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from evaluate.evaluator import ImageClassificationEvaluator
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -84,3 +85,17 @@ def without_input_embeddings(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model.get_input_embeddings
+
+
+# evaluate 0.4.6 looks for `transformers.TFPreTrainedModel`, which transformers 5 no longer has, unless it gets a model to make
+# a pipeline of. Use `evaluate.evaluator("image-classification")` when the oldest supported evaluate does without.
+
+
+class _ImageClassificationEvaluator(ImageClassificationEvaluator):
+    def prepare_pipeline(self, model_or_pipeline, *args, **kwargs):
+        return model_or_pipeline
+
+
+def image_classification_evaluator() -> ImageClassificationEvaluator:
+    """The evaluator for image classification, which takes pipelines only."""
+    return _ImageClassificationEvaluator()

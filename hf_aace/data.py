@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labelled images as `datasets`: scikit-learn's digits, a folder, or the Hub; checked before training starts."""
 
-from collections.abc import Callable
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
-from datasets.utils import tqdm
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
 from sklearn.datasets import load_digits
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
+
+from .columns import find_columns, unseen_classes, untyped_images, with_classes
+from .images import find_corrupt, first_few
 
 
 logger = logging.get_logger(__name__)
@@ -21,7 +28,9 @@ _DIGITS_TEST_SIZE = 500
 _TEST_FRACTION = 0.2
 # Test images stay the same whatever the seed of a run, or the runs could not be compared.
 _SPLIT_SEED = 0
-_TEST_SPLITS = ("test", "validation")
+TEST_SPLITS = ("test", "validation")
+# Files that hold many images, by their suffix, and what of `datasets` reads them.
+_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 
 
 def load_image_dataset(
@@ -31,6 +40,9 @@ def load_image_dataset(
     train_size: int | None = None,
     label_noise: float = 0.0,
     validation_size: float = 0.0,
+    image_column_name: str | None = None,
+    label_column_name: str | None = None,
+    skip_corrupt_images: bool = False,
 ) -> DatasetDict:
     """
     Loads a data set for image classification.
@@ -38,7 +50,8 @@ def load_image_dataset(
     Args:
         name (`str`):
             `"digits"` for the 1797 scans of 8x8 pixels that come with scikit-learn; or a folder of images in one
-            sub-folder for each class, perhaps below `train` and `test`; or the id of a data set on the Hub. Anything
+            sub-folder for each class, perhaps below `train` and `test`; or a folder written by `save_to_disk`; or a file,
+            or a folder of files, in parquet or as WebDataset shards (`.tar`); or the id of a data set on the Hub. Anything
             that is a folder here is read as one, save `"digits"`: write `"./digits"` for a folder of that name.
         seed (`int`):
             Draws the images that `train_size` and `validation_size` take and those that `label_noise` changes. The test
@@ -52,6 +65,15 @@ def load_image_dataset(
         validation_size (`float`, *optional*, defaults to `0.0`):
             Share of the training images, in `[0, 1)`, to set apart as validation images, before `train_size` is taken of
             the rest.
+        image_column_name (`str`, *optional*):
+            The column of the images. Found if left out, see [`~hf_aace.columns.find_columns`].
+        label_column_name (`str`, *optional*):
+            The column of the labels: classes, strings or integers. Found if left out. A field of a JSON column is named
+            `json.field`.
+        skip_corrupt_images (`bool`, *optional*, defaults to `False`):
+            Whether to decode every image beforehand and leave out those that cannot be, with a warning that names and
+            counts them. Otherwise they are an error, for local images beforehand too, for those of the Hub when a batch
+            is made.
 
     Returns:
         `DatasetDict`: The splits `train` and `test`, and `validation` if `validation_size` asks for it, with the columns `image` ([`~datasets.Image`]) and `label`
@@ -70,10 +92,11 @@ def load_image_dataset(
         )
     if name == "digits":
         splits = _load_digits()
-    elif Path(name).is_dir():
-        splits = _load_folder(name)
     else:
-        splits = _load_from_hub(name)
+        splits = _image_and_label(name, load_splits(name), image_column_name, label_column_name)
+        if skip_corrupt_images or Path(name).exists():  # of the Hub, checking all may take longer than training
+            splits = _without_corrupt(name, splits, skip_corrupt_images)
+        splits = _train_and_test(name, splits)
     test = splits.pop("test")
     if validation_size > 0:
         splits = _split(splits["train"], round(validation_size * len(splits["train"])), seed)
@@ -83,31 +106,6 @@ def load_image_dataset(
     if label_noise > 0:
         splits = DatasetDict({name: _with_label_noise(split, label_noise, seed) for name, split in splits.items()})
     return DatasetDict(**splits, test=test)
-
-
-def image_transform(processor: BaseImageProcessor) -> Callable[[dict[str, list]], dict[str, Any]]:
-    """
-    Makes the function that turns a batch of images and labels into what a model takes, for
-    [`~datasets.Dataset.with_transform`]. The training arguments need `remove_unused_columns=False`.
-
-    Args:
-        processor (`BaseImageProcessor`):
-            The image processor of the model.
-
-    Returns:
-        `Callable`: A function from a batch with `image` and `label` to one with `pixel_values` and `labels`. Images may
-        be decoded or, from a column cast to `Image(decode=False)`, still be encoded. It raises a `ValueError` for an
-        encoded image that cannot be decoded, and names the file.
-    """
-
-    # On the fly rather than mapped beforehand: the same one way serves data sets that do not fit into memory, and
-    # augmentation. A digit costs about 0.1 ms this way, an epoch of the digits 0.2 s.
-    def transform(batch: dict[str, list]) -> dict[str, Any]:
-        images = [_decode(image).convert("RGB") for image in batch["image"]]
-        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixel_values, "labels": batch["label"]}
-
-    return transform
 
 
 def _load_digits() -> DatasetDict:
@@ -120,12 +118,68 @@ def _load_digits() -> DatasetDict:
     return _split(dataset, _DIGITS_TEST_SIZE, _SPLIT_SEED)
 
 
-def _load_folder(name: str) -> DatasetDict:
-    extensions = PIL.Image.registered_extensions()
-    if not any(path.suffix.lower() in extensions for path in Path(name).rglob("*")):
+def load_splits(name: str, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+    """
+    Loads the splits of a data set as they are.
+
+    Args:
+        name (`str`): The data set, as [`load_image_dataset`] takes it, but for `"digits"`.
+        streaming (`bool`, *optional*, defaults to `False`): Whether not to read it yet.
+
+    Raises:
+        `ValueError`: If there is no such data set, or it cannot be streamed.
+    """
+    options = {"streaming": True} if streaming else {}
+    path = Path(name)
+    if path.is_file():
+        builder = _BUILDERS.get(path.suffix)
+        if builder is None:
+            raise ValueError(
+                f"`dataset_name` is the file {name!r}, but a file must be of {' or '.join(_BUILDERS)}. Give a folder."
+            )
+        return load_dataset(builder, data_files=name, **options)
+    if path.is_dir():
+        builder = _builder_of_folder(path)
+        if builder is not None:
+            return load_dataset(builder, data_dir=name, **options)
+        if streaming:
+            raise ValueError(
+                f"`streaming` is for data sets on the Hub and for files of {' or '.join(_BUILDERS)}. The folder {name!r} is "
+                "read image by image, or mapped into memory, without it."
+            )
+        return _load_folder(name)
+    try:
+        return load_dataset(name, **options)
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"The folder {name!r} given as `dataset_name` holds no images. Put them into one sub-folder for each class."
-        )
+            f"`dataset_name` is {name!r}: neither `digits`, nor a folder or file, nor a data set that could be loaded from "
+            f"the Hub: {error}"
+        ) from error
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` has written the folder."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _builder_of_folder(path: Path) -> str | None:
+    """What of `datasets` reads the files in a folder, `None` if it is one of images or was saved by `datasets`."""
+    suffixes = {file.suffix.lower() for file in path.rglob("*")}
+    if _is_saved(path) or suffixes & PIL.Image.registered_extensions().keys():
+        return None
+    for suffix, builder in _BUILDERS.items():
+        if suffix in suffixes:
+            return builder
+    raise ValueError(
+        f"The folder {str(path)!r} given as `dataset_name` holds no images. Put them into one sub-folder for each class. "
+        f"(Nor is it a data set written by `save_to_disk`, nor does it hold files of {' or '.join(_BUILDERS)}.)"
+    )
+
+
+def _load_folder(name: str) -> DatasetDict:
+    if _is_saved(Path(name)):
+        saved = load_from_disk(name)
+        return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     splits = load_dataset("imagefolder", data_dir=name)
     # `imagefolder` leaves the labels out, of the column or altogether, where it finds no two classes at one depth. With
     # a metadata file there are columns of its own instead.
@@ -136,63 +190,55 @@ def _load_folder(name: str) -> DatasetDict:
         folders = sorted({str(Path(path).parent) for path in _paths(splits)})
         raise ValueError(
             f"The folder {name!r} given as `dataset_name` must have one sub-folder for each class, at least two of "
-            f"them to train on and all at the same depth, but its images lie in: {_first_few(folders)}."
+            f"them to train on and all at the same depth, but its images lie in: {first_few(folders)}."
         )
-    splits = _train_and_test(name, splits)
-    _check_images(name, splits)
     return splits
 
 
-def _load_from_hub(name: str) -> DatasetDict:
-    try:
-        splits = load_dataset(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`dataset_name` is {name!r}: neither `digits`, nor a folder, nor a data set that could be loaded from the "
-            f"Hub: {error}"
-        ) from error
-    return _train_and_test(name, splits)
+def _image_and_label(
+    name: str, splits: DatasetDict, image_column_name: str | None, label_column_name: str | None
+) -> DatasetDict:
+    """The splits with two columns: `image`, and `label` with classes."""
+    if "train" not in splits:
+        raise ValueError(f"The data set {name!r} must have a split named `train`, but has: {', '.join(splits)}.")
+    parts, columns = {}, None
+    for split in ("train", *TEST_SPLITS):  # another may have other columns
+        if split in splits:
+            part = splits[split]
+            for column in untyped_images(part.features):
+                part = part.cast_column(column, Image())
+            part = part.flatten()  # the fields of a JSON column by names of their own
+            columns = columns or find_columns(name, part.features, image_column_name, label_column_name)
+            if not set(columns) <= set(part.column_names):
+                continue  # a test split without labels
+            part = part.select_columns(list(columns))
+            part = part.rename_columns(
+                {old: new for old, new in zip(columns, ("image", "label"), strict=True) if old != new}
+            )
+            parts[split] = part if isinstance(part.features["image"], Image) else part.cast_column("image", Image())
+    return with_classes(name, DatasetDict(parts))
 
 
 def _train_and_test(name: str, splits: DatasetDict) -> DatasetDict:
-    """Brings loaded splits into the form that [`load_image_dataset`] returns, or says why it cannot."""
-    if "train" not in splits:
-        raise ValueError(f"The data set {name!r} must have a split named `train`, but has: {', '.join(splits)}.")
-    splits = DatasetDict({split: _image_and_label(name, dataset) for split, dataset in splits.items()})
+    """Makes of the splits of a data set those that [`load_image_dataset`] returns, or says why it cannot."""
     train = splits["train"]
     if not _is_labelled(train):
         raise ValueError(f"Some training images of the data set {name!r} have no label. Leave them out.")
-    present = np.unique(_labels(train))
+    names, present = train.features["label"].names, np.unique(_labels(train))
     if len(present) < 2:
+        found = f"of one class, {names[present[0]]!r}" if len(present) else "gone: there is none"
         raise ValueError(
-            f"All training images of the data set {name!r} are of one class, "
-            f"{train.features['label'].int2str(int(present[0]))!r}. Classification needs two classes at least."
+            f"All training images of the data set {name!r} are {found}. Classification needs two classes at least."
         )
     # The test labels of a public competition are often withheld.
-    labelled = [split for split in _TEST_SPLITS if split in splits and _is_labelled(splits[split])]
-    if labelled:
-        return DatasetDict(train=train, test=splits[labelled[0]])
-    return _split(train, round(_TEST_FRACTION * len(train)), _SPLIT_SEED)
-
-
-def _image_and_label(name: str, dataset: Dataset) -> Dataset:
-    image, label = _find_column(name, dataset, Image, "image"), _find_column(name, dataset, ClassLabel, "label")
-    dataset = dataset.select_columns([image, label])
-    return dataset.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
-
-
-def _find_column(name: str, dataset: Dataset, kind: type, preferred: str) -> str:
-    found = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
-    if not found:
-        raise ValueError(
-            f"The data set {name!r} must have a column of type `{kind.__name__}`, but its columns are: "
-            f"{dict(dataset.features)}. Cast one of them and save the data set."
-        )
-    if preferred in found:
-        return preferred
-    if len(found) > 1:
-        logger.warning(f"The data set {name!r} has several {kind.__name__} columns, {found}: using {found[0]!r}.")
-    return found[0]
+    labelled = [split for split in TEST_SPLITS if split in splits and _is_labelled(splits[split])]
+    if not labelled:
+        return _split(train, round(_TEST_FRACTION * len(train)), _SPLIT_SEED)
+    test = splits[labelled[0]]
+    unseen = np.setdiff1d(_labels(test), present)
+    if len(unseen):
+        raise unseen_classes(name, labelled[0], [names[index] for index in unseen])
+    return DatasetDict(train=train, test=test)
 
 
 def _labels(dataset: Dataset) -> np.ndarray:
@@ -249,40 +295,24 @@ def _paths(splits: DatasetDict) -> list[str]:
     return [image["path"] for split in encoded.values() for image in split["image"]]
 
 
-def _check_images(name: str, splits: DatasetDict) -> None:
-    paths = _paths(splits)
-    with ThreadPool() as pool:
-        problems = list(
-            tqdm(pool.imap(_problem, paths, chunksize=16), total=len(paths), desc="Checking the images", delay=1)
-        )
-    unreadable = [f"{path} ({problem})" for path, problem in zip(paths, problems, strict=True) if problem]
-    if unreadable:
+def _without_corrupt(name: str, splits: DatasetDict, skip: bool) -> DatasetDict:
+    """Leaves out the images that cannot be decoded, or raises an error if there are any."""
+    corrupt = {split: find_corrupt(dataset) for split, dataset in splits.items()}
+    problems = [problem for of_split in corrupt.values() for problem in of_split.values()]
+    if not problems:
+        return splits
+    total = sum(len(dataset) for dataset in splits.values())
+    found = f"{len(problems)} of the {total} images of {name!r} cannot be read"
+    if not skip:
+        for problem in problems:
+            logger.warning(f"Unreadable: {problem}")
         raise ValueError(
-            f"{len(unreadable)} of the {len(paths)} images in the folder {name!r} cannot be read: "
-            f"{_first_few(unreadable)}. Replace or delete them."
+            f"{found}: {first_few(problems)}. Replace or delete them, or set `skip_corrupt_images` to leave them out."
         )
-
-
-def _problem(path: str) -> str | None:
-    """Says why the image cannot be read, or returns `None` if it can."""
-    try:
-        with PIL.Image.open(path) as image:
-            # Lets JPEG decode at an eighth of the size, which still reads, and so checks, the whole file.
-            image.draft("L", (1, 1))
-            image.load()
-    except Exception as error:  # Pillow's decoders raise what they stumble on: OSError, SyntaxError, struct.error, ...
-        return str(error) or type(error).__name__
-    return None
-
-
-def _first_few(items: list[str]) -> str:
-    return ", ".join(items[:5]) + (", ..." if len(items) > 5 else "")
-
-
-def _decode(image: PIL.Image.Image | dict) -> PIL.Image.Image:
-    if not isinstance(image, dict):
-        return image
-    try:
-        return Image().decode_example(image)
-    except Exception as error:  # As above.
-        raise ValueError(f"The image {image['path'] or ''!r} cannot be decoded: {error}") from error
+    logger.warning(f"{found} and are left out: {', '.join(problems)}.")
+    return DatasetDict(
+        {
+            split: dataset.select([index for index in range(len(dataset)) if index not in corrupt[split]])
+            for split, dataset in splits.items()
+        }
+    )

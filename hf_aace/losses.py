@@ -72,6 +72,16 @@ def check_label_values(labels: torch.Tensor, classes: int, ignore_index: int = -
         )
 
 
+def count_labels(labels: torch.Tensor) -> torch.Tensor | int:
+    """
+    The number of samples that count: all but those with the index -100, which cross-entropy ignores too.
+
+    Args:
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
+    """
+    return labels.shape[0] if labels.is_floating_point() else (labels != -100).sum()
+
+
 def aace_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image classifiers with their image processors: two small built-in ones for 8x8 scans, or any from the Hub or a folder."""
 
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HTTPError
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -17,7 +23,10 @@ from transformers import (
     ViTImageProcessorPil,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 BUILTIN_MODELS = ("convnext-tiny-digits", "vit-tiny-digits", "resnet-tiny-digits")
 
@@ -50,28 +59,44 @@ def _builtin_config(name: str, labels: dict) -> PreTrainedConfig:
 
 
 def load_model_and_processor(
-    model_name_or_path: str, id2label: dict[int, str]
+    model_name_or_path: str,
+    id2label: dict[int, str],
+    *,
+    revision: str = "main",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """
-    Loads an image classifier and the image processor that belongs to it.
+    Loads an image classifier to train, and the image processor that belongs to it.
 
     Args:
         model_name_or_path (`str`):
             One of `BUILTIN_MODELS`, which are small, made for 8x8 scans and initialised at random from the current
-            torch seed; or a local folder, or a model id on the Hub. If the classes of a loaded model are not as many
-            as `id2label`, its head is initialised anew.
+            torch seed; or a local folder, or a model id on the Hub. The head of a loaded model is kept if its classes are
+            `id2label`, or as many without names of their own (`LABEL_0`, ...); other classes, also if they are as many or
+            only in another order, are another task, for which the head is initialised anew.
         id2label (`dict[int, str]`):
             The names of the classes by their number.
+        revision (`str`, *optional*, defaults to `"main"`):
+            The branch, tag or commit on the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            The dtype of the weights, whatever that of the checkpoint is.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run Python code that comes with the model.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            Whether to load weights that are not safetensors.
 
     Returns:
-        `tuple[PreTrainedModel, BaseImageProcessor]`: The model, its weights in 32 bits, and its image processor.
+        `tuple[PreTrainedModel, BaseImageProcessor]`: The model and its image processor.
 
     Raises:
         `ValueError`: If there is no such model, or it is no image classifier.
     """
     labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
     if model_name_or_path in BUILTIN_MODELS:
-        model = AutoModelForImageClassification.from_config(_builtin_config(model_name_or_path, labels))
+        config = _builtin_config(model_name_or_path, labels)
+        model = AutoModelForImageClassification.from_config(config, dtype=dtype)
         # A ResNet's stem shrinks the image to a quarter of its height, and of 8 pixels it would leave two.
         size = 4 * _BUILTIN_IMAGE_SIZE if model_name_or_path == "resnet-tiny-digits" else _BUILTIN_IMAGE_SIZE
         # ConvNeXt's own processor enlarges and crops the border away below 384 pixels; this one only resizes.
@@ -82,23 +107,210 @@ def load_model_and_processor(
             do_convert_rgb=True,
         )
         return model, processor
-    try:
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _explained(model_name_or_path, allow_pickle):
+        known = AutoConfig.from_pretrained(model_name_or_path, **source).id2label
         model = AutoModelForImageClassification.from_pretrained(
             model_name_or_path,
-            # Weights in 16 bits would round the perturbation away.
-            dtype=torch.float32,
+            dtype=dtype,
             num_labels=len(id2label),
             ignore_mismatched_sizes=True,
+            use_safetensors=None if allow_pickle else True,
             **labels,
+            **source,
         )
-        processor = AutoImageProcessor.from_pretrained(model_name_or_path)
-    except (OSError, ValueError) as error:
+        processor = AutoImageProcessor.from_pretrained(model_name_or_path, **source)
+    if len(known) == len(id2label) and known != id2label and not _unnamed(known):
+        logger.warning(
+            f"The classes of {model_name_or_path} are others, or in another order, than those of the data: its head is "
+            "initialised anew."
+        )
+        _renew_head(model)
+    return model, processor
+
+
+def load_classifier(
+    model_name_or_path: str, *, revision: str = "main", trust_remote_code: bool = False, allow_pickle: bool = False
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """
+    Loads an image classifier as it was trained, and the image processor that belongs to it.
+
+    Args:
+        model_name_or_path (`str`):
+            A local folder, or a model id on the Hub.
+        revision (`str`, *optional*, defaults to `"main"`):
+            The branch, tag or commit on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run Python code that comes with the model.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            Whether to load weights that are not safetensors.
+
+    Returns:
+        `tuple[PreTrainedModel, BaseImageProcessor]`: The model, its weights in 32 bits, and its image processor.
+
+    Raises:
+        `ValueError`: If there is no such model, it is no image classifier, or it lacks trained weights, its head say.
+    """
+    if Path(model_name_or_path, "adapter_config.json").is_file():
+        raise ValueError(
+            f"The folder {model_name_or_path!r} given as `model_name_or_path` holds an adapter, which does not know the "
+            "classes. Give the folder of the whole run, where the adapter is merged into the model; or merge it yourself, "
+            "with `merge_and_unload` of peft."
+        )
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _explained(model_name_or_path, allow_pickle):
+        model, report = AutoModelForImageClassification.from_pretrained(
+            model_name_or_path,
+            dtype=torch.float32,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+            **source,
+        )
+        if report["missing_keys"]:
+            raise ValueError(
+                f"it has no trained weights for {', '.join(sorted(report['missing_keys'])[:3])}. Train it first: "
+                "`hf-aace train`"
+            )
+        processor = AutoImageProcessor.from_pretrained(model_name_or_path, **source)
+    return model, processor
+
+
+@contextmanager
+def _explained(model_name_or_path: str, allow_pickle: bool) -> Iterator[None]:
+    """Context manager that makes one sentence of what loading this model raises."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason += " If you trust it, set `trust_remote_code`."
+        elif not allow_pickle and "safetensors" in reason:
+            reason += " If its weights are in another format and you trust them, set `allow_pickle`."
         raise ValueError(
             f"`model_name_or_path` is {model_name_or_path!r}: not a built-in model ({', '.join(BUILTIN_MODELS)}), and "
             "no image classifier with its image processor could be loaded from a folder or from the Hub under that "
-            f"name: {str(error).strip().splitlines()[0]}"
+            f"name: {reason}"
         ) from error
-    return model, processor
+
+
+def _unnamed(id2label: dict[int, str]) -> bool:
+    """Whether the classes have no names of their own, but those that Transformers gives them."""
+    return all(name == f"LABEL_{index}" for index, name in id2label.items())
+
+
+def model_classes(model: PreTrainedModel) -> list[str] | None:
+    """The names of a classifier's classes in the order of their numbers, or `None` if they have none of their own."""
+    id2label = model.config.id2label
+    return None if _unnamed(id2label) else [id2label[index] for index in range(len(id2label))]
+
+
+def head_parameters(model: PreTrainedModel) -> set[str]:
+    """
+    The names of the parameters whose shape depends on the number of classes: the last layer.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): An image classifier.
+    """
+    config = copy.deepcopy(model.config)
+    config.num_labels = model.config.num_labels + 1
+    with torch.device("meta"):  # no memory, no random numbers
+        larger = {name: p.shape for name, p in type(model)(config).named_parameters()}
+    return {name for name, p in model.named_parameters() if p.shape != larger[name]}
+
+
+def _renew_head(model: PreTrainedModel) -> None:
+    """Initialises the last layer anew, in place."""
+    fresh = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in head_parameters(model):
+            parameters[name].copy_(fresh[name])
+
+
+def _head_and_last_layer(model: PreTrainedModel) -> set[str]:
+    """The names of the parameters outside the backbone, and of the last layer, which for a few lies inside."""
+    backbone = {id(p) for p in model.base_model.parameters()}
+    return head_parameters(model) | {name for name, p in model.named_parameters() if id(p) not in backbone}
+
+
+def freeze_backbone(model: PreTrainedModel) -> None:
+    """
+    Leaves of a classifier only the head to train, in 32 bits: what lies outside `base_model`, and the last layer wherever
+    it lies.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model, modified in place.
+    """
+    head = _head_and_last_layer(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in head)
+    _trainable_in_32_bits(model)
+
+
+def add_lora(
+    model: PreTrainedModel, *, rank: int = 16, alpha: float = 16.0, target_modules: Sequence[str] = ("all-linear",)
+) -> nn.Module:
+    """
+    Adds low-rank adapters (LoRA, Hu et al., [arXiv 2106.09685](https://huggingface.co/papers/2106.09685)) to a classifier.
+    They and the head are left to train, in 32 bits.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model, modified in place.
+        rank (`int`, *optional*, defaults to `16`): Rank of the adapters.
+        alpha (`float`, *optional*, defaults to `16.0`): The adapters are scaled by `alpha / rank`.
+        target_modules (`Sequence[str]`, *optional*, defaults to `("all-linear",)`):
+            The ends of the names of the layers to adapt; `"all-linear"` is every linear layer but the head.
+
+    Returns:
+        [`~peft.PeftModel`]: The model with its adapters.
+
+    Raises:
+        `ImportError`: If peft is not installed.
+        `ValueError`: If the model has no such layers, or the rank is not positive.
+    """
+    if rank < 1:
+        raise ValueError(f"`lora_rank` must be at least 1, got {rank}.")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("`lora` needs the package peft: pip install 'hf-aace[peft]'.") from error
+    head = sorted({name.rpartition(".")[0] for name in _head_and_last_layer(model)} - {""})
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules="all-linear" if list(target_modules) == ["all-linear"] else list(target_modules),
+        exclude_modules=head,
+        modules_to_save=head,
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(
+            f"`lora_target_modules` is {list(target_modules)}, which names no layers of {type(model).__name__} that can be "
+            "adapted. Give the ends of the names of some, as `model.named_modules()` lists them (in a ResNet, "
+            f"`convolution`). peft says: {str(error).strip().splitlines()[0]}"
+        ) from error
+    _trainable_in_32_bits(adapted)
+    return adapted
+
+
+def merge_lora(model: nn.Module) -> PreTrainedModel:
+    """
+    The classifier with its adapters merged into the weights, which loads without peft.
+
+    Args:
+        model ([`~peft.PeftModel`]): What [`add_lora`] returned. Used up: the weights are modified in place.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The classifier, its weights in 32 bits, as 16 would round the adapters away.
+    """
+    return model.float().merge_and_unload()
+
+
+def _trainable_in_32_bits(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def model_from_architecture(name: str, overrides: dict[str, Any] | None = None) -> PreTrainedModel:

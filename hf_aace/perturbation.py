@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ascent step on the weights: its scale, its application, its exact undoing. Knows parameters and gradients."""
 
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -138,15 +140,36 @@ class perturbed:
         self.skipped = (~self._finite).float()
         self._direction, self._factor = gradients, factor * scale
 
+    @property
+    def direction(self) -> list[torch.Tensor]:
+        """The direction of the step up to a positive factor and the sign, as this process holds it. Empty once it is made."""
+        return self._direction
+
+    def cosine(self, direction: list[torch.Tensor]) -> torch.Tensor:
+        """
+        The cosine of the angle between this step, before it is made, and an earlier one. Waits for no device.
+
+        Args:
+            direction (`list[torch.Tensor]`): The `direction` of the earlier one, over the same parameters.
+
+        Returns:
+            `torch.Tensor`: The cosine, a scalar on the device. NaN if one of the two is zero or not finite.
+        """
+        product = sum(torch.sum(a * b) for a, b in zip(self._direction, direction, strict=True))
+        return self._sum_over_shards(product) / (self._norm(self._direction) * self._norm(direction))
+
     def _norm(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """The norm over all tensors, and over the processes that hold their shards."""
         norm = get_total_norm(tensors)
+        return norm if self._sharding is None else self._sum_over_shards(norm.square()).sqrt()
+
+    def _sum_over_shards(self, value: torch.Tensor) -> torch.Tensor:
         if self._sharding is None:
-            return norm
+            return value
         mesh, placements = self._sharding
-        # The squares add up over the shards, not over copies of them (HSDP).
+        # It adds up over the shards, not over copies of them (HSDP).
         summed = [Partial() if placement.is_shard() else Replicate() for placement in placements]
-        return DTensor.from_local(norm.square(), mesh, summed, run_check=False).full_tensor().sqrt()
+        return DTensor.from_local(value, mesh, summed, run_check=False).full_tensor()
 
     def __enter__(self) -> "perturbed":
         if not self._direction and not self._moved:
@@ -270,3 +293,21 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
+
+
+@contextmanager
+def replayed_rng(devices: set[torch.device]) -> Iterator[None]:
+    """
+    Context manager after which every global random number generator is where it was before it.
+
+    Args:
+        devices (`set[torch.device]`): The devices whose generators are meant, beside those of the CPU.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # some models draw from these two
+    accelerators = [device for device in devices if device.type != "cpu"]
+    try:
+        with torch.random.fork_rng(accelerators, device_type=accelerators[0].type if accelerators else "cuda"):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

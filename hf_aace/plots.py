@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures: of a training run, of what steps cost, and of studies."""
+"""The pictures: of a training run, of what steps cost, of what a classifier confuses, and of runs side by side."""
 
-import itertools
 import math
 import os
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import PIL.Image
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .study import Result, choose, mean_and_error
+from .landscape import LossPath, LossSurface
+from .toy import ToyRun, toy_loss, toy_minimum
 
 
 # Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
@@ -37,10 +45,16 @@ _PANELS = (
     ("Ascent loss", r"ascent loss at $w$", "linear", (("ascent_loss", "ascent loss", _ORANGE, "-"),)),
     ("Gradient of the ascent loss", "norm", "linear", (("ascent_grad_norm", "gradient", _ORANGE, "-"),)),
     (r"Perturbation $w' - w$", "norm", "linear", (("perturbation_norm", "perturbation", _BLUE, "-"),)),
+    (
+        "Consistency of the perturbations",
+        "cosine",
+        "linear",
+        (("perturbation_consistency", "to the one before", _PURPLE, "-"),),
+    ),
 )
 
 
-def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) -> bool:
+def training_curves(log_history: list[dict[str, Any]]) -> Figure | None:
     """
     Draws losses, accuracy, sharpness and perturbation over the epochs of a run. What the run did not log is left out,
     so a plain run has no sharpness.
@@ -48,17 +62,15 @@ def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathL
     Args:
         log_history (`list[dict]`):
             `trainer.state.log_history`.
-        path (`str` or `os.PathLike`):
-            The file to write; its suffix gives the format.
 
     Returns:
-        `bool`: Whether there was anything to draw. If not, no file is written.
+        `Figure`: The picture, or `None` if there is nothing to draw.
     """
     curves = {key: _curve(log_history, key) for *_, lines in _PANELS for key, *_ in lines}
     plain = not curves["clean_loss"]
     panels = [panel for panel in _PANELS if any(curves[key] for key, *_ in panel[-1])]
     if not panels:
-        return False
+        return None
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.4 * columns, 3.3 * rows), layout="constrained")
@@ -72,8 +84,26 @@ def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathL
                 axes.plot(*zip(*curves[key], strict=True), label=label, color=colour, linestyle=dashes, marker=marker)
         axes.set_yscale(scale)
         _decorate(axes, title, unit)
-    figure.savefig(path, dpi=150)
-    return True
+    return figure
+
+
+def plot_training_curves(log_history: list[dict[str, Any]], path: str | os.PathLike) -> bool:
+    """
+    Writes the picture that [`training_curves`] draws.
+
+    Args:
+        log_history (`list[dict]`):
+            `trainer.state.log_history`.
+        path (`str` or `os.PathLike`):
+            The file to write; its suffix gives the format.
+
+    Returns:
+        `bool`: Whether there was anything to draw. If not, no file is written.
+    """
+    figure = training_curves(log_history)
+    if figure is not None:
+        figure.savefig(path, dpi=150)
+    return figure is not None
 
 
 def plot_costs(rows: list[dict[str, Any]], title: str, path: str | os.PathLike) -> None:
@@ -101,7 +131,76 @@ def plot_costs(rows: list[dict[str, Any]], title: str, path: str | os.PathLike) 
     axes.axvline(1, color="0.3", linewidth=0.8, linestyle="--")
     axes.set_xlim(0, 1.15 * max(row["ratio_quartiles"][1] for row in rows))
     axes.invert_yaxis()
-    _finish(figure, axes, title, "time of a step, relative to plain training (median and quartiles)", None, path)
+    axes.set_title(title, loc="left", fontweight="bold", fontsize="medium")
+    axes.set_xlabel("time of a step, relative to plain training (median and quartiles)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+# Beyond these numbers of classes, counts or names would not be legible.
+_MAX_COUNTS, _MAX_NAMES = 20, 60
+
+
+def plot_confusion_matrix(matrix: list[list[int]], classes: list[str], path: str | os.PathLike) -> None:
+    """
+    Draws a confusion matrix; the colour is the share of the row, so that small classes show as well as large ones.
+
+    Args:
+        matrix (`list[list[int]]`):
+            Counts of images by true class (rows) and predicted class (columns).
+        classes (`list[str]`):
+            The names of the classes.
+        path (`str` or `os.PathLike`):
+            The file to write; its suffix gives the format.
+    """
+    counts = np.array(matrix)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = min(3.0 + 0.45 * len(classes), 16.0)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(classes) <= _MAX_COUNTS:
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.6 else "black" if count else "0.7"
+            axes.text(column, row, f"{count}", ha="center", va="center", color=colour, fontsize="small")
+    if len(classes) <= _MAX_NAMES:
+        names = [textwrap.shorten(str(name), 24, placeholder="...") for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize="small")
+        axes.set_yticks(range(len(classes)), names, fontsize="small")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title("Confusion matrix", loc="left", fontweight="bold")
+    figure.colorbar(image, label="share of the true class", shrink=0.8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_image_grid(images: list[PIL.Image.Image], captions: list[str], title: str, path: str | os.PathLike) -> None:
+    """
+    Draws images in a grid, each below its caption.
+
+    Args:
+        images (`list[PIL.Image.Image]`):
+            The images.
+        captions (`list[str]`):
+            What to write above each.
+        title (`str`):
+            What to write above all.
+        path (`str` or `os.PathLike`):
+            The file to write; its suffix gives the format.
+    """
+    columns = min(len(images), 5)
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(2.4 * columns, 0.5 + 2.8 * rows), layout="constrained")
+    figure.suptitle(title, fontweight="bold")
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        shown = image.convert("RGB")
+        shown.thumbnail((300, 300))
+        axes.imshow(np.asarray(shown), interpolation="nearest")
+        lines = [textwrap.fill(line, 32, max_lines=2, placeholder=" ...") for line in caption.splitlines()]
+        axes.set_title("\n".join(lines), fontsize="small")
+        axes.set_axis_off()
+    figure.savefig(path, dpi=150)
 
 
 def _curve(log_history: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -118,144 +217,383 @@ def _decorate(axes: Axes, title: str, unit: str) -> None:
         axes.legend(frameon=False, fontsize="small")
 
 
-# ---- Studies ----------------------------------------------------------------
+# ---- Runs side by side, for a paper ------------------------------------------
 
-_COLOURS = {"trainer": "0.45", "sam": _ORANGE, "asam": _PURPLE, "aace": _BLUE}
+_COLUMN = 3.4  # inches, of one column of a page in two
+
+# Readable in gray too: the lines of each group differ in dashes and markers, the fillings in their lightness.
+_GROUP_STYLES = (
+    ("0.35", "--", "s"),
+    (_ORANGE, "-.", "^"),
+    (_BLUE, "-", "o"),
+    (_GREEN, ":", "D"),
+    (_PURPLE, (0, (5, 1, 1, 1, 1, 1)), "v"),
+    ("#56B4E9", (0, (1, 1)), "P"),
+)
+_PAPER = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "axes.linewidth": 0.6,
+    "svg.hashsalt": "hf_aace",  # the same picture is the same file
+}
+
+# Key in the log, title, label of the y axis, its scale. Where a plain run logs `loss`, others log `clean_loss` for the same.
+_DYNAMICS = (
+    ("clean_loss", r"Training loss at $w$", "nats", "log"),
+    ("eval_loss", "Test loss", "nats", "linear"),
+    ("eval_accuracy", "Test accuracy", "accuracy", "linear"),
+    ("ascent_loss", r"Ascent loss at $w$", "nats", "linear"),
+    ("ascent_grad_norm", "Ascent gradient", "nats / weight", "log"),
+    ("grad_norm", "Descent gradient", "nats / weight", "log"),
+    ("perturbation_norm", r"Perturbation norm", "weight", "log"),
+    ("sharpness", r"Rise from $w$ to $w'$", "nats", "linear"),
+    ("perturbation_consistency", "Direction of ascent", "cosine to last", "linear"),
+    ("worst_case_rise", "Worst-case rise", "nats", "log"),
+    ("top_eigenvalue", "Top eigenvalue", r"nats / weight$^2$", "log"),
+)
+
+# Key of `measure_sharpness`, title, unit.
+_MEASURES = (
+    ("worst_case_rise", "Worst-case rise", "nats"),
+    ("adaptive_worst_case_rise", "Adaptive worst case", "nats"),
+    ("m_sharpness", "m-sharpness", "nats"),
+    ("average_rise", "Average rise", "nats"),
+    ("top_eigenvalue", "Top eigenvalue", r"nats / weight$^2$"),
+    ("hessian_trace", "Hessian trace", r"nats / weight$^2$"),
+    ("cross_entropy_grad_norm", "Gradient norm", "nats / weight"),
+    ("aace_grad_norm", "AACE gradient norm", "nats / weight"),
+)
 
 
-def plot_accuracies(rows: list[dict[str, Any]], results: list[Result], title: str, path: str | os.PathLike) -> None:
+def plot_dynamics(
+    histories: Mapping[str, Sequence[list[dict[str, Any]]]],
+    paths: Iterable[str | os.PathLike],
+    *,
+    width: float = _COLUMN,
+) -> bool:
     """
-    Draws the test accuracy of each method: mean, standard error, and a dot for each seed.
+    Draws how runs trained, side by side: losses, gradients, perturbations and sharpness over the epochs. What no run has is left
+    out, as is what a run did not log.
 
     Args:
-        rows (`list[dict]`):
-            What [`~hf_aace.study.summarize`] returns.
-        results (`list[Result]`):
-            The results of the runs.
-        title (`str`):
-            The title: which model, on what.
-        path (`str` or `os.PathLike`):
-            The file to write; its suffix gives the format.
-    """
-    chosen = choose(results)
-    figure = Figure(figsize=(7.5, 1.2 + 0.45 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    for place, row in enumerate(rows):
-        method = row["method"]
-        own = [100 * result.test for result in results if result.candidate == chosen[method]]
-        colour = _method_colour(method)
-        axes.plot(own, [place + 0.2] * len(own), ".", color=colour, alpha=0.5, markersize=5)
-        axes.errorbar(
-            100 * row["accuracy"],
-            place,
-            xerr=100 * row["standard_error"],
-            fmt="o",
-            color=colour,
-            capsize=3,
-            markersize=6,
-        )
-    axes.set_yticks(range(len(rows)), [_method_label(row) for row in rows])
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3, linewidth=0.6)
-    _finish(figure, axes, title, "test accuracy in per cent (mean and standard error; each seed)", None, path)
-
-
-def plot_accuracy_by_time(rows: list[dict[str, Any]], title: str, path: str | os.PathLike) -> None:
-    """
-    Draws the test accuracy of each method against the time that it takes to train.
-
-    Args:
-        rows (`list[dict]`):
-            What [`~hf_aace.study.summarize`] returns.
-        title (`str`):
-            The title: which model, on what.
-        path (`str` or `os.PathLike`):
-            The file to write; its suffix gives the format.
-    """
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    markers = itertools.cycle("osD^vP*Xhd<>")  # the same colour stands for several settings of a method
-    for row, marker in zip(rows, markers, strict=False):
-        axes.errorbar(
-            row["ratio"],
-            100 * row["accuracy"],
-            yerr=100 * row["standard_error"],
-            fmt=marker,
-            color=_method_colour(row["method"]),
-            capsize=3,
-            markersize=7,
-            label=_method_label(row).replace("\n", ", "),
-        )
-    axes.grid(alpha=0.3, linewidth=0.6)
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    _finish(figure, axes, title, "training time, relative to the baseline", "test accuracy in per cent", path)
-
-
-def plot_accuracy_by_rho(results: list[Result], title: str, path: str | os.PathLike) -> bool:
-    """
-    Draws, for each method of which several values of rho were tried, the validation accuracy by rho; and as a band that of
-    the methods without perturbation.
-
-    Args:
-        results (`list[Result]`):
-            The results of the runs.
-        title (`str`):
-            The title: which model, on what.
-        path (`str` or `os.PathLike`):
-            The file to write; its suffix gives the format.
+        histories (`Mapping[str, Sequence[list[dict]]]`):
+            By the name of each group (a method), the `log_history` of its runs. Of several, the mean is drawn, and its standard
+            error as a band. Entries may also hold measures of checkpoints: `worst_case_rise`, `top_eigenvalue`.
+        paths (iterable of `str` or `os.PathLike`):
+            The files to write; their suffixes give the formats.
+        width (`float`, *optional*, defaults to `3.4`):
+            Width of the figure in inches; the panels are as many in a row as it holds.
 
     Returns:
         `bool`: Whether there was anything to draw. If not, no file is written.
     """
-    points = {}  # of each line, the accuracies by rho
-    for result in results:
-        options = dict(result.candidate.options)
-        rho = float(options.pop("rho"))
-        if result.validation is not None and (rho == 0 or "rho" in result.candidate.varied):
-            others = [f"{name}={options[name]}" for name in result.candidate.varied if name != "rho"]
-            name = ":".join([*(part for part in result.candidate.method.split(":") if "|" not in part), *others])
-            points.setdefault(name, {}).setdefault(rho, []).append(100 * result.validation)
-    if not any(rho > 0 for line in points.values() for rho in line):
+    panels = []
+    for key, title, unit, scale in _DYNAMICS:
+        curves = {name: _mean_curve(runs, key) for name, runs in histories.items()}
+        if any(len(curve[0]) for curve in curves.values()):
+            panels.append((curves, title, unit, scale))
+    if not panels:
         return False
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    markers = itertools.cycle("osD^vP*Xhd<>")
-    for (name, line), marker in zip(points.items(), markers, strict=False):
-        means = {rho: mean_and_error(accuracies) for rho, accuracies in sorted(line.items())}
-        colour = _method_colour(name)
-        if set(line) == {0}:
-            mean, error = means[0]
-            axes.axhline(mean, color=colour, linestyle="--", linewidth=1, label=name)
-            axes.axhspan(mean - error, mean + error, color=colour, alpha=0.12, linewidth=0)
-        else:
-            axes.errorbar(
-                list(means),
-                [mean for mean, _ in means.values()],
-                yerr=[error for _, error in means.values()],
-                fmt=f"{marker}-",
-                color=colour,
-                capsize=3,
-                label=name,
-            )
-    axes.set_xscale("log")
-    axes.grid(alpha=0.3, linewidth=0.6)
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    _finish(figure, axes, title, r"$\rho$", "validation accuracy in per cent", path)
+    with rc_context(_PAPER):
+        figure, grid = _panels(len(panels), width)
+        for axes, (curves, title, unit, scale) in zip(grid, panels, strict=True):
+            for (name, (epochs, means, errors)), (colour, dashes, marker) in zip(
+                curves.items(), _styles(curves), strict=True
+            ):
+                if len(epochs):
+                    every = max(1, len(epochs) // 6)
+                    axes.plot(
+                        epochs, means, label=name, color=colour, linestyle=dashes, marker=marker, markevery=every
+                    )
+                    axes.fill_between(epochs, means - errors, means + errors, color=colour, alpha=0.2, linewidth=0)
+            if scale == "log":
+                _log_scale(axes)
+            _decorate_for_paper(axes, title, "epoch", unit)
+        _legend_above(figure, histories)
+        _save(figure, paths)
     return True
 
 
-def _method_colour(method: str) -> str:
-    return _COLOURS[method.partition(":")[0]]
+def plot_sharpness(
+    measures: Mapping[str, Sequence[dict[str, Any]]], paths: Iterable[str | os.PathLike], *, width: float = _COLUMN
+) -> None:
+    """
+    Draws measures of sharpness, side by side: for each group a bar at the mean, with its standard error, and each run as a point.
+
+    Args:
+        measures (`Mapping[str, Sequence[dict]]`):
+            By the name of each group, what [`~hf_aace.sharpness.measure_sharpness`] returned for its runs.
+        paths (iterable of `str` or `os.PathLike`): The files to write; their suffixes give the formats.
+        width (`float`, *optional*, defaults to `3.4`): Width of the figure in inches.
+    """
+    rows = {name: [_with_top_eigenvalue(run) for run in runs] for name, runs in measures.items()}
+    shown = [panel for panel in _MEASURES if all(panel[0] in run for runs in rows.values() for run in runs)]
+    with rc_context(_PAPER):
+        figure, grid = _panels(len(shown), width)
+        for axes, (key, title, unit) in zip(grid, shown, strict=True):
+            for position, (runs, (colour, _, marker)) in enumerate(zip(rows.values(), _styles(rows), strict=True)):
+                values = np.array([run[key] for run in runs])
+                error = _standard_error(values)
+                axes.bar(position, values.mean(), yerr=error, color=colour, alpha=0.35, edgecolor=colour, capsize=3)
+                offsets = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else [0]
+                axes.plot(
+                    position + np.array(offsets), values, linestyle="", marker=marker, color=colour, markersize=2.5
+                )
+            _decorate_for_paper(axes, title, "", unit)
+            axes.set_xticks([])
+        _legend_above(figure, rows)
+        _save(figure, paths)
 
 
-def _method_label(row: dict[str, Any]) -> str:
-    name = ":".join(part for part in row["method"].split(":") if "|" not in part)
-    return f"{name}\n{row['choice']}" if row["choice"] else name
+def plot_margins(
+    margins: Mapping[str, np.ndarray], paths: Iterable[str | os.PathLike], *, width: float = _COLUMN
+) -> None:
+    """
+    Draws histograms of margins, in the same bins for all.
+
+    Args:
+        margins (`Mapping[str, np.ndarray]`): By the name of each group, its margins, as [`~hf_aace.sharpness.margins`] gives them.
+        paths (iterable of `str` or `os.PathLike`): The files to write; their suffixes give the formats.
+        width (`float`, *optional*, defaults to `3.4`): Width of the figure in inches.
+    """
+    with rc_context(_PAPER):
+        figure, (axes,) = _panels(1, width)
+        bins = np.histogram_bin_edges(np.concatenate(list(margins.values())), bins=40)
+        for (name, values), (colour, dashes, _) in zip(margins.items(), _styles(margins), strict=True):
+            share = np.histogram(values, bins)[0] / len(values)
+            axes.stairs(100 * share, bins, color=colour, linestyle=dashes, linewidth=1.2, label=name)
+        axes.axvline(0, color="0.6", linewidth=0.6)
+        _decorate_for_paper(axes, "", "margin: true logit less the greatest other", "samples (%)")
+        axes.legend(frameon=False)
+        _save(figure, paths)
 
 
-def _finish(figure: Figure, axes: Axes, title: str, x: str, y: str | None, path: str | os.PathLike) -> None:
-    axes.set_title(title, loc="left", fontweight="bold", fontsize="medium")
+def plot_paths(curves: Mapping[str, LossPath], paths: Iterable[str | os.PathLike], *, width: float = _COLUMN) -> None:
+    """
+    Draws the loss along lines between models.
+
+    Args:
+        curves (`Mapping[str, LossPath]`): By what to call each line, the [`~hf_aace.landscape.LossPath`].
+        paths (iterable of `str` or `os.PathLike`): The files to write; their suffixes give the formats.
+        width (`float`, *optional*, defaults to `3.4`): Width of the figure in inches.
+    """
+    with rc_context(_PAPER):
+        figure, (axes,) = _panels(1, width)
+        # The first style is the model at 0, which all the lines have in common.
+        for (name, curve), (colour, dashes, marker) in zip(curves.items(), _styles(curves, skip=1), strict=True):
+            every = max(1, len(curve.position) // 8)
+            axes.plot(*curve, color=colour, linestyle=dashes, marker=marker, markevery=every, label=name)
+        for end in (0, 1):
+            axes.axvline(end, color="0.6", linewidth=0.6)
+        _log_scale(axes)
+        _decorate_for_paper(axes, "", "position on the line", "cross-entropy (nats)")
+        axes.legend(frameon=False)
+        _save(figure, paths)
+
+
+def plot_landscapes(
+    surfaces: Mapping[str, LossSurface],
+    paths: Iterable[str | os.PathLike],
+    *,
+    kind: str = "contour",
+    unit: str = "step / filter norm",
+    width: float = _COLUMN,
+) -> None:
+    """
+    Draws the loss on planes through models, all on one scale of colours and heights, which is logarithmic.
+
+    Args:
+        surfaces (`Mapping[str, LossSurface]`): By the name of each model, its [`~hf_aace.landscape.LossSurface`].
+        paths (iterable of `str` or `os.PathLike`): The files to write; their suffixes give the formats.
+        kind (`str`, *optional*, defaults to `"contour"`): `"contour"` or `"surface"`.
+        unit (`str`, *optional*, defaults to `"step / filter norm"`): What the coordinates are.
+        width (`float`, *optional*, defaults to `3.4`): Width of the figure in inches.
+
+    Raises:
+        `ValueError`: If `kind` is unknown.
+    """
+    if kind not in ("contour", "surface"):
+        raise ValueError(f"`kind` must be 'contour' or 'surface', got {kind!r}.")
+    logs = {name: np.log10(np.maximum(surface.loss, 1e-8)) for name, surface in surfaces.items()}
+    lowest, highest = min(map(np.min, logs.values())), max(map(np.max, logs.values()))
+    levels = np.linspace(lowest, highest + 1e-9, 13)
+    colours = Normalize(lowest, highest)
+    with rc_context(_PAPER):
+        figure, grid = _panels(
+            len(surfaces),
+            width,
+            ratio=1.0 if kind == "contour" else 1.1,
+            projection="3d" if kind == "surface" else None,
+        )
+        for axes, (name, surface) in zip(grid, surfaces.items(), strict=True):
+            if kind == "contour":
+                drawn = axes.contourf(surface.x, surface.y, logs[name], levels, cmap="cividis", norm=colours)
+                axes.contour(
+                    surface.x, surface.y, logs[name], levels, colors="white", linewidths=0.4, linestyles="solid"
+                )
+                axes.plot(0, 0, marker="+", color="white", markersize=6)
+                axes.set_aspect("equal")
+                _decorate_for_paper(axes, name, unit, unit)
+                axes.grid(False)
+            else:
+                drawn = axes.plot_surface(
+                    *np.meshgrid(surface.x, surface.y),
+                    logs[name],
+                    cmap="cividis",
+                    norm=colours,
+                    linewidth=0,
+                    rcount=60,
+                    ccount=60,
+                )
+                axes.set_zlim(lowest, highest)
+                axes.zaxis.set_major_formatter(lambda value, _: f"$10^{{{value:g}}}$")
+                axes.zaxis.set_major_locator(MaxNLocator(4, integer=True))
+                axes.tick_params(axis="x", pad=-3)
+                axes.tick_params(axis="y", pad=-3)
+                axes.set_title(name, pad=0)
+                axes.set_xlabel(unit, labelpad=-8, fontsize=6.5)
+                axes.set_ylabel(unit, labelpad=-8, fontsize=6.5)
+                axes.set_box_aspect((4, 4, 3), zoom=0.85)
+        bar = figure.colorbar(drawn, ax=grid, location="bottom", shrink=0.8, aspect=30, pad=0.04)
+        bar.locator = MaxNLocator(5, integer=highest - lowest > 2)
+        bar.formatter = FuncFormatter(lambda value, _: f"{10**value:.2g}")
+        bar.update_ticks()
+        bar.set_label("cross-entropy (nats)")
+        _save(figure, paths)
+
+
+def plot_toy(runs: Mapping[str, ToyRun], paths: Iterable[str | os.PathLike], *, width: float = 2 * _COLUMN) -> None:
+    """
+    Draws how methods trained the toy: their way over its loss, and what became of the ascent gradient and the sharpness.
+
+    Args:
+        runs (`Mapping[str, ToyRun]`): By the name of each method, what [`~hf_aace.toy.train_toy`] returned.
+        paths (iterable of `str` or `os.PathLike`): The files to write; their suffixes give the formats.
+        width (`float`, *optional*, defaults to `6.8`): Width of the figure in inches.
+    """
+    ways = np.concatenate([run.weights for run in runs.values()])
+    low, high = np.minimum(ways.min(axis=0), 0) - 0.3, np.maximum(ways.max(axis=0), 3) + 0.3
+    a, b = np.meshgrid(np.linspace(low[0], high[0], 150), np.linspace(low[1], high[1], 150))
+    loss = toy_loss(a, b)
+    lowest = np.linspace(0.5, high[0], 200)
+    with rc_context(_PAPER):
+        figure = Figure(figsize=(width, 0.47 * width), layout="constrained")
+        left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+        axes = left.add_subplot()
+        drawn = axes.contourf(a, b, np.log10(loss), 14, cmap="cividis")
+        bar = left.colorbar(drawn, ax=axes, aspect=30)
+        bar.locator = MaxNLocator(5)
+        bar.formatter = FuncFormatter(lambda value, _: f"{10**value:.2g}")
+        bar.update_ticks()
+        bar.set_label("cross-entropy (nats)")
+        product = toy_minimum()
+        axes.plot(lowest, product / lowest, color="white", linewidth=0.8, linestyle="--")
+        axes.plot([low[0], high[0]], [low[0], high[0]], color="white", linewidth=0.4, linestyle=":")
+        panels = right.subplots(2, 1, sharex=True)
+        for run, (colour, dashes, marker) in zip(runs.values(), _styles(runs), strict=True):
+            style = {
+                "color": colour,
+                "linestyle": dashes,
+                "marker": marker,
+                "markeredgecolor": "white",
+                "markeredgewidth": 0.4,
+            }
+            axes.plot(*run.weights.T, **style, markevery=[0, -1], markersize=6)
+            # The last ascent step: where the gradient of the descent is taken.
+            axes.plot(
+                *np.array([run.weights[-2], run.perturbed[-1]]).T,
+                color=colour,
+                linewidth=0.6,
+                marker="x",
+                markevery=[1],
+            )
+            every = max(1, len(run.weights) // 8)
+            if run.ascent_grad_norm.any():
+                panels[0].plot(run.ascent_grad_norm, **style, markevery=every)
+            panels[1].plot(run.sharpness, **style, markevery=every)
+        axes.set_xlim(low[0], high[0])
+        axes.set_ylim(low[1], high[1])
+        _decorate_for_paper(axes, "", "weight a", "weight b")
+        axes.grid(False)
+        _decorate_for_paper(panels[0], "Ascent gradient norm", "", "nats / weight")
+        _decorate_for_paper(panels[1], "Top Hessian eigenvalue", "step", r"nats / weight$^2$")
+        panels[1].set_ylim(0, 1.5 * max(run.sharpness[len(run.sharpness) // 10 :].max() for run in runs.values()))
+        _legend_above(figure, runs)
+        _save(figure, paths)
+
+
+def _panels(count: int, width: float, ratio: float = 0.82, projection: str | None = None) -> tuple[Figure, list[Axes]]:
+    """A figure with that many panels, about 1.7 inches wide each, unless there is one, which has a column."""
+    columns = max(1, min(count, int(width / (_COLUMN / 2 if count > 1 else _COLUMN))))
+    rows = math.ceil(count / columns)
+    height = rows * width / columns * (ratio if count > 1 else 0.7) + (0.35 if count > 1 else 0)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, i + 1, projection=projection) for i in range(count)]
+
+
+def _styles(groups: Mapping[str, Any], skip: int = 0) -> list[tuple]:
+    return [_GROUP_STYLES[(i + skip) % len(_GROUP_STYLES)] for i in range(len(groups))]
+
+
+def _decorate_for_paper(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    axes.grid(alpha=0.3, linewidth=0.4)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+
+
+def _log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with numbers, not powers, and enough of them where it spans less than two decades."""
+    axes.set_yscale("log")
+    lowest, highest = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if highest > 100 * lowest else (1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend_above(figure: Figure, groups: Mapping[str, Any]) -> None:
+    lines = [
+        Line2D([], [], color=colour, linestyle=dashes, marker=marker) for colour, dashes, marker in _styles(groups)
+    ]
+    figure.legend(
+        lines,
+        list(groups),
+        loc="outside upper center",
+        ncols=3 if figure.get_figwidth() < 5 else 6,
+        frameon=False,
+        handlelength=3,
+    )
+
+
+def _save(figure: Figure, paths: Iterable[str | os.PathLike]) -> None:
+    for path in paths:
+        figure.savefig(path, dpi=300, metadata={"Date": None} if str(path).endswith(".svg") else None)
+
+
+def _mean_curve(runs: Sequence[list[dict[str, Any]]], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Epochs, means over the runs that have the key there, and standard errors."""
+    values: dict[float, list[float]] = {}
+    for history in runs:
+        plain = key == "clean_loss" and not any(key in entry for entry in history)
+        for epoch, value in _curve(history, "loss" if plain else key):
+            if math.isfinite(value):
+                values.setdefault(epoch, []).append(value)
+    epochs = sorted(values)
+    means = np.array([np.mean(values[epoch]) for epoch in epochs])
+    return np.array(epochs), means, np.array([_standard_error(np.array(values[epoch])) for epoch in epochs])
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _with_top_eigenvalue(measures: dict[str, Any]) -> dict[str, Any]:
+    values = measures.get("hessian_eigenvalues")
+    return measures if values is None else measures | {"top_eigenvalue": values[0]}

@@ -3,18 +3,20 @@
 
 import functools
 import math
-import random
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate.optimizer import AcceleratedOptimizer
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer
+from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainerCallback
+from transformers.modelcard import TrainingSummary
 from transformers.utils import logging
 
 from ._compat import load_converted_weights, needs_conversion, without_input_embeddings
@@ -27,11 +29,36 @@ from .distributed import (
     reshard,
     sum_over_processes,
 )
-from .losses import aace_loss, check_classification, check_label_values
-from .perturbation import check_precision, frozen_running_statistics, perturbed
+from .losses import aace_loss, check_classification, check_label_values, count_labels
+from .model_card import describe_hardware, model_card_text
+from .perturbation import check_precision, frozen_running_statistics, perturbed, replayed_rng
 
 
 logger = logging.get_logger(__name__)
+
+
+class PerturbationCallback(TrainerCallback):
+    """
+    A [`~transformers.TrainerCallback`] that is also told of each perturbation:
+
+    ```python
+    class LargestStep(PerturbationCallback):
+        def on_perturbation(self, perturbation):
+            return {"largest_step": torch.stack([d.abs().max() for d in perturbation.direction]).max()}
+    ```
+    """
+
+    def on_perturbation(self, perturbation: perturbed) -> dict[str, torch.Tensor] | None:
+        """
+        Called after each ascent pass, before the weights move.
+
+        Args:
+            perturbation ([`perturbed`]): The step that is about to be made.
+
+        Returns:
+            `dict[str, torch.Tensor]`, *optional*: Scalars on the device (reading them would wait for it), which are averaged
+            over the steps and the processes and logged beside those of the trainer. All processes must return the same names.
+        """
 
 
 class SharpnessAwareMixin:
@@ -193,6 +220,9 @@ class SharpnessAwareMixin:
                 "skipped_perturbations": perturbation.skipped,
             }
         )
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PerturbationCallback) and (values := callback.on_perturbation(perturbation)):
+                self._aace_metrics.add(values)
         return perturbation
 
     def _ascent_pass(
@@ -200,7 +230,7 @@ class SharpnessAwareMixin:
     ) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
         """The gradients of the mean ascent loss (times the fp16 loss scale), and the mean losses at these weights."""
         samples = [self._ascent_samples(inputs) for inputs in window]
-        count = sum(_count(labels) for _, labels in samples)
+        count = sum(count_labels(labels) for _, labels in samples)
         synced, sharded = self._perturbs_in_sync(), self.accelerator.is_fsdp2
         # What the processes divide by, so that the mean over them is that over all their samples.
         share = (
@@ -213,7 +243,7 @@ class SharpnessAwareMixin:
         losses = {"clean_loss": 0.0, "ascent_loss": 0.0}
         # The descent pass is to draw the same random numbers, and the run those that it would without an ascent pass.
         with (
-            _replayed_rng({p.device for p in parameters}),
+            replayed_rng({p.device for p in parameters}),
             outside_ddp(model) as inner,
             _gradients_set_aside(self.model) if use_backward else nullcontext(),
         ):
@@ -286,7 +316,7 @@ class SharpnessAwareMixin:
     def _clean_loss(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         """The training loss at the present weights, summed over the samples."""
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=None) * _count(labels)
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=None) * count_labels(labels)
         return F.cross_entropy(
             self.ascent_logits(outputs), labels, reduction="sum", label_smoothing=self.args.label_smoothing_factor
         )
@@ -425,9 +455,45 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
     ```
     """
 
+    _tag_names = ("hf_aace", "sharpness-aware-minimization")
+
     @functools.wraps(Trainer.__init__)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+
+    def create_model_card(
+        self, language: str | None = None, license: str | None = None, tags: str | list[str] | None = None, **kwargs
+    ) -> None:
+        """
+        Writes the model card, `README.md` in the output directory: Trainer's metadata, and a text that tells the settings,
+        the results, the cost, and how to load and to cite the model. `push_to_hub` calls it.
+
+        Args:
+            language (`str`, *optional*): The language of the model, if it has one.
+            license (`str`, *optional*): The licence. Defaults to that of the model on the Hub that it started from.
+            tags (`str` or `list[str]`, *optional*): Tags besides those of the trainer and those of a card that is there.
+            **kwargs: What else [`~transformers.Trainer.create_model_card`] takes.
+        """
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir, "README.md")
+        present = ModelCard.load(path).data if path.is_file() else ModelCardData()
+        own = self._tag_names if self._aace_args.rho > 0 else ()
+        tags = [*([tags] if isinstance(tags, str) else tags or []), *own, *(present.tags or [])]
+        summary = TrainingSummary.from_trainer(
+            self, language=language, license=license, tags=list(dict.fromkeys(tags)), **kwargs
+        )
+        text = model_card_text(
+            summary,
+            self._aace_args,
+            model_id=self.hub_model_id or summary.model_name,
+            log_history=self.state.log_history,
+            hardware=describe_hardware(self.args.device, self.args.world_size),
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"---\n{yaml.dump(summary.create_metadata(), sort_keys=False)}---\n\n{text}", encoding="utf-8")
+        if present.library_name == "peft":  # peft wrote it when it saved the adapters, and completes it
+            self.accelerator.unwrap_model(self.model).create_or_update_model_card(self.args.output_dir)
 
 
 class _IntervalMetrics:
@@ -460,7 +526,7 @@ class _IntervalMetrics:
         means = {
             name: total / count if count else math.nan for name, total, count in zip(names, sums, counts, strict=True)
         }
-        return {
+        own = {
             "clean_loss": means["clean_loss"],
             "sharpness": means.get("perturbed_loss", math.nan) - means["clean_loss"],
             "ascent_loss": means["ascent_loss"],
@@ -468,6 +534,7 @@ class _IntervalMetrics:
             "perturbation_norm": means["perturbation_norm"],
             "skipped_perturbations": round(sums[names.index("skipped_perturbations")]),
         }
+        return own | {name: mean for name, mean in means.items() if name not in own and name != "perturbed_loss"}
 
 
 @contextmanager
@@ -482,24 +549,6 @@ def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
     finally:
         for p, grad in zip(trainable, accumulated, strict=True):
             p.grad = grad
-
-
-@contextmanager
-def _replayed_rng(devices: set[torch.device]) -> Iterator[None]:
-    """After the block, every global random number generator is where it was before it."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # some models draw from these two
-    accelerators = [device for device in devices if device.type != "cpu"]
-    try:
-        with torch.random.fork_rng(accelerators, device_type=accelerators[0].type if accelerators else "cuda"):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-
-
-def _count(labels: torch.Tensor) -> torch.Tensor | int:
-    """The number of samples that count: all but those with the index -100, which cross-entropy ignores too."""
-    return labels.shape[0] if labels.is_floating_point() else (labels != -100).sum()
 
 
 def _first(data: Any, used: int, batch: int) -> Any:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: its options, what it leaves behind, and what it says when the input is bad."""
 
+import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -77,6 +79,17 @@ def test_results_are_those_of_the_saved_model(run):
     assert np.array_equal(matrix, expected)
     assert results["eval_accuracy"] == pytest.approx(np.trace(matrix) / 500)
     assert {"train_loss", "train_runtime", "eval_loss", "eval_macro_f1"} <= set(results)
+
+
+def test_options_are_there_that_load_the_data_again(run):
+    options = json.loads((run / "train_options.json").read_text())
+    assert {
+        "dataset_name": "digits",
+        "train_size": 40,
+        "label_noise": 0.0,
+        "rho": 0.01,
+        "seed": 42,
+    }.items() <= options.items()
 
 
 def test_state_and_picture_are_there(run):
@@ -178,12 +191,138 @@ def test_a_checkpoint_of_another_run_is_not_resumed_from(capsys):
         os.utime(state, (0, 0))
     capsys.readouterr()
     assert interrupted([*TINY, "--output_dir", "here"], step=1) == 130
-    assert "before the first checkpoint" in capsys.readouterr().err
+    assert "no checkpoint of this run" in capsys.readouterr().err
 
 
 def test_resuming_from_nothing_is_refused(capsys):
     assert main([*TINY, "--resume_from_checkpoint", "true"]) == 1
     assert "No valid checkpoint found" in capsys.readouterr().err
+
+
+# ---- A disk that fills -----------------------------------------------------
+
+
+@contextlib.contextmanager
+def disk_full(at_step):
+    """The disk fills while the optimizer of that step's checkpoint is being written: the weights already are."""
+    original = torch.save
+
+    def save(data, path, *args, **kwargs):
+        original(data, path, *args, **kwargs)
+        if str(path).endswith(os.path.join(f"checkpoint-{at_step}", "optimizer.pt")):
+            os.truncate(path, 100)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        yield
+
+
+def test_a_full_disk_loses_nothing(run, capsys):
+    with disk_full(at_step=3):
+        error = message(capsys, *TINY, "--output_dir", "full")
+    last = os.path.join("full", "checkpoint-2")
+    assert "Saving full/checkpoint-3 failed" in error and "No space left on device" in error
+    assert error.endswith(f"hf-aace {' '.join(TINY)} --output_dir full --resume_from_checkpoint {last}")
+    # What was written is kept, but nothing resumes from it, plain Trainer neither.
+    assert Path("full/_incomplete-checkpoint-3/model.safetensors").is_file()
+    assert transformers.trainer_utils.get_last_checkpoint("full") == last
+    assert main([*TINY, "--output_dir", "full", "--resume_from_checkpoint", "true"]) == 0
+    whole, resumed = (load_file(folder / "model.safetensors") for folder in (run, Path("full")))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_full_disk_before_the_first_checkpoint(capsys):
+    with disk_full(at_step=1):
+        error = message(capsys, *TINY, "--output_dir", "full")
+    assert error.endswith("There is no checkpoint of this run to resume from.")
+
+
+def test_a_full_disk_at_the_end_names_the_last_checkpoint(capsys, monkeypatch):
+    original = AACETrainer.save_model
+
+    def save_model(self, output_dir=None, **kwargs):
+        if output_dir is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, output_dir, **kwargs)
+
+    monkeypatch.setattr(AACETrainer, "save_model", save_model)
+    error = message(capsys, *TINY, "--output_dir", "full")
+    assert "The trained model could not be saved" in error
+    assert error.endswith(f"--resume_from_checkpoint {os.path.join('full', 'checkpoint-3')}")
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_resumed_from(run, tmp_path, capsys):
+    """As a kill in the middle of saving leaves it."""
+    assert interrupted([*TINY, "--output_dir", "here"], step=3) == 130
+    Path("here/checkpoint-3").mkdir()
+    Path("here/checkpoint-3/trainer_state.json").write_text('{"global_step": 3, "log_his')
+    for given in ("here/checkpoint-3", "here/checkpoint-9"):
+        error = message(capsys, *TINY, "--output_dir", "here", "--resume_from_checkpoint", given)
+        assert f"The newest that is whole is {os.path.join('here', 'checkpoint-2')}" in error
+    assert main([*TINY, "--output_dir", "here", "--resume_from_checkpoint", "true"]) == 0
+    whole, resumed = load_file(run / "model.safetensors"), load_file(tmp_path / "here" / "model.safetensors")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_other_failures_are_not_taken_for_a_full_disk(monkeypatch):
+    def training_step(*args, **kwargs):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(AACETrainer, "training_step", training_step)
+    with pytest.raises(RuntimeError, match="something else"):
+        main([*TINY, "--output_dir", "full"])
+
+
+# ---- Parts of a model ------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+def test_lora_leaves_a_model_like_any_other_and_the_adapters(run, capsys):
+    argv = [*TINY, "--model_name_or_path", str(run), "--lora", "true", "--lora_rank", "4", "--output_dir", "lora"]
+    assert interrupted([*argv, "--learning_rate", "0.01"], step=3) == 130
+    assert not Path("lora/checkpoint-2/model.safetensors").exists()  # adapters only
+    assert main([*argv, "--learning_rate", "0.01", "--resume_from_checkpoint", "true"]) == 0
+    results = json.loads(Path("lora/all_results.json").read_text())
+    assert not list(Path("lora").glob("adapter_*"))
+    before, after = load_file(run / "model.safetensors"), load_file("lora/model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("pwconv" in name for name in changed) and not any("dwconv" in name for name in changed)
+    assert main(["evaluate", "--model_name_or_path", "lora", "--output_dir", "evaluated"]) == 0
+    evaluated = json.loads(Path("evaluated/evaluation.json").read_text())
+    assert evaluated["accuracy"] == pytest.approx(results["eval_accuracy"])
+
+    # The adapters by themselves give the same model again.
+    base = AutoModelForImageClassification.from_pretrained(run)
+    from peft import PeftModel
+
+    again = PeftModel.from_pretrained(base, "lora/adapter").merge_and_unload().state_dict()
+    for name, tensor in after.items():
+        torch.testing.assert_close(again[name], tensor, msg=name)
+
+
+def test_only_the_head_is_trained_if_the_backbone_is_frozen(run):
+    argv = [*TINY, "--model_name_or_path", str(run), "--freeze_backbone", "true", "--dtype", "bfloat16"]
+    assert main([*argv, "--bf16", "true", "--use_cpu", "true", "--output_dir", "frozen"]) == 0
+    before, after = load_file(run / "model.safetensors"), load_file("frozen/model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert {name for name in before if not torch.equal(before[name].bfloat16().float(), after[name])} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--lora", "true", "--freeze_backbone", "true"], "leave out `freeze_backbone`"),
+        (["--dtype", "bfloat16"], "`dtype=bfloat16` needs mixed precision"),
+        (["--dtype", "bfloat16", "--bf16", "true", "--use_cpu", "true"], "parameters to perturb must be float32"),
+    ],
+)
+def test_what_cannot_be_trained_so_is_told(capsys, argv, expected):
+    assert expected in message(capsys, *TINY, *argv)
 
 
 # ---- Options ---------------------------------------------------------------

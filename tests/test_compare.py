@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hf-aace compare` and `find-rho`: what is run, what is chosen by which images, and what the numbers say."""
 
+import contextlib
 import csv
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from concurrent.futures import Executor, Future
 
+import psutil
 import pytest
 from scipy.stats import ttest_rel
 
@@ -180,6 +187,36 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path, monkeypatch
     error = capsys.readouterr().err.splitlines()[-1]
     assert "1 of the runs failed" in error and "nothing" in error and "output.txt" in error
     assert (tmp_path / "study" / "trainer" / "seed-0" / "all_results.json").is_file()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_study_and_all_its_processes(tmp_path):
+    """Without waiting for runs that the same command would make again."""
+    command = [
+        sys.executable,
+        "-m",
+        "hf_aace",
+        "compare",
+        "--jobs",
+        "1",
+        "--methods",
+        "trainer",
+        "--num_train_epochs",
+        "5000",
+    ]
+    study = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        while not list(tmp_path.rglob("output.txt")):
+            assert study.poll() is None
+            time.sleep(0.1)
+        os.killpg(study.pid, signal.SIGINT)
+        _, error = study.communicate(timeout=30)
+        assert study.returncode == 130 and "hf-aace: interrupted." in error
+        group = [process for process in psutil.process_iter() if os.getpgid(process.pid) == study.pid]
+        assert not psutil.wait_procs(group, timeout=10)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(study.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

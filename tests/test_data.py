@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 from transformers import ViTImageProcessorPil, default_data_collator
 
 import hf_aace.data
-from hf_aace.data import image_transform, load_image_dataset
+from hf_aace.data import load_image_dataset
+from hf_aace.images import image_transform
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +190,7 @@ def test_unreadable_images_are_named(tmp_path):
     (tmp_path / "cat" / "1.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "dog" / "2.jpg").write_text("not a JPEG")
     (tmp_path / "dog" / "3.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"3 of the 8 images in the folder .* cannot be read") as error:
+    with pytest.raises(ValueError, match=r"3 of the 8 images of .* cannot be read") as error:
         load_image_dataset(name, seed=0)
     for file in ("cat/1.jpg", "dog/2.jpg", "dog/3.jpg"):
         assert str(tmp_path / file) in str(error.value)
@@ -252,7 +253,7 @@ def test_training_images_of_one_class_are_refused(hub):
 
 def test_data_set_without_classes_is_refused(hub):
     hub(train=hub_split().remove_columns("fine_label"))
-    with pytest.raises(ValueError, match=r"must have a column of type `ClassLabel`, but its columns are: .*img"):
+    with pytest.raises(ValueError, match=r"No column of labels was found .* columns are: img .*`label_column_name`"):
         load_image_dataset("someone/something", seed=0)
 
 
@@ -263,7 +264,9 @@ def test_data_set_without_training_split_is_refused(hub):
 
 
 def test_what_is_nowhere_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`dataset_name` is .*neither `digits`, nor a folder, nor a data set"):
+    with pytest.raises(
+        ValueError, match=r"`dataset_name` is .*neither `digits`, nor a folder or file, nor a data set"
+    ):
         load_image_dataset(str(tmp_path / "missing"), seed=0)
 
 

@@ -1,11 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a run shows what the run logged, and nothing else."""
+"""The pictures show what they are given, and nothing else."""
 
+import numpy as np
 import PIL.Image
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from hf_aace.plots import plot_training_curves
+from hf_aace.landscape import LossPath, LossSurface
+from hf_aace.plots import (
+    _styles,
+    plot_confusion_matrix,
+    plot_dynamics,
+    plot_image_grid,
+    plot_landscapes,
+    plot_margins,
+    plot_paths,
+    plot_sharpness,
+    plot_toy,
+    plot_training_curves,
+)
+from hf_aace.toy import train_toy
 
 
 TRAINING = {"loss": 1.0, "grad_norm": 2.0, "learning_rate": 1e-3}
@@ -28,17 +43,23 @@ def history(*kinds, epochs=2):
 
 
 @pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """Draws, and returns the figure and the file."""
+def saved(monkeypatch):
+    """The figures that have been saved."""
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
     )
+    return figures
+
+
+@pytest.fixture
+def drawn(saved, tmp_path):
+    """Draws, and returns the figure and the file."""
 
     def draw(log_history):
         assert plot_training_curves(log_history, tmp_path / "curves.png")
-        return figures[-1], tmp_path / "curves.png"
+        return saved[-1], tmp_path / "curves.png"
 
     return draw
 
@@ -93,3 +114,99 @@ def test_every_axis_is_labelled(drawn):
 def test_nothing_logged_is_nothing_drawn(tmp_path):
     assert not plot_training_curves([END], tmp_path / "curves.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_confusion_matrix_shows_counts_while_they_are_legible(tmp_path, saved):
+    plot_confusion_matrix([[3, 1], [0, 0]], ["cat", "dog"], tmp_path / "small.png")
+    plot_confusion_matrix([[1] * 100] * 100, [f"class {i}" for i in range(100)], tmp_path / "large.png")
+    small, large = (figure.axes[0] for figure in saved)
+    assert [text.get_text() for text in small.texts] == ["3", "1", "0", "0"]
+    assert [label.get_text() for label in small.get_yticklabels()] == ["cat", "dog"]
+    # The colour is the share of the row; a class without images has none.
+    assert small.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
+    assert not large.texts
+
+
+def test_image_grid_has_every_image_under_its_caption(tmp_path, saved):
+    images = [PIL.Image.new(mode, size) for mode, size in (("L", (8, 8)), ("RGBA", (900, 30)), ("1", (5, 7)))]
+    plot_image_grid(images, ["one", "two\nlines", "x" * 40], "Title", tmp_path / "grid.png")
+    (figure,) = saved
+    assert [axes.get_title() for axes in figure.axes] == ["one", "two\nlines", f"{'x' * 32}\n{'x' * 8}"]
+    assert len(figure.axes) == 3 and all(axes.images for axes in figure.axes)
+
+
+# ---- Runs side by side ---------------------------------------------------------
+
+RUNS = {
+    "Trainer": [history(TRAINING, EVALUATION)],
+    "AACE": [history(TRAINING | AACE, EVALUATION), history(TRAINING | AACE, EVALUATION)],
+}
+SURFACE = LossSurface(np.linspace(-1, 1, 5), np.linspace(-1, 1, 5), np.linspace(0.01, 3, 25).reshape(5, 5))
+MEASURES = {
+    "worst_case_rise": 0.1,
+    "average_rise": 0.001,
+    "hessian_eigenvalues": [20.0, 3.0],
+    "cross_entropy_grad_norm": 0.1,
+}
+FIGURES = {
+    "dynamics": lambda paths: plot_dynamics(RUNS, paths),
+    "sharpness": lambda paths: plot_sharpness({"Trainer": [MEASURES], "AACE": [MEASURES, MEASURES]}, paths),
+    "margins": lambda paths: plot_margins({"Trainer": np.arange(9.0), "AACE": np.arange(-2.0, 5)}, paths),
+    "path": lambda paths: plot_paths({"AACE": LossPath(np.linspace(0, 1, 3), np.array([0.1, 0.5, 0.2]))}, paths),
+    "contour": lambda paths: plot_landscapes({"Trainer": SURFACE, "AACE": SURFACE}, paths),
+    "surface": lambda paths: plot_landscapes({"Trainer": SURFACE, "AACE": SURFACE}, paths, kind="surface"),
+    "toy": lambda paths: plot_toy({"AACE": train_toy("aace", steps=5)}, paths, width=3.4),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_for_a_paper_is_one_column_wide_labelled_and_the_same_each_time(name, saved, tmp_path):
+    FIGURES[name]([tmp_path / "a.svg", tmp_path / "a.png"])
+    figure = saved[-1]
+    assert figure.get_figwidth() == 3.4
+    with PIL.Image.open(tmp_path / "a.png") as picture:
+        assert picture.width == 3.4 * 300
+    sizes = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text()]
+    assert min(sizes) >= 6.5, "legible when printed at that width"
+    assert all(axes.get_ylabel() or axes.get_xlabel() for axes in figure.axes)
+    FIGURES[name]([tmp_path / "b.svg"])
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_dynamics_show_what_the_groups_logged(saved, tmp_path):
+    FIGURES["dynamics"]([tmp_path / "a.png"])
+    lines = {axes.get_title(loc="left"): [line.get_label() for line in axes.lines] for axes in saved[-1].axes}
+    assert lines["Training loss at $w$"] == ["Trainer", "AACE"], "a plain run's `loss` is that at w"
+    assert lines["Test accuracy"] == ["Trainer", "AACE"]
+    assert lines["Perturbation norm"] == ["AACE"]
+    assert "Direction of ascent" not in lines
+
+
+def test_the_mean_over_runs_and_its_standard_error_are_drawn(saved, tmp_path):
+    runs = [history(TRAINING | {"loss": loss}) for loss in (1.0, 2.0, 4.0)]
+    plot_dynamics({"Trainer": runs}, [tmp_path / "a.png"])
+    axes = saved[-1].axes[0]
+    assert axes.lines[0].get_ydata() == pytest.approx([7 / 3] * 2)
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.max() - band.min()) / 2 == pytest.approx(np.std([1, 2, 4], ddof=1) / 3**0.5)
+
+
+def test_landscapes_share_one_scale(saved, tmp_path):
+    deeper = SURFACE._replace(loss=SURFACE.loss / 10)
+    for kind in ("contour", "surface"):
+        plot_landscapes({"a": SURFACE, "b": deeper}, [tmp_path / "a.png"], kind=kind)
+        first, second = saved[-1].axes[:2]
+        assert first.collections[0].get_clim() == second.collections[0].get_clim() == pytest.approx((-3, np.log10(3)))
+    assert first.get_zlim() == second.get_zlim()
+
+
+def test_groups_can_be_told_apart_in_gray():
+    styles = _styles(range(6))
+    assert len({str(dashes) for _, dashes, _ in styles}) == len({marker for *_, marker in styles}) == 6
+
+
+def test_nothing_logged_is_no_figure_and_an_unknown_kind_is_refused(tmp_path):
+    assert not plot_dynamics({"a": [[END]]}, [tmp_path / "a.png"])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"`kind` must be 'contour' or 'surface', got 'heat'"):
+        plot_landscapes({"a": SURFACE}, [tmp_path / "a.png"], kind="heat")

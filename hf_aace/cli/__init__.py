@@ -15,7 +15,11 @@ _COMMANDS = {
     "train": "train a model; without options, a small ConvNeXt on scans of digits (see hf-aace train --help)",
     "compare": "train several methods side by side over seeds, and test which is better (see hf-aace compare --help)",
     "find-rho": "find the rho to train with, by a search on validation images (see hf-aace find-rho --help)",
+    "evaluate": "measure how good a model is, and see where it errs (see hf-aace evaluate --help)",
+    "predict": "name the classes of the images in a folder (see hf-aace predict --help)",
     "benchmark": "measure what a step costs, with your model on your machine (see hf-aace benchmark --help)",
+    "sharpness": "measure how sharp the minima are that runs found (see hf-aace sharpness --help)",
+    "plot": "draw runs side by side: training, and the loss around their weights (see hf-aace plot --help)",
 }
 
 
@@ -66,6 +70,7 @@ def _env() -> int:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     packages = ("hf-aace", "torch", "transformers", "accelerate", "datasets", "evaluate")
     report = {package: version(package) for package in packages} | {
+        "torch": torch.__version__,  # with the build (+cu130), which the package's own version leaves out
         "python": platform.python_version(),
         "platform": platform.platform(),
         "CPU threads": torch.get_num_threads(),

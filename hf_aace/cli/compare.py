@@ -9,15 +9,15 @@ import shlex
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ..plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
 from ..study import Candidate, Result, candidates_of, choose, rho_values, summarize
+from ..study_plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
 from . import main
 from .options import last_part
 from .table import table
@@ -154,7 +154,10 @@ class Study:
         self._pool = ProcessPoolExecutor(self._jobs, get_context("spawn"), _share_the_cores, (self._jobs,))
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, *exception) -> None:
+        if kind is not None:  # Ctrl-C, say: what was begun will be made again, not ended
+            for process in active_children():
+                process.terminate()
         self._pool.shutdown(cancel_futures=True)
 
     def train(self, runs: list[tuple[Candidate, int]], bar: tqdm) -> list[Result]:

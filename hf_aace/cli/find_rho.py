@@ -6,8 +6,8 @@ import shlex
 
 from tqdm.auto import tqdm
 
-from ..plots import plot_accuracy_by_rho
 from ..study import Candidate, advise_rho, rho_values
+from ..study_plots import plot_accuracy_by_rho
 from .compare import Study, study_parser
 from .table import table
 

@@ -1,29 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options that the commands share: which model, which data, and how they are read from the command line and files."""
 
+import argparse
 import difflib
 import json
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from transformers import HfArgumentParser
 
-from ..config import AACEConfig
+from ..config import AACEArguments, AACEConfig
 from ..models import BUILTIN_MODELS
 
 
+TRAIN_OPTIONS_NAME = "train_options.json"
+
+
 @dataclass
-class ModelArguments:
+class PretrainedArguments:
     """
-    Which model to train.
+    Which model to load, and what it may bring with it.
+
+    Args:
+        model_name_or_path (`str`, *optional*):
+            A local folder, or a model id on the Hub.
+        model_revision (`str`, *optional*, defaults to `"main"`):
+            The branch, tag or commit on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run Python code that comes with the model.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            Whether to load weights that are not safetensors.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The model: a local folder, or a model id on the Hub. Needed."}
+    )
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of a model on the Hub, to pin what is loaded."}
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run Python code that comes with the model. Only for a model whose code you have read."},
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata={"help": "Load weights also from `pytorch_model.bin`, not only from safetensors."},
+    )
+
+
+@dataclass
+class ModelArguments(PretrainedArguments):
+    """
+    Which model to train, and what of it.
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"convnext-tiny-digits"`):
             A built-in model, a local folder, or a model id on the Hub.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            The dtype of the weights: `"float32"`, `"bfloat16"` or `"float16"`.
+        freeze_backbone (`bool`, *optional*, defaults to `False`):
+            Whether to train the classification head only.
+        lora (`bool`, *optional*, defaults to `False`):
+            Whether to train low-rank adapters and the head.
+        lora_rank (`int`, *optional*, defaults to `16`):
+            Rank of the adapters.
+        lora_alpha (`float`, *optional*, defaults to `16.0`):
+            The adapters are scaled by `lora_alpha / lora_rank`.
+        lora_target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
+            The layers to adapt.
+
+    The other arguments are those of [`PretrainedArguments`].
     """
 
     model_name_or_path: str = field(
@@ -34,6 +85,40 @@ class ModelArguments:
             "defaults for the built-in three, shown here, than for models to fine-tune."
         },
     )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={
+            "help": "Dtype of the loaded weights. 16 bits save memory with `lora` or `freeze_backbone`, where what is trained "
+            "stays in 32 bits, and need `bf16` or `fp16`; other training in 16-bit weights is refused unless `rho` is 0, as "
+            "their rounding swallows the perturbation. For speed, set `bf16` alone."
+        },
+    )
+    freeze_backbone: bool = field(
+        default=False,
+        metadata={"help": "Train the classification head only. BatchNorm statistics still follow the images."},
+    )
+    lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Train low-rank adapters and the head (pip install 'hf-aace[peft]'). They are merged into the saved "
+            "model, which loads like any other, and saved by themselves in `adapter/`."
+        },
+    )
+    lora_rank: int = field(default=16, metadata={"help": "With `lora`: rank of the adapters."})
+    lora_alpha: float = field(
+        default=16.0, metadata={"help": "With `lora`: the adapters are scaled by `lora_alpha / lora_rank`."}
+    )
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={
+            "help": "With `lora`: the layers to adapt, by the ends of their names, such as `q_proj v_proj`. `all-linear` "
+            "is every linear layer but the head; a network of convolutions (ResNet) has none, so name some."
+        },
+    )
+
+    def __post_init__(self):
+        if isinstance(self.lora_target_modules, str):  # a single name in a configuration file
+            self.lora_target_modules = [self.lora_target_modules]
 
 
 @dataclass
@@ -43,13 +128,31 @@ class DataArguments:
 
     Args:
         dataset_name (`str`, *optional*, defaults to `"digits"`):
-            `"digits"`, a folder of images, or the id of a data set on the Hub.
+            `"digits"`, a folder of images, a folder written by `save_to_disk`, parquet or WebDataset files, or the id of a data
+            set on the Hub.
+        image_column_name (`str`, *optional*):
+            The column of the images. Found if left out.
+        label_column_name (`str`, *optional*):
+            The column of the labels: classes, strings or integers. Found if left out.
+        skip_corrupt_images (`bool`, *optional*, defaults to `False`):
+            Whether to leave out images that cannot be decoded, rather than stop.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read the images in the course of training only.
         train_size (`int`, *optional*):
             Train on this many images only. Defaults to all.
         label_noise (`float`, *optional*, defaults to `0.0`):
             Share of the training labels to replace by wrong ones.
         validation_size (`float`, *optional*, defaults to `0.0`):
             Share of the training images to set apart and evaluate on in the course of training.
+        class_weights (`str`, *optional*, defaults to `"none"`):
+            `"balanced"` to weight each class inversely to its number of training images.
+        augmentation (`str`, *optional*):
+            `"none"`, `"default"` or `"randaugment"`, see [`~hf_aace.augmentation.Augmentation`]. Defaults to `"none"` for a
+            built-in model and for digits, to `"default"` for others.
+        mixup (`float`, *optional*, defaults to `0.0`):
+            Parameter of the Beta distribution of mixup; 0 is off.
+        cutmix (`float`, *optional*, defaults to `0.0`):
+            Parameter of the Beta distribution of cutmix; 0 is off.
         metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1", "confusion_matrix"]`):
             The metrics, as [`~hf_aace.metrics.load_metric`] knows them.
     """
@@ -58,7 +161,32 @@ class DataArguments:
         default="digits",
         metadata={
             "help": "The images: `digits` (8x8 scans, bundled with scikit-learn), a folder with one sub-folder of "
-            "images for each class (perhaps below `train` and `test`), or the id of a data set on the Hub."
+            "images for each class (perhaps below `train` and `test`), a folder written by `save_to_disk`, a file or folder "
+            "in parquet or of WebDataset shards (.tar), or the id of a data set on the Hub."
+        },
+    )
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "The column of the images. By default the first that holds images."}
+    )
+    label_column_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "The column of the labels: classes, strings or integers (a field of a JSON column as `json.label`). By "
+            "default one that is typed as classes, or is called `label` or the like."
+        },
+    )
+    skip_corrupt_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode all images beforehand, and name, count and leave out those that cannot be. Without it they are an "
+            "error."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the images in the course of training, rather than download and prepare them all beforehand. For hub "
+            "ids, parquet and WebDataset. Needs `max_steps` and a labelled test split; `train_size` then takes the first ones."
         },
     )
     train_size: int | None = field(
@@ -76,6 +204,32 @@ class DataArguments:
             "before the end then use these, and the test images are for the end alone."
         },
     )
+    class_weights: Literal["none", "balanced"] = field(
+        default="none",
+        metadata={
+            "help": "`balanced` weights the training loss of each class inversely to its number of training images, so that "
+            "rare ones count as much as frequent ones. The ascent is not weighted. `eval_loss` is, as it is the same loss."
+        },
+    )
+    augmentation: Literal["none", "default", "randaugment"] = field(
+        default="none",
+        metadata={
+            "help": "Random changes of the training images, on the device: `default` crops "
+            "and flips, `randaugment` also turns, shears, darkens and so on. `none` by default for the built-in models and for "
+            "digits, `default` for models to fine-tune."
+        },
+    )
+    mixup: float = field(
+        default=0.0,
+        metadata={"help": "Blend pairs of images, and their labels, in a ratio from Beta(mixup, mixup). 0 is off."},
+    )
+    cutmix: float = field(
+        default=0.0,
+        metadata={
+            "help": "Put a rectangle of one image into another, and the same share of its label, from Beta(cutmix, cutmix). 0 is "
+            "off. With `mixup` too, each batch gets one of the two."
+        },
+    )
     metrics: list[str] = field(
         default_factory=lambda: ["accuracy", "macro_f1", "confusion_matrix"],
         metadata={
@@ -91,8 +245,7 @@ class DataArguments:
 
 def training_parser(command: str, description: str, kinds: tuple[type, ...], argv: list[str]) -> HfArgumentParser:
     """
-    The parser of a command that trains models, with the defaults that depend on its arguments. Has answered `--help` and
-    unknown options.
+    The parser of a command that trains models, as [`command_parser`] makes it.
 
     Args:
         command (`str`): The name of the command.
@@ -101,6 +254,33 @@ def training_parser(command: str, description: str, kinds: tuple[type, ...], arg
         argv (`list[str]`): The arguments of the command line.
     """
     kinds = (ModelArguments, DataArguments, *kinds, AACEConfig)
+    return command_parser(
+        command,
+        description,
+        kinds,
+        argv,
+        lambda chosen: _recipe(chosen.model_name_or_path, chosen.dataset_name, chosen.streaming),
+    )
+
+
+def command_parser(
+    command: str,
+    description: str,
+    kinds: tuple[type, ...],
+    argv: list[str],
+    defaults: Callable[[argparse.Namespace], dict[str, Any]] = lambda chosen: {},
+) -> HfArgumentParser:
+    """
+    The parser of a command whose options are the fields of dataclasses, from the command line and from the file that
+    `--config` names. Has answered `--help` and unknown options.
+
+    Args:
+        command (`str`): The name of the command.
+        description (`str`): What it does, for `--help`.
+        kinds (`tuple[type, ...]`): The dataclasses.
+        argv (`list[str]`): The arguments of the command line.
+        defaults (`Callable`, *optional*): From the options chosen, the defaults that depend on them.
+    """
     names = [option.name for kind in kinds for option in fields(kind) if option.init]
     parser = HfArgumentParser(
         kinds,
@@ -110,13 +290,13 @@ def training_parser(command: str, description: str, kinds: tuple[type, ...], arg
         allow_abbrev=False,  # an abbreviation would take a misspelt option for another one
     )
     parser.add_argument("--config", help="A YAML or JSON file with options by name; the command line overrides it.")
-    parser.set_defaults(**_recipe(ModelArguments.model_name_or_path, DataArguments.dataset_name))
-    config_path = parser.parse_known_args(argv)[0].config
+    # Once without `--help`, which is to show the defaults for what else is given.
+    known = [argument for argument in argv if argument not in ("-h", "--help")]
+    config_path = parser.parse_known_args(known)[0].config
     config = {} if config_path is None else _read_config(config_path, names)
-    # The recipe depends on the model, which the configuration or the command line may name.
+    # The defaults depend on what the configuration or the command line chooses.
     parser.set_defaults(**config)
-    chosen = parser.parse_known_args(argv)[0]
-    parser.set_defaults(**_recipe(chosen.model_name_or_path, chosen.dataset_name) | config)
+    parser.set_defaults(**defaults(parser.parse_known_args(known)[0]) | config)
     _, unknown = parser.parse_known_args(argv)
     if unknown:
         hint = _did_you_mean(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), names, prefix="--")
@@ -124,8 +304,8 @@ def training_parser(command: str, description: str, kinds: tuple[type, ...], arg
     return parser
 
 
-def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
-    """Defaults of the training arguments: from scratch for a built-in model, fine-tuning for others."""
+def _recipe(model_name_or_path: str, dataset_name: str, streaming: bool = False) -> dict[str, Any]:
+    """Defaults of the options: from scratch for a built-in model, fine-tuning for others."""
     recipe = {
         "output_dir": str(Path("runs") / f"{last_part(model_name_or_path)}-{last_part(dataset_name)}"),
         "lr_scheduler_type": "cosine",
@@ -137,6 +317,9 @@ def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),  # elsewhere it only warns
     }
+    if streaming:  # an epoch may have no end: shares of `max_steps`
+        recipe |= dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), "steps")
+        recipe |= {"logging_steps": 0.02, "eval_steps": 0.2, "save_steps": 0.2}
     if model_name_or_path in BUILTIN_MODELS:
         return recipe | {
             "learning_rate": 3e-3,
@@ -151,12 +334,42 @@ def _recipe(model_name_or_path: str, dataset_name: str) -> dict[str, Any]:
         "per_device_eval_batch_size": 64,
         "warmup_steps": 0.1,
         "weight_decay": 0.01,
+        # A mirrored digit is another sign.
+        "augmentation": "none" if dataset_name == "digits" else "default",
     }
+
+
+def required(name: str, value: str | None) -> str:
+    """The value of an option that has no default. It may come from a file, so that the parser cannot ask for it."""
+    if value is None:
+        raise ValueError(f"`{name}` is needed: --{name} on the command line, or in the configuration file.")
+    return value
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that an option `device` names: `cpu`, `cuda`, or `auto`, a GPU if there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"`device` must be `auto`, `cpu` or `cuda`, got {name!r}.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`device` is `cuda`, but torch finds no GPU here. Use `cpu`.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def last_part(name: str) -> str:
     """The name of a folder or file, or of a model or data set without its owner."""
     return Path(name).resolve().name if Path(name).is_dir() else Path(name).name
+
+
+def write_train_options(model_args: ModelArguments, data_args: DataArguments, training_args: AACEConfig) -> None:
+    """
+    Writes into the output directory, as `train_options.json`, what a run needs to have its data loaded again and to be told
+    from others: the options of model and data, those of the method, and the seed.
+    """
+    method = {option.name: getattr(training_args, option.name) for option in fields(AACEArguments)}
+    options = asdict(model_args) | asdict(data_args) | method | {"seed": training_args.seed}
+    path = Path(training_args.output_dir) / TRAIN_OPTIONS_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -2,8 +2,10 @@
 """`hf-aace train`: trains an image classifier, in one process or in several."""
 
 import argparse
+import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -14,18 +16,26 @@ from typing import Any
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
-from datasets import Image
+from datasets import DatasetDict, Image, IterableDatasetDict
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+from torch import nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import PredictionOutput
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_utils import HubStrategy, PredictionOutput
 
-from ..data import image_transform, load_image_dataset
+from ..augmentation import Augmentation, AugmentedAACETrainer
+from ..config import AACEConfig
+from ..data import load_image_dataset
+from ..images import image_transform
 from ..metrics import compute_metrics_fn, load_metric, predicted_classes
-from ..models import load_model_and_processor
+from ..models import add_lora, freeze_backbone, load_model_and_processor, merge_lora
 from ..plots import plot_training_curves
+from ..streaming import stream_image_dataset, transform_stream
 from ..trainer import AACETrainer
-from .options import training_parser
+from ..training_loss import TrainingLoss, balanced_class_weights
+from .options import DataArguments, ModelArguments, last_part, training_parser, write_train_options
 
 
 # Set in the processes that `--accelerate_config` starts.
@@ -145,55 +155,205 @@ def run(argv: list[str]) -> int:
     training_args.remove_unused_columns = False
     compute_metrics = compute_metrics_fn([name for name in data_args.metrics if name != "confusion_matrix"])
     with training_args.main_process_first(desc="loading the data set"):
-        dataset = load_image_dataset(
-            data_args.dataset_name,
-            seed=training_args.seed,
-            train_size=data_args.train_size,
-            label_noise=data_args.label_noise,
-            validation_size=data_args.validation_size,
-        )
+        dataset = _load_data(data_args, training_args)
     set_seed(training_args.seed)
     id2label = dict(enumerate(dataset["train"].features["label"].names))
-    model, processor = load_model_and_processor(model_args.model_name_or_path, id2label)
-    # Left encoded, an image that cannot be decoded is named by the transform.
-    dataset = dataset.cast_column("image", Image(decode=False)).with_transform(image_transform(processor))
-    trainer = AACETrainer(
-        model=model,
-        args=training_args,
-        train_dataset=dataset["train"],
-        eval_dataset=dataset.get("validation", dataset["test"]),
-        processing_class=processor,
-        compute_metrics=compute_metrics,
-    )
+    model, processor = _load_model(model_args, training_args, id2label)
+    compute_loss_func = None  # the model's own
+    augmentation = _augmentation(data_args, processor, len(id2label))
+    weights = None
+    if data_args.class_weights == "balanced":
+        weights = balanced_class_weights(dataset["train"]["label"][:], len(id2label))
+    if weights is not None or (augmentation is not None and augmentation.soft_labels):
+        compute_loss_func = TrainingLoss(weights, training_args.label_smoothing_factor)
+    if data_args.streaming:
+        dataset = transform_stream(dataset, processor, data_args.skip_corrupt_images)
+    else:
+        # Left encoded, an image that cannot be decoded is named by the transform.
+        dataset = dataset.cast_column("image", Image(decode=False)).with_transform(image_transform(processor))
+    try:
+        trainer = AugmentedAACETrainer(
+            model=model,
+            args=training_args,
+            train_dataset=dataset["train"],
+            eval_dataset=dataset.get("validation", dataset["test"]),
+            processing_class=processor,
+            compute_metrics=compute_metrics,
+            compute_loss_func=compute_loss_func,
+            augmentation=augmentation,
+        )
+    except (HTTPError, LocalTokenNotFoundError) as error:
+        raise OSError(
+            f"The repository to push to could not be made on the Hub: {_first_line(error)}. "
+            "Log in with `hf auth login`, or set `hub_token`."
+        ) from error
+    if model_args.lora and trainer.is_fsdp_enabled:
+        raise ValueError("`lora` does not go with FSDP, whose shards it could not merge. Use `ddp`.")
+    if trainer.is_world_process_zero():
+        write_train_options(model_args, data_args, training_args)
 
     started, processor_started = time.time(), time.process_time()
     try:
-        result = trainer.train(resume_from_checkpoint=_resume_from(training_args.resume_from_checkpoint))
+        result = trainer.train(
+            resume_from_checkpoint=_resume_from(training_args.resume_from_checkpoint, training_args.output_dir)
+        )
     except KeyboardInterrupt:
         if trainer.is_world_process_zero():
-            print(f"\n{_how_to_resume(training_args.output_dir, started, argv)}", file=sys.stderr)
+            print(f"\nInterrupted. {_how_to_resume(training_args.output_dir, started, argv)}", file=sys.stderr)
         return 130
+    except Exception as error:
+        _raise_if_save_failed(error, trainer, started, argv)
+        raise
     # Unlike the time on the clock, it does not depend on what else the machine is doing.
     result.metrics["train_processor_seconds"] = time.process_time() - processor_started
-    trainer.save_model()
+    if model_args.lora:
+        _merge_adapters(trainer)
+    elif model_args.freeze_backbone:
+        trainer.model.float()  # what loads it gives all weights one dtype, and 16 bits would round the head
+    try:
+        trainer.save_model(_internal_call=True)  # pushed below, with its results
+    except Exception as error:
+        resume = _how_to_resume(training_args.output_dir, started, argv)
+        raise OSError(
+            f"The trained model could not be saved: {_first_line(error)}. {resume}".replace("\n", " ")
+        ) from error
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
+    picture = Path(training_args.output_dir) / "training_curves.png"
+    drawn = trainer.is_world_process_zero() and plot_training_curves(trainer.state.log_history, picture)
 
     if "validation" in dataset:
         metrics = trainer.evaluate(metric_key_prefix="validation")
         trainer.save_metrics("validation", metrics)
     prediction = trainer.predict(dataset["test"], metric_key_prefix="eval")
     metrics = dict(prediction.metrics)
+    trainer.log({name: value for name, value in metrics.items() if isinstance(value, float)})  # for the model card
     trainer.log_metrics("eval", metrics)
     if "confusion_matrix" in data_args.metrics:
         metrics |= _confusion_matrix(prediction, len(id2label))
     trainer.save_metrics("eval", metrics)
+    card = _card(model_args, data_args)
+    trainer.create_model_card(**card)
+    if training_args.push_to_hub:
+        try:
+            trainer.push_to_hub(**card)
+        except (HTTPError, OSError, RuntimeError) as error:
+            folder = training_args.output_dir
+            command = shlex.join(["hf", "upload", str(trainer.hub_model_id), folder, ".", "--exclude", "checkpoint-*"])
+            raise OSError(
+                f"The model is trained and whole in {folder}, but pushing it failed: {_first_line(error)}. "
+                f"To push it: {command}"
+            ) from error
     if trainer.is_world_process_zero():
-        picture = Path(training_args.output_dir) / "training_curves.png"
-        drawn = plot_training_curves(trainer.state.log_history, picture)
         print(_summary(metrics, result.metrics["train_runtime"], training_args.output_dir, picture if drawn else None))
+        if training_args.push_to_hub:
+            print(f"Pushed:  {trainer.hub_model_id}")
     return 0
+
+
+def _load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict | IterableDatasetDict:
+    columns = {name: getattr(options, name) for name in ("image_column_name", "label_column_name")}
+    if not options.streaming:
+        return load_image_dataset(
+            options.dataset_name,
+            seed=training_args.seed,
+            train_size=options.train_size,
+            label_noise=options.label_noise,
+            validation_size=options.validation_size,
+            skip_corrupt_images=options.skip_corrupt_images,
+            **columns,
+        )
+    if training_args.max_steps <= 0:
+        raise ValueError("`streaming` needs `max_steps`, as the number of images is not known: say how long to train.")
+    for name, off in (("label_noise", 0), ("validation_size", 0), ("class_weights", "none")):
+        if getattr(options, name) != off:
+            raise ValueError(
+                f"`{name}` needs all training labels beforehand, which `streaming` does not read: leave out one of the two."
+            )
+    return stream_image_dataset(
+        options.dataset_name, seed=training_args.seed, train_size=options.train_size, **columns
+    )
+
+
+def _augmentation(options: DataArguments, processor: BaseImageProcessor, num_classes: int) -> Augmentation | None:
+    if options.augmentation == "none" and options.mixup == options.cutmix == 0:
+        return None
+    return Augmentation(
+        options.augmentation,
+        processor=processor,
+        num_classes=num_classes,
+        mixup=options.mixup,
+        cutmix=options.cutmix,
+    )
+
+
+def _load_model(
+    options: ModelArguments, training_args: AACEConfig, id2label: dict[int, str]
+) -> tuple[nn.Module, BaseImageProcessor]:
+    """The model with what is to be trained of it, and its image processor."""
+    if options.lora and options.freeze_backbone:
+        raise ValueError("`lora` freezes the backbone itself: leave out `freeze_backbone`.")
+    if options.dtype != "float32" and not (training_args.bf16 or training_args.fp16):
+        raise ValueError(
+            f"`dtype={options.dtype}` needs mixed precision, as the images are of 32 bits: set `bf16` or `fp16` too."
+        )
+    model, processor = load_model_and_processor(
+        options.model_name_or_path,
+        id2label,
+        revision=options.model_revision,
+        dtype=getattr(torch, options.dtype),
+        trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
+    )
+    if options.freeze_backbone:
+        freeze_backbone(model)
+    if options.lora:
+        model = add_lora(
+            model, rank=options.lora_rank, alpha=options.lora_alpha, target_modules=options.lora_target_modules
+        )
+        # What is pushed on the way would be adapters beside which the merged model could not be loaded.
+        training_args.hub_strategy = HubStrategy.END
+    return model, processor
+
+
+def _merge_adapters(trainer: AACETrainer) -> None:
+    """Saves the adapters by themselves and goes on with the whole model."""
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(Path(trainer.args.output_dir) / "adapter")
+    trainer.model = trainer.model_wrapped = merge_lora(trainer.model)
+
+
+def _card(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
+    """What Trainer cannot know for the model card. Of local folders only the names."""
+    tags = ["image-classification", "vision"] + ["lora"] * model_args.lora
+    card = {"tasks": "image-classification", "dataset": last_part(data_args.dataset_name), "tags": tags}
+    if data_args.dataset_name != "digits" and not Path(data_args.dataset_name).exists():
+        card |= {"dataset": data_args.dataset_name, "dataset_tags": data_args.dataset_name}
+    return card
+
+
+def _raise_if_save_failed(error: Exception, trainer: AACETrainer, started: float, argv: list[str]) -> None:
+    """
+    If a checkpoint was being written when training failed (a full disk, say), sets what there is of it aside, where no run
+    resumes from it, and says from where one can.
+    """
+    output_dir = trainer.args.output_dir
+    broken = [path for path in _checkpoints(output_dir) if not _is_whole(path) and _time(path) >= started]
+    if not broken or not trainer.is_world_process_zero():
+        return
+    aside = broken[0].with_name(f"_incomplete-{broken[0].name}")  # Trainer pushes nothing that begins with `_`
+    shutil.rmtree(aside, ignore_errors=True)
+    broken[0].rename(aside)
+    raise OSError(
+        f"Saving {broken[0]} failed, with {shutil.disk_usage(output_dir).free / 1e6:.0f} MB free on its disk, and what there "
+        f"is of it was renamed to {aside.name}: {_first_line(error)}. "
+        f"{_how_to_resume(output_dir, started, argv)}".replace("\n", " ")
+    ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _confusion_matrix(prediction: PredictionOutput, num_classes: int) -> dict[str, list[list[int]]]:
@@ -203,22 +363,48 @@ def _confusion_matrix(prediction: PredictionOutput, num_classes: int) -> dict[st
     return {"eval_confusion_matrix": counts["confusion_matrix"]}
 
 
-def _resume_from(value: str | None) -> str | bool | None:
-    """Reads the option `resume_from_checkpoint`, which comes as a string, for `Trainer.train`."""
-    words = {"true": True, "false": None, "": None}
-    return value if value is None else words.get(value.lower(), value)
+def _resume_from(value: str | None, output_dir: str) -> str | None:
+    """Reads the option `resume_from_checkpoint`: a path, or a truth value, for the newest checkpoint that is whole."""
+    if value is None or value.lower() in ("false", ""):
+        return None
+    whole = [path for path in _checkpoints(output_dir) if _is_whole(path)]
+    if value.lower() == "true":
+        if not whole:
+            raise ValueError(f"`resume_from_checkpoint`: No valid checkpoint found in {output_dir}. Leave it out.")
+        return str(whole[-1])
+    if not _is_whole(Path(value)):
+        hint = f" The newest that is whole is {whole[-1]}." if whole else ""
+        raise ValueError(f"`resume_from_checkpoint` is {value!r}, which is no checkpoint, or not a whole one.{hint}")
+    return value
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint has its state, which it is given last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _checkpoints(output_dir: str) -> list[Path]:
+    """The checkpoints in a folder, the newest last."""
+    return sorted(
+        Path(output_dir).glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.removeprefix("checkpoint-"))
+    )
 
 
 def _how_to_resume(output_dir: str, started: float, argv: list[str]) -> str:
-    # The state is what a checkpoint is given last: with it, the checkpoint is whole. Older ones are of another run.
-    states = [state for state in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _time(state) >= started]
-    if not states:
-        return "Interrupted before the first checkpoint: there is nothing to resume from."
-    resume = ["--resume_from_checkpoint", str(max(states, key=_time).parent)]
+    # Older ones are of another run.
+    checkpoints = [
+        path for path in _checkpoints(output_dir) if _is_whole(path) and _time(path / "trainer_state.json") >= started
+    ]
+    if not checkpoints:
+        return "There is no checkpoint of this run to resume from."
+    resume = ["--resume_from_checkpoint", str(checkpoints[-1])]
     if "LOCAL_RANK" in os.environ and _LAUNCHED not in os.environ:  # the launcher's part of the command is not known
-        return f"Interrupted. To go on from the last checkpoint, add to the command:\n{shlex.join(resume)}"
-    command = shlex.join(["hf-aace", "train", *argv, *resume])
-    return f"Interrupted. To go on from the last checkpoint:\n{command}"
+        return f"To go on from the last checkpoint, add to the command:\n{shlex.join(resume)}"
+    return f"To go on from the last checkpoint:\n{shlex.join(['hf-aace', 'train', *argv, *resume])}"
 
 
 def _time(path: Path) -> float:

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hf-aace evaluate`: how good a trained classifier is, and where it errs."""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import evaluate
+import numpy as np
+from datasets import Dataset, Image, concatenate_datasets
+from datasets.utils import tqdm
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .._compat import image_classification_evaluator
+from ..data import load_image_dataset
+from ..inference import classify
+from ..metrics import load_metric
+from ..models import load_classifier, model_classes
+from ..plots import plot_confusion_matrix, plot_image_grid
+from .options import PretrainedArguments, command_parser, last_part, pick_device, required
+
+
+@dataclass
+class EvaluationArguments:
+    """
+    What to evaluate on, and what to measure.
+
+    Args:
+        dataset_name (`str`, *optional*, defaults to `"digits"`):
+            As for training.
+        split (`str`, *optional*, defaults to `"test"`):
+            The images to use: `"test"`, `"train"` or `"all"`.
+        metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1"]`):
+            The metrics, as [`~hf_aace.metrics.load_metric`] knows them.
+        num_mistakes (`int`, *optional*, defaults to `25`):
+            Number of the worst mistakes to show.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Images at a time.
+        device (`str`, *optional*, defaults to `"auto"`):
+            `"cpu"`, `"cuda"`, or `"auto"`: a GPU if there is one.
+        output_dir (`str`, *optional*):
+            Where the results go. Defaults to a folder in `runs` named by model and data.
+    """
+
+    dataset_name: str = field(
+        default="digits",
+        metadata={"help": "The images, as for training: `digits`, a folder, or the id of a data set on the Hub."},
+    )
+    split: Literal["test", "train", "all"] = field(
+        default="test",
+        metadata={
+            "help": "The test images, which `hf-aace train` sets apart if the data set does not; the training images; or all, "
+            "for images that the model was not trained on."
+        },
+    )
+    metrics: list[str] = field(
+        default_factory=lambda: ["accuracy", "macro_f1"],
+        metadata={"help": "Metrics: `accuracy`, `macro_f1`, or any that `evaluate.load` finds on the Hub."},
+    )
+    num_mistakes: int = field(default=25, metadata={"help": "How many of the worst mistakes to list and to draw."})
+    batch_size: int = field(default=32, metadata={"help": "Images at a time."})
+    device: str = field(default="auto", metadata={"help": "`cpu`, `cuda`, or `auto`: a GPU if there is one."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where evaluation.json, confusion_matrix.png and mistakes.png go."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.metrics, str):  # a single name in a configuration file
+            self.metrics = [self.metrics]
+
+
+def _defaults(chosen: argparse.Namespace) -> dict[str, Any]:
+    if chosen.model_name_or_path is None:
+        return {}
+    name = f"evaluate-{last_part(chosen.model_name_or_path)}-{last_part(chosen.dataset_name)}"
+    return {"output_dir": str(Path("runs") / name)}
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command with the arguments `argv`; returns the exit code."""
+    parser = command_parser(
+        "evaluate",
+        "Measures how good an image classifier is, and leaves metrics, the confusion matrix and the worst mistakes in "
+        "output_dir.",
+        (PretrainedArguments, EvaluationArguments),
+        argv,
+        _defaults,
+    )
+    source, options, *_ = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    name = required("model_name_or_path", source.model_name_or_path)
+    if options.num_mistakes < 0 or options.batch_size < 1:
+        raise ValueError(
+            f"`num_mistakes` must be at least 0 and `batch_size` 1, got {options.num_mistakes} and {options.batch_size}."
+        )
+    metric = evaluate.combine([load_metric(name) for name in options.metrics if name != "confusion_matrix"])
+    model, processor = load_classifier(
+        name,
+        revision=source.model_revision,
+        trust_remote_code=source.trust_remote_code,
+        allow_pickle=source.allow_pickle,
+    )
+    splits = load_image_dataset(options.dataset_name, seed=0)
+    data = concatenate_datasets([splits["train"], splits["test"]]) if options.split == "all" else splits[options.split]
+    data = _in_the_classes_of(model, data)
+
+    pipe = _Pipeline(model.to(pick_device(options.device)), processor, options.batch_size, len(data))
+    results = image_classification_evaluator().compute(
+        pipe, data.cast_column("image", Image(decode=False)), metric=metric, label_mapping=None
+    )
+    probabilities, labels = np.stack(pipe.probabilities), np.array(data["label"][:])
+    classes = list(model.config.id2label.values())
+    matrix = load_metric("confusion_matrix").compute(
+        predictions=probabilities.argmax(axis=-1), references=labels, num_classes=len(classes)
+    )["confusion_matrix"]
+    mistakes = _worst_mistakes(data, probabilities, labels, classes, options.num_mistakes)
+
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {
+        "model": name,
+        "dataset": options.dataset_name,
+        "split": options.split,
+        "images": len(data),
+        **results,
+        "classes": classes,
+        "confusion_matrix": matrix,
+        "worst_mistakes": [{key: value for key, value in row.items() if key != "row"} for row in mistakes],
+    }
+    (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plot_confusion_matrix(matrix, classes, folder / "confusion_matrix.png")
+    if mistakes:
+        plot_image_grid(
+            [data[row["row"]]["image"] for row in mistakes],
+            [
+                f"{row['label']} ({row['label_score']:.2f})\ntaken for {row['prediction']} ({row['score']:.2f})"
+                for row in mistakes
+            ],
+            "The worst mistakes",
+            folder / "mistakes.png",
+        )
+    scores = ", ".join(
+        f"{key} {value:.4f}" for key, value in results.items() if isinstance(value, float) and "second" not in key
+    )
+    print(f"Result:  {scores} on {len(data)} images")
+    print(f"Speed:   {results['samples_per_second']:.0f} images a second")
+    print(f"Numbers: {folder / 'evaluation.json'}")
+    print(f"Drawn:   {folder / 'confusion_matrix.png'}" + (f", {folder / 'mistakes.png'}" if mistakes else ""))
+    return 0
+
+
+class _Pipeline:
+    """What the evaluator takes for a pipeline. Unlike that of Transformers, it decodes images as training does."""
+
+    task = "image-classification"
+
+    def __init__(self, model: PreTrainedModel, processor: BaseImageProcessor, batch_size: int, total: int):
+        self._model, self._processor, self._batch_size, self._total = model, processor, batch_size, total
+        self.probabilities: list[np.ndarray] = []
+
+    def __call__(self, images) -> list[list[dict[str, Any]]]:
+        answers = classify(self._model, self._processor, images, batch_size=self._batch_size)
+        for answer in tqdm(answers, total=self._total, desc="Evaluating", unit="image"):
+            if isinstance(answer, ValueError):
+                raise answer
+            self.probabilities.append(answer)
+        return [[{"label": int(p.argmax()), "score": float(p.max())}] for p in self.probabilities]
+
+
+def _in_the_classes_of(model: PreTrainedModel, data: Dataset) -> Dataset:
+    """The data with the model's numbers of the classes."""
+    names, known = data.features["label"].names, model_classes(model)
+    if known is None:  # the model's classes have no names
+        if len(names) != model.config.num_labels:
+            raise ValueError(
+                f"The model has {model.config.num_labels} classes without names, the data {len(names)}: nothing says which "
+                "is which. Set `id2label` in the model's configuration."
+            )
+        return data
+    if names == known:
+        return data
+    labels = np.array(data["label"][:])
+    unknown = [names[label] for label in np.unique(labels) if names[label] not in known]
+    if unknown:
+        raise ValueError(
+            f"The model does not know these classes of the data: {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}. It "
+            f"knows {', '.join(known[:5])}{', ...' * (len(known) > 5)}. Evaluate it on images of its own classes."
+        )
+    number = {index: known.index(name) for index, name in enumerate(names) if name in known}
+    return data.remove_columns("label").add_column("label", np.array([number[label] for label in labels]))
+
+
+def _worst_mistakes(
+    data: Dataset, probabilities: np.ndarray, labels: np.ndarray, classes: list[str], count: int
+) -> list[dict[str, Any]]:
+    """The wrong answers with the least probability of the true class, the worst first."""
+    of_label = probabilities[np.arange(len(labels)), labels]
+    predicted = probabilities.argmax(axis=-1)
+    wrong = np.flatnonzero(predicted != labels)
+    rows = wrong[np.argsort(of_label[wrong], kind="stable")][:count]
+    encoded = data.cast_column("image", Image(decode=False))
+    return [
+        {
+            "row": int(row),
+            "image": encoded[int(row)]["image"]["path"] or f"image {row}",
+            "label": classes[labels[row]],
+            "label_score": float(of_label[row]),
+            "prediction": classes[predicted[row]],
+            "score": float(probabilities[row, predicted[row]]),
+        }
+        for row in rows
+    ]

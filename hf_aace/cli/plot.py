@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hf-aace plot`: pictures of runs side by side."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from ..landscape import loss_path, loss_surface
+from ..plots import plot_dynamics, plot_landscapes, plot_paths
+from .runs import Run, RunArguments, open_runs
+from .sharpness import MEASURES_NAME
+
+
+_FIGURES = ("dynamics", "contour", "surface", "path")
+
+
+@dataclass
+class PlotArguments:
+    """
+    What to draw.
+
+    Args:
+        figures (`list[str]`, *optional*, defaults to `["dynamics", "contour", "surface", "path"]`):
+            `"dynamics"`: what the runs logged, and what `hf-aace sharpness` measured of their checkpoints. `"contour"`,
+            `"surface"`: the loss on a plane through the first run of each name. `"path"`: the loss on the line from the first run
+            of the first name to that of each other.
+        directions (`str`, *optional*, defaults to `"random"`):
+            The directions of the plane: `"random"`, filter-normalised, or `"eigenvectors"` of the Hessian.
+        radius (`float`, *optional*):
+            Half the side of the square. Defaults to 1, relative to the filters, or to a length of 0.3 along eigenvectors.
+        points (`int`, *optional*, defaults to `21`):
+            Points on a side.
+        formats (`list[str]`, *optional*, defaults to `["png", "svg"]`):
+            Formats of the pictures.
+        width (`float`, *optional*, defaults to `3.4`):
+            Width of the pictures in inches: one column of a page. 7 is two.
+        output_dir (`str`, *optional*, defaults to `"runs/plot"`):
+            Where the pictures go. Grids are kept in `landscapes` in the folder of the run.
+    """
+
+    figures: list[str] = field(
+        default_factory=lambda: list(_FIGURES),
+        metadata={
+            "help": "`dynamics`: what the runs logged, and `hf-aace sharpness` measured of their checkpoints; `contour`, "
+            "`surface`: the loss around the first run of each name; `path`: the loss from the first run of the first name to that "
+            "of each other."
+        },
+    )
+    directions: str = field(
+        default="random",
+        metadata={
+            "help": "The plane of contour and surface: `random` (filter-normalised) or `eigenvectors` (Hessian)."
+        },
+    )
+    radius: float | None = field(
+        default=None,
+        metadata={"help": "Half its side. By default 1 (of the filters' norms), or 0.3 along eigenvectors."},
+    )
+    points: int = field(default=21, metadata={"help": "Points on a side of it; the images are read points**2 times."})
+    formats: list[str] = field(default_factory=lambda: ["png", "svg"], metadata={"help": "Formats of the pictures."})
+    width: float = field(
+        default=3.4, metadata={"help": "Width of the pictures in inches: 3.4 is one column of a page, 7 two."}
+    )
+    output_dir: str = field(default="runs/plot", metadata={"help": "Where the pictures go."})
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command with the arguments `argv`; returns the exit code."""
+    parser = HfArgumentParser(
+        (RunArguments, PlotArguments),
+        prog="hf-aace plot",
+        description="Draws runs of `hf-aace train` side by side: how they trained, and the loss around the weights they found.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="The output_dir of a run.")
+    run_args, options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    run_args.check()
+    for figure in options.figures:
+        if figure not in _FIGURES:
+            raise ValueError(f"`figures` must be of {', '.join(_FIGURES)}, got {figure!r}.")
+    if not options.width >= 2:
+        raise ValueError(f"`width` must be at least 2 inches, got {options.width}.")
+    groups = open_runs(positional.run_dirs, run_args.names)
+    firsts = {name: runs[0] for name, runs in groups.items()}
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    drawn = []
+
+    def paths(figure: str) -> list[Path]:
+        drawn.append(figure)
+        return [folder / f"{figure}.{suffix}" for suffix in options.formats]
+
+    if "dynamics" in options.figures:
+        histories = {name: [_history(each) for each in runs] for name, runs in groups.items()}
+        if not plot_dynamics(histories, paths("dynamics"), width=options.width):
+            drawn.pop()  # nothing was logged
+    if {"contour", "surface"} & set(options.figures):
+        on_filters = options.directions == "random"
+        surfaces = {
+            name: loss_surface(
+                each.load_model(run_args),
+                each.load_batches(run_args),
+                directions=options.directions,
+                radius=(1.0 if on_filters else 0.3) if options.radius is None else options.radius,
+                points=options.points,
+                seed=run_args.seed,
+                cache_dir=each.folder / "landscapes",
+            )
+            for name, each in firsts.items()
+        }
+        unit = "step / filter norm" if on_filters else "step along eigenvector"
+        for kind in ("contour", "surface"):
+            if kind in options.figures:
+                plot_landscapes(surfaces, paths(kind), kind=kind, unit=unit, width=options.width)
+    if "path" in options.figures and len(firsts) > 1:
+        (start, begin), *others = firsts.items()
+        curves = {
+            f"{start} (0) to {name} (1)": loss_path(
+                begin.load_model(run_args),
+                end.load_model(run_args),
+                begin.load_batches(run_args),
+                cache_dir=begin.folder / "landscapes",
+            )
+            for name, end in others
+        }
+        plot_paths(curves, paths("path"), width=options.width)
+    print(
+        "\n".join(f"Picture: {folder / figure}.{options.formats[0]}" for figure in drawn)
+        or "There was nothing to draw."
+    )
+    return 0
+
+
+def _history(run: Run) -> list[dict[str, Any]]:
+    """What was logged, and what was measured of its checkpoints."""
+    measures = run.folder / MEASURES_NAME
+    entries = json.loads(measures.read_text(encoding="utf-8"))["measures"] if measures.is_file() else []
+    # A single one is no course.
+    return run.log_history() + [entry for entry in entries if "epoch" in entry and len(entries) > 1]

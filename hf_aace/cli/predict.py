@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hf-aace predict`: the classes of the images in a folder, as a table."""
+
+import csv
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from datasets.utils import tqdm
+
+from ..inference import classify
+from ..models import load_classifier
+from .options import PretrainedArguments, command_parser, pick_device, required
+
+
+@dataclass
+class PredictionArguments:
+    """
+    What to classify.
+
+    Args:
+        images (`str`, *optional*):
+            A folder, whose images are taken at any depth, or a single image.
+        output_file (`str`, *optional*, defaults to `"predictions.csv"`):
+            The table to write.
+        top_k (`int`, *optional*, defaults to `1`):
+            How many classes to name for each image.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Images at a time.
+        device (`str`, *optional*, defaults to `"auto"`):
+            `"cpu"`, `"cuda"`, or `"auto"`: a GPU if there is one.
+    """
+
+    images: str | None = field(
+        default=None,
+        metadata={"help": "A folder, whose images are taken at any depth, or a single image. Needed."},
+    )
+    output_file: str = field(
+        default="predictions.csv",
+        metadata={
+            "help": "The table to write (CSV): a row for each image, with its path in the folder, the classes and their "
+            "probabilities, and in the last column why it could not be read."
+        },
+    )
+    top_k: int = field(default=1, metadata={"help": "How many classes to name for each image, the likeliest first."})
+    batch_size: int = field(default=32, metadata={"help": "Images at a time."})
+    device: str = field(default="auto", metadata={"help": "`cpu`, `cuda`, or `auto`: a GPU if there is one."})
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command with the arguments `argv`; returns the exit code."""
+    parser = command_parser(
+        "predict",
+        "Names the classes of the images in a folder. Images that cannot be read are named, and do not stop it.",
+        (PretrainedArguments, PredictionArguments),
+        argv,
+    )
+    source, options, *_ = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    name, images = required("model_name_or_path", source.model_name_or_path), required("images", options.images)
+    if options.batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {options.batch_size}.")
+    root, paths = _find_images(images)
+    model, processor = load_classifier(
+        name,
+        revision=source.model_revision,
+        trust_remote_code=source.trust_remote_code,
+        allow_pickle=source.allow_pickle,
+    )
+    if not 1 <= options.top_k <= model.config.num_labels:
+        raise ValueError(
+            f"`top_k` must lie between 1 and the number of classes, {model.config.num_labels}, got {options.top_k}."
+        )
+    answers = classify(
+        model.to(pick_device(options.device)),
+        processor,
+        ({"path": str(path), "bytes": None} for path in paths),
+        batch_size=options.batch_size,
+    )
+    Path(options.output_file).parent.mkdir(parents=True, exist_ok=True)
+    unreadable = []
+    with Path(options.output_file).open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        ranks = range(1, options.top_k + 1)
+        table.writerow(["image", *(f"{column}_{rank}" for rank in ranks for column in ("label", "score")), "error"])
+        progress = tqdm(answers, total=len(paths), desc="Predicting", unit="image")
+        for path, answer in zip(paths, progress, strict=True):
+            image = path.relative_to(root).as_posix()
+            if isinstance(answer, ValueError):
+                unreadable.append(image)
+                table.writerow([image, *[""] * (2 * options.top_k), answer])
+            else:
+                table.writerow([image, *_best(answer, model.config.id2label, options.top_k), ""])
+    for image in unreadable:
+        print(f"hf-aace: cannot read {image}", file=sys.stderr)
+    if len(unreadable) == len(paths):
+        raise ValueError(
+            f"None of the {len(paths)} images in {images!r} could be read; {options.output_file} says why."
+        )
+    print(f"Table:   {options.output_file}, {len(paths)} images, of which {len(unreadable)} could not be read")
+    return 0
+
+
+def _find_images(name: str) -> tuple[Path, list[Path]]:
+    """The folder and the images in it, in alphabetical order."""
+    path = Path(name)
+    if path.is_file():
+        return path.parent, [path]
+    if not path.is_dir():
+        raise ValueError(f"`images` must be a folder or an image, but there is no {name!r}.")
+    extensions = PIL.Image.registered_extensions()
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
+    if not found:
+        raise ValueError(f"The folder {name!r} given as `images` holds no images.")
+    return path, found
+
+
+def _best(probabilities: np.ndarray, id2label: dict[int, str], count: int) -> list[str]:
+    best = np.argsort(-probabilities, kind="stable")[:count]
+    return [cell for index in best for cell in (id2label[int(index)], f"{probabilities[index]:.6f}")]

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished runs of `hf-aace train` for the commands that look at them: their names, models and data."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from ..data import load_image_dataset
+from ..images import image_transform
+from .options import TRAIN_OPTIONS_NAME, last_part
+
+
+@dataclass
+class RunArguments:
+    """
+    How to read runs: what to call them, and which images to use.
+
+    Args:
+        names (`list[str]`, *optional*):
+            What to call each run; those of one name are averaged. Defaults to the method and its `rho`, or the folder's name.
+        split (`str`, *optional*, defaults to `"train"`):
+            The images: `"train"`, with the labels that the run saw, or `"test"`.
+        max_samples (`int`, *optional*, defaults to `1000`):
+            Use this many of them at most, drawn at random. They are held in memory.
+        dataset_name (`str`, *optional*):
+            The data set. Defaults to the one that the run was trained on.
+        train_size (`int`, *optional*):
+            As for `hf-aace train`. Defaults to that of the run.
+        label_noise (`float`, *optional*):
+            As for `hf-aace train`. Defaults to that of the run.
+        data_seed (`int`, *optional*):
+            The seed that drew `train_size` and `label_noise`. Defaults to the seed of the run.
+        batch_size (`int`, *optional*, defaults to `200`):
+            Images at once.
+        device (`str`, *optional*, defaults to `"auto"`):
+            `"cpu"`, `"cuda"`, or `"auto"`: a GPU if there is one.
+        seed (`int`, *optional*, defaults to `0`):
+            Draws images, directions and starting vectors: the same for all runs.
+    """
+
+    names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What to call each run, in their order; those of one name are averaged. By default the method and its "
+            "rho, or the name of the folder."
+        },
+    )
+    split: str = field(
+        default="train", metadata={"help": "The images: `train`, with the labels that the run saw, or `test`."}
+    )
+    max_samples: int = field(
+        default=1000, metadata={"help": "Use this many images at most, drawn at random; they are held in memory."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "The data set, if not that of the run (or if the run does not say)."}
+    )
+    train_size: int | None = field(default=None, metadata={"help": "As for `hf-aace train`, if not that of the run."})
+    label_noise: float | None = field(
+        default=None, metadata={"help": "As for `hf-aace train`, if not that of the run."}
+    )
+    data_seed: int | None = field(
+        default=None, metadata={"help": "The seed that drew `train_size` and `label_noise`, if not that of the run."}
+    )
+    batch_size: int = field(default=200, metadata={"help": "Images at once."})
+    device: str = field(default="auto", metadata={"help": "`cpu`, `cuda`, or `auto`: a GPU if there is one."})
+    seed: int = field(
+        default=0, metadata={"help": "Draws images, directions and starting vectors, alike for all runs."}
+    )
+
+    def check(self) -> None:
+        """
+        Raises:
+            `ValueError`: If a field has a value outside its range.
+        """
+        if self.split not in ("train", "test"):
+            raise ValueError(f"`split` must be `train` or `test`, got {self.split!r}.")
+        for name in ("max_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"`device` must be `auto`, `cpu` or `cuda`, got {self.device!r}.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("`device` is `cuda`, but torch finds no GPU here. Use `cpu`.")
+
+
+class Run:
+    """
+    A folder that `hf-aace train` left, or one of its checkpoints.
+
+    Args:
+        folder (`str`): The folder.
+
+    Attributes:
+        options (`dict`): What is in its `train_options.json`, or, for a checkpoint, in that of the folder above; empty if none.
+        name (`str`): What to call it: the method and its `rho`, or without options the folder's name.
+
+    Raises:
+        `ValueError`: If there is no such folder.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"There is no folder {folder!r}. Give the `output_dir` of `hf-aace train`.")
+        places = [self.folder / TRAIN_OPTIONS_NAME]
+        if self.folder.name.startswith("checkpoint-"):
+            places.append(self.folder.parent / TRAIN_OPTIONS_NAME)
+        found = [place for place in places if place.is_file()]
+        self.options: dict[str, Any] = json.loads(found[0].read_text(encoding="utf-8")) if found else {}
+        self.name = _method_name(self.options) if self.options else last_part(folder)
+
+    def checkpoints(self) -> list["Run"]:
+        """Its checkpoints, in the order of training."""
+        folders = self.folder.glob("checkpoint-*")
+        return [Run(str(path)) for path in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))]
+
+    def log_history(self) -> list[dict[str, Any]]:
+        """What was logged. Raises a `ValueError` if the folder has no `trainer_state.json`."""
+        path = self.folder / "trainer_state.json"
+        if not path.is_file():
+            raise ValueError(f"The folder {str(self.folder)!r} has no trainer_state.json, as a finished run has.")
+        return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+
+    def load_model(self, args: RunArguments) -> PreTrainedModel:
+        """The model, in 32 bits, on the device. Raises a `ValueError` if there is none in the folder."""
+        if not (self.folder / "config.json").is_file():
+            raise ValueError(f"The folder {str(self.folder)!r} has no config.json, so no model to look at.")
+        model = AutoModelForImageClassification.from_pretrained(self.folder, dtype=torch.float32)
+        return model.to("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    def load_batches(self, args: RunArguments) -> list[dict[str, torch.Tensor]]:
+        """
+        The images and labels that the arguments ask for, prepared by the run's own image processor.
+
+        Raises:
+            `ValueError`: If the run does not say which data it was trained on and the arguments do not either, or the model has
+                not as many classes as the data.
+        """
+        options = {
+            name: self.options.get(name) if getattr(args, name) is None else getattr(args, name)
+            for name in ("dataset_name", "train_size", "label_noise")
+        }
+        others = ("validation_size", "image_column_name", "label_column_name", "skip_corrupt_images")
+        if options["dataset_name"] is None:
+            raise ValueError(
+                f"The folder {str(self.folder)!r} has no {TRAIN_OPTIONS_NAME} that says which data the run was trained on. "
+                "Give it by `--dataset_name` (and `--train_size`, `--label_noise`, `--data_seed`)."
+            )
+        seed = self.options.get("seed", 42) if args.data_seed is None else args.data_seed
+        dataset = load_image_dataset(
+            options["dataset_name"],
+            seed=seed,
+            train_size=options["train_size"],
+            label_noise=options["label_noise"] or 0.0,
+            **{name: self.options[name] for name in others if name in self.options},
+        )[args.split]
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        classes = dataset.features["label"].num_classes
+        if len(config.get("id2label", {})) != classes:
+            raise ValueError(
+                f"The model in {str(self.folder)!r} has {len(config.get('id2label', {}))} classes, the data set "
+                f"{options['dataset_name']!r} has {classes}. Give the data set that it was trained on by `--dataset_name`."
+            )
+        if len(dataset) > args.max_samples:
+            dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
+        dataset = dataset.with_transform(image_transform(AutoImageProcessor.from_pretrained(self.folder)))
+        parts = [dataset[start : start + args.batch_size] for start in range(0, len(dataset), args.batch_size)]
+        return [{"pixel_values": p["pixel_values"], "labels": torch.tensor(p["labels"])} for p in parts]
+
+
+def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, list[Run]]:
+    """
+    The runs in the folders, by their names, in the order in which each name comes first.
+
+    Args:
+        folders (sequence of `str`): The folders.
+        names (sequence of `str`, *optional*): What to call each. Defaults to their own names.
+
+    Raises:
+        `ValueError`: If there is no such folder, the names are not as many, or runs of one name differ in more than the seed.
+    """
+    if names is not None and len(names) != len(folders):
+        raise ValueError(
+            f"`names` must hold one for each of the {len(folders)} runs, got {len(names)}: {list(names)}."
+        )
+    groups: dict[str, list[Run]] = {}
+    for index, folder in enumerate(folders):
+        run = Run(folder)
+        groups.setdefault(run.name if names is None else names[index], []).append(run)
+    if names is None:
+        for name, runs in groups.items():
+            for other in runs[1:]:
+                keys = sorted(runs[0].options.keys() | other.options.keys())
+                different = [k for k in keys if k != "seed" and runs[0].options.get(k) != other.options.get(k)]
+                if different or not other.options:
+                    raise ValueError(
+                        f"The runs in {str(runs[0].folder)!r} and {str(other.folder)!r} would both be called {name!r}, but "
+                        f"differ in {', '.join(different) or 'more than we know'}. Say by `--names` what to call each run."
+                    )
+    return groups
+
+
+def _method_name(options: dict[str, Any]) -> str:
+    if options["rho"] == 0:
+        return "Trainer"
+    if options["perturbation_loss"] == "aace":
+        name = "AACE"
+        if options["adaptive_perturbation"]:
+            name += ", adaptive"
+        if options["normalize_perturbation"]:
+            name += ", normalised"
+    else:
+        name = "ASAM" if options["adaptive_perturbation"] else "SAM"
+        if not options["normalize_perturbation"]:
+            name += ", not normalised"
+    if options["ascent_fraction"] < 1:
+        name += f" on {options['ascent_fraction']:g}"
+    return f"{name}, rho {options['rho']:g}"

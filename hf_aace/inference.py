@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifies images, as many at a time as a batch holds: memory stays flat however many there are."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from multiprocessing.pool import ThreadPool
+
+import numpy as np
+import PIL.Image
+import torch
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .images import image_transform
+
+
+def classify(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    images: Iterable[PIL.Image.Image | dict],
+    *,
+    batch_size: int = 32,
+) -> Iterator[np.ndarray | ValueError]:
+    """
+    The probabilities of the classes for each image, decoded and processed as for training and evaluation.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The classifier, on its device. Is put into evaluation mode.
+        processor (`BaseImageProcessor`):
+            Its image processor.
+        images (iterable of `PIL.Image.Image` or `dict`):
+            Images, or encoded ones as `datasets` gives them, with `bytes` and `path`, of which one may be `None`.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Images at a time. They are decoded in threads.
+
+    Yields:
+        `np.ndarray` of shape `(classes,)`, or `ValueError`: The probabilities; or why this image cannot be decoded.
+    """
+    transform = image_transform(processor)
+
+    def prepare(image: PIL.Image.Image | dict) -> dict[str, torch.Tensor] | ValueError:
+        try:
+            inputs = transform({"image": [image], "label": [0]})
+        except ValueError as error:
+            return error
+        return {name: torch.as_tensor(value) for name, value in inputs.items() if name != "labels"}
+
+    model.eval()
+    images = iter(images)
+    with ThreadPool() as pool:
+        while batch := list(islice(images, batch_size)):
+            prepared = pool.map(prepare, batch)
+            readable = [inputs for inputs in prepared if not isinstance(inputs, ValueError)]
+            probabilities = iter(_probabilities(model, readable) if readable else ())
+            for inputs in prepared:
+                yield inputs if isinstance(inputs, ValueError) else next(probabilities)
+
+
+@torch.inference_mode()
+def _probabilities(model: PreTrainedModel, samples: list[dict[str, torch.Tensor]]) -> np.ndarray:
+    inputs = {name: torch.cat([sample[name] for sample in samples]).to(model.device) for name in samples[0]}
+    return model(**inputs).logits.float().softmax(dim=-1).cpu().numpy()

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What test_hub.py runs in another process, where the environment points the real client at a Hub of this process's own
+before anything that reads it is imported. Prints what each step gave, as JSON in its last line.
+"""
+
+import contextlib
+import gc
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+from hub import USER, Hub
+
+
+TINY = [
+    "--max_steps",
+    "2",
+    "--save_steps",
+    "1",
+    "--save_strategy",
+    "steps",
+    "--disable_tqdm",
+    "true",
+    "--use_cpu",
+    "true",
+]
+
+
+def command(main, *argv):
+    """Runs the command in this process: its exit code and the last line that it leaves."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(list(argv))
+    lines = (err if code else out).getvalue().strip().splitlines()
+    return {"code": code, "last": lines[-1] if lines else ""}
+
+
+def prepare(root):
+    """A small ViT and a small data set, as their owner would have pushed them."""
+    import datasets
+    import PIL.Image
+    from transformers import set_seed
+
+    from hf_aace.models import load_model_and_processor
+
+    set_seed(0)
+    model, processor = load_model_and_processor("vit-tiny-digits", {0: "cat", 1: "dog", 2: "cow"})
+    model.save_pretrained(root / "models" / USER / "vit")
+    processor.save_pretrained(root / "models" / USER / "vit")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["black", "white"]))
+    images = [PIL.Image.new("RGB", (10, 12), name) for name in ["black", "white"] * 10]
+    for split, count in (("train", 20), ("test", 6)):
+        rows = {"image": images[:count], "label": [0, 1] * (count // 2)}
+        path = root / "datasets" / USER / "colours" / "data" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+
+
+def online(folder):
+    results = {}
+    with Hub(folder / "hub") as hub:
+        os.environ.clear()
+        os.environ.update(hub.environment(folder / "home"))
+
+        import huggingface_hub
+        from transformers import pipeline
+        from transformers.utils import logging
+
+        from hf_aace.cli import main
+
+        logging.set_verbosity_error()
+        huggingface_hub.utils.disable_progress_bars()
+        prepare(hub.root)
+        gc.freeze()  # as in conftest.py
+        model, data = f"{USER}/vit", f"{USER}/colours"
+        train = ["train", *TINY, "--model_name_or_path", model, "--dataset_name", data]
+        push = ["--push_to_hub", "true", "--hub_model_id", f"{USER}/pushed"]
+
+        results["train"] = command(main, *train, *push, "--output_dir", "pushed")
+        results["commits"] = hub.commits.copy()
+        answers = pipeline("image-classification", model=f"{USER}/pushed", device="cpu")(_white())
+        results["pipeline"] = sorted(answer["label"] for answer in answers)
+        results["evaluate"] = command(
+            main,
+            "evaluate",
+            "--model_name_or_path",
+            f"{USER}/pushed",
+            "--dataset_name",
+            data,
+            "--output_dir",
+            "evaluated",
+        )
+        results["unknown model"] = command(main, "train", *TINY, "--model_name_or_path", f"{USER}/nothing")
+        results["unknown data"] = command(main, "train", *TINY, "--dataset_name", f"{USER}/nothing")
+        results["wrong token"] = command(
+            main, *train, "--push_to_hub", "true", "--hub_model_id", f"{USER}/new", "--hub_token", "hf_wrong"
+        )
+        hub.broken = True
+        results["push fails"] = command(main, *train, *push, "--output_dir", "kept")
+        results["requests"] = hub.requests
+    with mock.patch("time.sleep"):  # between the attempts to reach the Hub, which is gone
+        results["no network"] = command(main, "train", *TINY, "--model_name_or_path", f"{USER}/other")
+        results["no network to push"] = command(main, "train", *TINY, *push)
+    return results
+
+
+def offline(folder):
+    """With the cache that `online` has filled, and no address to ask."""
+    os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"})
+
+    from hf_aace.cli import main
+    from hf_aace.data import load_image_dataset
+    from hf_aace.models import load_model_and_processor
+
+    model, _ = load_model_and_processor(f"{USER}/vit", {0: "black", 1: "white"})
+    data = load_image_dataset(f"{USER}/colours", seed=0)
+    return {
+        "model": model.config.id2label,
+        "data": {split: part.num_rows for split, part in data.items()},
+        "unknown": command(main, "train", *TINY, "--model_name_or_path", f"{USER}/other"),
+    }
+
+
+def _white():
+    import PIL.Image
+
+    return PIL.Image.new("RGB", (10, 12), "white")
+
+
+if __name__ == "__main__":
+    folder = Path.cwd()
+    print("\n" + json.dumps({"online": online, "offline": offline}[sys.argv[1]](folder)))

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The callbacks, and what trackers get to see."""
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import batch, convnext, digits, identical, trainer_for_single_steps, training_arguments, weights
+from transformers import TrainerCallback
+
+import hf_aace.callbacks
+from hf_aace import AACEConfig, AACETrainer, aace_loss
+from hf_aace.callbacks import LiveCurvesCallback, PerturbationConsistencyCallback
+from hf_aace.trainer import PerturbationCallback
+
+
+OWN_KEYS = {
+    "clean_loss",
+    "sharpness",
+    "ascent_loss",
+    "ascent_grad_norm",
+    "perturbation_norm",
+    "rho",
+    "skipped_perturbations",
+}
+
+
+def train(output_dir, callbacks=(), **kwargs):
+    arguments = training_arguments(AACEConfig, output_dir, max_steps=6, logging_steps=3, **kwargs)
+    trainer = AACETrainer(convnext(), arguments, train_dataset=digits(), callbacks=list(callbacks))
+    trainer.train()
+    return trainer
+
+
+# ---- Consistency of the perturbations --------------------------------------
+
+
+def ascent_gradient(model, inputs):
+    parameters = list(model.parameters())
+    loss = aace_loss(model(inputs["pixel_values"]).logits, inputs["labels"])
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat([g.flatten() for g in gradients if g is not None]).double()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_consistency_is_the_cosine_between_successive_steps(tmp_path, normalize):
+    trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.05, normalize_perturbation=normalize)
+    trainer.add_callback(PerturbationConsistencyCallback())
+    first, second = batch(16), batch(16, start=16)
+    expected = torch.cosine_similarity(
+        ascent_gradient(trainer.model, first), ascent_gradient(trainer.model, second), dim=0
+    )
+    trainer.training_step(trainer.model, first)
+    assert "perturbation_consistency" not in trainer._aace_metrics.pop(), "there is none before the first"
+    trainer.training_step(trainer.model, second)
+    assert trainer._aace_metrics.pop()["perturbation_consistency"] == pytest.approx(expected.item(), abs=1e-5)
+    trainer.training_step(trainer.model, second)
+    assert trainer._aace_metrics.pop()["perturbation_consistency"] == pytest.approx(1, abs=1e-5)
+
+
+def test_consistency_is_logged_and_changes_nothing(tmp_path):
+    plain = train(tmp_path / "plain", rho=0.05)
+    told = train(tmp_path / "told", [PerturbationConsistencyCallback()], rho=0.05)
+    assert identical(weights(plain.model), weights(told.model))
+    logged = [entry["perturbation_consistency"] for entry in told.state.log_history if "loss" in entry]
+    assert len(logged) == 2 and all(-1 <= value <= 1 for value in logged)
+    assert not any("perturbation_consistency" in entry for entry in plain.state.log_history)
+
+
+def test_a_skipped_perturbation_counts_for_nothing(tmp_path):
+    trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.05)
+    trainer.add_callback(PerturbationConsistencyCallback())
+    bad = batch(16)
+    bad["pixel_values"] = bad["pixel_values"] * float("nan")
+    for inputs in (batch(16), bad, batch(16), batch(16)):
+        trainer.training_step(trainer.model, inputs)
+    # Only the last has a predecessor that was made.
+    assert trainer._aace_metrics.pop()["perturbation_consistency"] == pytest.approx(1, abs=1e-5)
+
+
+def test_consistency_starts_anew_when_more_is_trained(tmp_path):
+    trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.05)
+    trainer.add_callback(PerturbationConsistencyCallback())
+    frozen = next(trainer.model.parameters()).requires_grad_(False)
+    trainer.training_step(trainer.model, batch(16))
+    frozen.requires_grad_(True)
+    trainer.training_step(trainer.model, batch(16))
+    assert "perturbation_consistency" not in trainer._aace_metrics.pop()
+
+
+def test_a_callback_of_ones_own_sees_each_perturbation(tmp_path):
+    class LargestStep(PerturbationCallback):
+        def on_perturbation(self, perturbation):
+            return {"largest_step": torch.stack([d.abs().max() for d in perturbation.direction]).max()}
+
+    trainer = train(tmp_path, [LargestStep()], rho=0.05)
+    logged = [entry["largest_step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2 and all(value > 0 for value in logged)
+
+
+# ---- Curves in a notebook --------------------------------------------------
+
+
+class Notebook:
+    """Stands in for what IPython shows: the pictures of one display, each renewing the one before."""
+
+    def __init__(self, monkeypatch):
+        self.shown, self.renewed = [], []
+        monkeypatch.setattr(hf_aace.callbacks, "is_in_notebook", lambda: True)
+        monkeypatch.setattr("IPython.display.display", self.display)
+
+    def display(self, picture, display_id):
+        self.shown.append(picture)
+        return self
+
+    def update(self, picture):
+        self.renewed.append(picture)
+
+
+def test_curves_are_one_picture_that_is_renewed(tmp_path, monkeypatch):
+    notebook = Notebook(monkeypatch)
+    train(tmp_path, [LiveCurvesCallback(min_seconds=0)], rho=0.05)
+    assert len(notebook.shown) == 1
+    assert len(notebook.renewed) == 3  # the second log, the summary and the end
+    assert all(picture.data.startswith(b"\x89PNG") for picture in notebook.shown + notebook.renewed)
+
+
+def test_curves_are_not_drawn_more_often_than_asked(tmp_path, monkeypatch):
+    notebook = Notebook(monkeypatch)
+    train(tmp_path, [LiveCurvesCallback(min_seconds=1e6)], rho=0.05)
+    assert (len(notebook.shown), len(notebook.renewed)) == (1, 1)  # the first, and the last in any case
+
+
+def test_outside_of_notebooks_nothing_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("IPython.display.display", lambda *args, **kwargs: pytest.fail("drawn"))
+    train(tmp_path, [LiveCurvesCallback(min_seconds=0)])
+
+
+# ---- Trackers --------------------------------------------------------------
+
+
+def test_tensorboard_has_our_keys(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = train(tmp_path, [PerturbationConsistencyCallback()], report_to="tensorboard", rho=0.05)
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert {f"train/{key}" for key in OWN_KEYS | {"perturbation_consistency"}} <= set(events.Tags()["scalars"])
+    logged = [entry["sharpness"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [event.value for event in events.Scalars("train/sharpness")] == pytest.approx(logged)
+
+
+def test_any_tracker_gets_our_keys_as_numbers(tmp_path):
+    """Those of wandb, trackio and the rest are callbacks too, and send what `on_log` gets."""
+
+    class Tracker(TrainerCallback):
+        def __init__(self):
+            self.logs = []
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.logs.append(logs.copy())
+
+    tracker = Tracker()
+    train(tmp_path, [tracker], rho=0.05)
+    steps = [logs for logs in tracker.logs if "loss" in logs]
+    assert len(steps) == 2
+    for logs in steps:
+        assert set(logs) >= OWN_KEYS
+        assert all(isinstance(logs[key], int | float) for key in OWN_KEYS)
+        json.dumps(logs)
