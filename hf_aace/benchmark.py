@@ -92,7 +92,8 @@ def measure(
         batch (`dict[str, torch.Tensor]`):
             The batch, on the CPU.
         args ([`AACEConfig`]):
-            Optimizer, precision, compilation and device. Batch size, number of steps and reporting are set here.
+            Optimizer, precision, compilation and device; `disable_tqdm` leaves out the progress bar. Batch size, number of
+            steps and reporting are set here.
         methods (`list[Method]`):
             The methods; the first of them is the one that the others are compared with.
         rounds (`int`):
@@ -105,6 +106,7 @@ def measure(
     Returns:
         `list[Measurement]`: A measurement for each method, then one for each peer.
     """
+    show_progress = not args.disable_tqdm
     samples = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["labels"]))]
     args = replace(
         args,
@@ -119,7 +121,9 @@ def measure(
     )
     trainer = AACETrainer(model, args, train_dataset=samples)
     trainer.remove_callback(PrinterCallback)
-    stopwatch = _Stopwatch(trainer, methods, rounds, warmup, [_SamOfPytorchOptimizer()] if peers else [])
+    stopwatch = _Stopwatch(
+        trainer, methods, rounds, warmup, [_SamOfPytorchOptimizer()] if peers else [], show_progress
+    )
     trainer.add_callback(stopwatch)
     trainer.train()
     return stopwatch.measurements
@@ -135,11 +139,12 @@ class _Stopwatch(TrainerCallback):
         rounds: int,
         warmup: int,
         peers: list["_SamOfPytorchOptimizer"],
+        show_progress: bool,
     ):
         self._trainer, self._methods, self._peers = trainer, methods, peers
         self._rounds, self._warmup = rounds, warmup
         self.measurements = [Measurement(method.name) for method in [*methods, *peers]]
-        self._bar = tqdm(total=rounds + warmup + 1, desc="rounds", leave=False)
+        self._bar = tqdm(total=rounds + warmup + 1, desc="rounds", leave=False, disable=not show_progress)
 
     def on_step_begin(self, args, state, control, **kwargs):
         turn, index = divmod(state.global_step, len(self._methods))
