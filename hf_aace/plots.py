@@ -21,7 +21,7 @@ from .toy import ToyRun, toy_loss, toy_minimum
 
 
 # Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
-_BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 # Title, label of the y axis, its scale, and the lines: key in the log, label, colour, dashes.
 _PANELS = (
@@ -30,26 +30,26 @@ _PANELS = (
         "loss",
         "log",
         (
-            ("loss", r"training, at $w'$", _BLUE, "-"),
-            ("clean_loss", r"training, at $w$", _ORANGE, "--"),
-            ("eval_loss", "evaluation", _GREEN, "-."),
+            ("loss", r"training, at $w'$", BLUE, "-"),
+            ("clean_loss", r"training, at $w$", ORANGE, "--"),
+            ("eval_loss", "evaluation", GREEN, "-."),
         ),
     ),
     (
         "Evaluation",
         "score",
         "linear",
-        (("eval_accuracy", "accuracy", _GREEN, "-"), ("eval_macro_f1", "macro F1", _PURPLE, "--")),
+        (("eval_accuracy", "accuracy", GREEN, "-"), ("eval_macro_f1", "macro F1", PURPLE, "--")),
     ),
-    ("Sharpness", r"loss at $w'$ less loss at $w$", "linear", (("sharpness", "sharpness", _BLUE, "-"),)),
-    ("Ascent loss", r"ascent loss at $w$", "linear", (("ascent_loss", "ascent loss", _ORANGE, "-"),)),
-    ("Gradient of the ascent loss", "norm", "linear", (("ascent_grad_norm", "gradient", _ORANGE, "-"),)),
-    (r"Perturbation $w' - w$", "norm", "linear", (("perturbation_norm", "perturbation", _BLUE, "-"),)),
+    ("Sharpness", r"loss at $w'$ less loss at $w$", "linear", (("sharpness", "sharpness", BLUE, "-"),)),
+    ("Ascent loss", r"ascent loss at $w$", "linear", (("ascent_loss", "ascent loss", ORANGE, "-"),)),
+    ("Gradient of the ascent loss", "norm", "linear", (("ascent_grad_norm", "gradient", ORANGE, "-"),)),
+    (r"Perturbation $w' - w$", "norm", "linear", (("perturbation_norm", "perturbation", BLUE, "-"),)),
     (
         "Consistency of the perturbations",
         "cosine",
         "linear",
-        (("perturbation_consistency", "to the one before", _PURPLE, "-"),),
+        (("perturbation_consistency", "to the one before", PURPLE, "-"),),
     ),
 )
 
@@ -125,7 +125,7 @@ def plot_costs(rows: list[dict[str, Any]], title: str, path: str | os.PathLike) 
         [row["ratio"] - row["ratio_quartiles"][0] for row in rows],
         [row["ratio_quartiles"][1] - row["ratio"] for row in rows],
     ]
-    colours = [_BLUE if name.startswith("AACE") else _ORANGE if name.startswith("SAM") else "0.6" for name in names]
+    colours = [BLUE if name.startswith("AACE") else ORANGE if name.startswith("SAM") else "0.6" for name in names]
     bars = axes.barh(names, ratios, xerr=spread, color=colours, ecolor="0.3", capsize=3)
     axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=8)
     axes.axvline(1, color="0.3", linewidth=0.8, linestyle="--")
@@ -224,10 +224,10 @@ _COLUMN = 3.4  # inches, of one column of a page in two
 # Readable in gray too: the lines of each group differ in dashes and markers, the fillings in their lightness.
 _GROUP_STYLES = (
     ("0.35", "--", "s"),
-    (_ORANGE, "-.", "^"),
-    (_BLUE, "-", "o"),
-    (_GREEN, ":", "D"),
-    (_PURPLE, (0, (5, 1, 1, 1, 1, 1)), "v"),
+    (ORANGE, "-.", "^"),
+    (BLUE, "-", "o"),
+    (GREEN, ":", "D"),
+    (PURPLE, (0, (5, 1, 1, 1, 1, 1)), "v"),
     ("#56B4E9", (0, (1, 1)), "P"),
 )
 _PAPER = {

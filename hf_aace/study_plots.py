@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .plots import _BLUE, _ORANGE, _PURPLE
+from .plots import BLUE, ORANGE, PURPLE
 from .study import Result, choose, mean_and_error
 
 
-_COLOURS = {"trainer": "0.45", "sam": _ORANGE, "asam": _PURPLE, "aace": _BLUE}
+_COLOURS = {"trainer": "0.45", "sam": ORANGE, "asam": PURPLE, "aace": BLUE}
 
 
 def plot_accuracies(rows: list[dict[str, Any]], results: list[Result], title: str, path: str | os.PathLike) -> None:
