@@ -89,6 +89,28 @@ def test_results_are_those_of_the_model_on_the_test_images(capsys):
     assert f"accuracy {results['accuracy']:.4f}" in capsys.readouterr().out
 
 
+def test_a_run_is_evaluated_on_the_data_that_it_was_trained_on(capsys):
+    """Read as it was then, unless the command line says otherwise; the columns of one data set are not those of another."""
+    save_model("model", COLOURS)
+    save_images("images")
+    Path("images/black/broken.png").write_bytes(b"no image")
+    trained = {"dataset_name": "images", "image_column_name": "image", "skip_corrupt_images": True, "rho": 0.1}
+    Path("model/train_options.json").write_text(json.dumps(trained))
+    argv = ["evaluate", "--model_name_or_path", "model", "--split", "all"]
+    assert main(argv) == 0
+    results = json.loads(Path("runs/evaluate-model-images/evaluation.json").read_text())
+    assert (results["dataset"], results["images"]) == ("images", 24)
+    assert "broken.png" in message(capsys, *argv, "--skip_corrupt_images", "false")
+
+    rows = {"picture": [PIL.Image.new("L", (8, 8))] * 6, "colour": [0, 1, 2] * 2}
+    features = datasets.Features(picture=datasets.Image(), colour=datasets.ClassLabel(names=COLOURS))
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk("saved")
+    other = [*argv, "--dataset_name", "saved", "--label_column_name", "colour"]
+    assert main([*other, "--output_dir", "out"]) == 0
+    assert json.loads(Path("out/evaluation.json").read_text())["images"] == 6
+    assert "shade" in message(capsys, *argv, "--dataset_name", "saved", "--label_column_name", "shade")
+
+
 def test_classes_are_matched_by_name_whatever_their_order():
     model, processor = save_model("model", ["white", "unseen", "black", "grey"])
     save_images("images")

@@ -3,7 +3,7 @@
 
 import argparse
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +20,23 @@ from ..inference import classify
 from ..metrics import load_metric
 from ..models import load_classifier, model_classes
 from ..plots import plot_confusion_matrix, plot_image_grid
-from .options import PretrainedArguments, command_parser, last_part, pick_device, required
+from .options import (
+    TRAIN_OPTIONS_NAME,
+    ImagesArguments,
+    PretrainedArguments,
+    command_parser,
+    last_part,
+    pick_device,
+    required,
+)
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(ImagesArguments):
     """
     What to evaluate on, and what to measure.
 
     Args:
-        dataset_name (`str`, *optional*, defaults to `"digits"`):
-            As for training.
         split (`str`, *optional*, defaults to `"test"`):
             The images to use: `"test"`, `"train"` or `"all"`.
         metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1"]`):
@@ -43,12 +49,10 @@ class EvaluationArguments:
             `"cpu"`, `"cuda"`, or `"auto"`: a GPU if there is one.
         output_dir (`str`, *optional*):
             Where the results go. Defaults to a folder in `runs` named by model and data.
+
+    The other arguments are those of [`ImagesArguments`]. For a run of `hf-aace train` they default to what it was trained on.
     """
 
-    dataset_name: str = field(
-        default="digits",
-        metadata={"help": "The images, as for training: `digits`, a folder, or the id of a data set on the Hub."},
-    )
     split: Literal["test", "train", "all"] = field(
         default="test",
         metadata={
@@ -64,7 +68,11 @@ class EvaluationArguments:
     batch_size: int = field(default=32, metadata={"help": "Images at a time."})
     device: str = field(default="auto", metadata={"help": "`cpu`, `cuda`, or `auto`: a GPU if there is one."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Where evaluation.json, confusion_matrix.png and mistakes.png go."}
+        default=None,
+        metadata={
+            "help": "Where evaluation.json, confusion_matrix.png and mistakes.png go. By default a folder in `runs` named by "
+            "model and data."
+        },
     )
 
     def __post_init__(self):
@@ -73,10 +81,12 @@ class EvaluationArguments:
 
 
 def _defaults(chosen: argparse.Namespace) -> dict[str, Any]:
-    if chosen.model_name_or_path is None:
+    """The data that a run of `hf-aace train` was trained on, unless others are chosen."""
+    trained = Path(chosen.model_name_or_path or "", TRAIN_OPTIONS_NAME)
+    options = json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else {}
+    if chosen.dataset_name not in (ImagesArguments.dataset_name, options.get("dataset_name")):
         return {}
-    name = f"evaluate-{last_part(chosen.model_name_or_path)}-{last_part(chosen.dataset_name)}"
-    return {"output_dir": str(Path("runs") / name)}
+    return {option.name: options[option.name] for option in fields(ImagesArguments) if option.name in options}
 
 
 def run(argv: list[str]) -> int:
@@ -104,7 +114,13 @@ def run(argv: list[str]) -> int:
         trust_remote_code=source.trust_remote_code,
         allow_pickle=source.allow_pickle,
     )
-    splits = load_image_dataset(options.dataset_name, seed=0)
+    splits = load_image_dataset(
+        options.dataset_name,
+        seed=0,
+        image_column_name=options.image_column_name,
+        label_column_name=options.label_column_name,
+        skip_corrupt_images=options.skip_corrupt_images,
+    )
     data = concatenate_datasets([splits["train"], splits["test"]]) if options.split == "all" else splits[options.split]
     data = _in_the_classes_of(model, data)
 
@@ -119,7 +135,8 @@ def run(argv: list[str]) -> int:
     )["confusion_matrix"]
     mistakes = _worst_mistakes(data, probabilities, labels, classes, options.num_mistakes)
 
-    folder = Path(options.output_dir)
+    default = Path("runs") / f"evaluate-{last_part(name)}-{last_part(options.dataset_name)}"
+    folder = Path(options.output_dir or default)
     folder.mkdir(parents=True, exist_ok=True)
     report = {
         "model": name,

@@ -122,9 +122,9 @@ class ModelArguments(PretrainedArguments):
 
 
 @dataclass
-class DataArguments:
+class ImagesArguments:
     """
-    What to train on, and what to measure.
+    Which labelled images.
 
     Args:
         dataset_name (`str`, *optional*, defaults to `"digits"`):
@@ -136,25 +136,6 @@ class DataArguments:
             The column of the labels: classes, strings or integers. Found if left out.
         skip_corrupt_images (`bool`, *optional*, defaults to `False`):
             Whether to leave out images that cannot be decoded, rather than stop.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read the images in the course of training only.
-        train_size (`int`, *optional*):
-            Train on this many images only. Defaults to all.
-        label_noise (`float`, *optional*, defaults to `0.0`):
-            Share of the training labels to replace by wrong ones.
-        validation_size (`float`, *optional*, defaults to `0.0`):
-            Share of the training images to set apart and evaluate on in the course of training.
-        class_weights (`str`, *optional*, defaults to `"none"`):
-            `"balanced"` to weight each class inversely to its number of training images.
-        augmentation (`str`, *optional*):
-            `"none"`, `"default"` or `"randaugment"`, see [`~hf_aace.augmentation.Augmentation`]. Defaults to `"none"` for a
-            built-in model and for digits, to `"default"` for others.
-        mixup (`float`, *optional*, defaults to `0.0`):
-            Parameter of the Beta distribution of mixup; 0 is off.
-        cutmix (`float`, *optional*, defaults to `0.0`):
-            Parameter of the Beta distribution of cutmix; 0 is off.
-        metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1", "confusion_matrix"]`):
-            The metrics, as [`~hf_aace.metrics.load_metric`] knows them.
     """
 
     dataset_name: str = field(
@@ -182,6 +163,37 @@ class DataArguments:
             "error."
         },
     )
+
+
+@dataclass
+class DataArguments(ImagesArguments):
+    """
+    What to train on, and what to measure.
+
+    Args:
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to read the images in the course of training only.
+        train_size (`int`, *optional*):
+            Train on this many images only. Defaults to all.
+        label_noise (`float`, *optional*, defaults to `0.0`):
+            Share of the training labels to replace by wrong ones.
+        validation_size (`float`, *optional*, defaults to `0.0`):
+            Share of the training images to set apart and evaluate on in the course of training.
+        class_weights (`str`, *optional*, defaults to `"none"`):
+            `"balanced"` to weight each class inversely to its number of training images.
+        augmentation (`str`, *optional*):
+            `"none"`, `"default"` or `"randaugment"`, see [`~hf_aace.augmentation.Augmentation`]. Defaults to `"none"` for a
+            built-in model and for digits, to `"default"` for others.
+        mixup (`float`, *optional*, defaults to `0.0`):
+            Parameter of the Beta distribution of mixup; 0 is off.
+        cutmix (`float`, *optional*, defaults to `0.0`):
+            Parameter of the Beta distribution of cutmix; 0 is off.
+        metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1", "confusion_matrix"]`):
+            The metrics, as [`~hf_aace.metrics.load_metric`] knows them.
+
+    The other arguments are those of [`ImagesArguments`].
+    """
+
     streaming: bool = field(
         default=False,
         metadata={
