@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("env", help="print versions and hardware, for a bug report")
     argv = sys.argv[1:] if argv is None else argv
     arguments, rest = parser.parse_known_args(argv)
+    rank = int(os.environ.get("RANK", 0))  # of this process, if there are several
     try:
         if arguments.command in _COMMANDS:
             return importlib.import_module(f".{arguments.command.replace('-', '_')}", __package__).run(rest)
@@ -56,11 +57,11 @@ def main(argv: list[str] | None = None) -> int:
         return _env()
     # What the libraries raise for input they cannot use: bad values, missing files, packages or features.
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        rank = int(os.environ.get("RANK", 0))
         print(f"hf-aace: error{f' in process {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("hf-aace: interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        if rank == 0:
+            print(str(interrupt) or "hf-aace: interrupted.", file=sys.stderr)
         return 130
 
 

@@ -150,20 +150,42 @@ def run(argv: list[str]) -> int:
     model_args, data_args, _, training_args, *_ = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
+    with training_args.main_process_first(desc="loading the data set"):
+        dataset = _load_data(data_args, training_args)
+    trainer, dataset = _prepare(dataset, model_args, data_args, training_args)
+    train_metrics = _train_and_save(trainer, model_args, argv)
+    picture = Path(training_args.output_dir) / "training_curves.png"
+    drawn = trainer.is_world_process_zero() and plot_training_curves(trainer.state.log_history, picture)
+    metrics = _evaluate(trainer, dataset, data_args)
+    card = _card(model_args, data_args)
+    trainer.create_model_card(**card)
+    if training_args.push_to_hub:
+        _push(trainer, card)
+    if trainer.is_world_process_zero():
+        print(_summary(metrics, train_metrics["train_runtime"], training_args.output_dir, picture if drawn else None))
+        if training_args.push_to_hub:
+            print(f"Pushed:  {trainer.hub_model_id}")
+    return 0
 
+
+def _prepare(
+    dataset: DatasetDict | IterableDatasetDict,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: AACEConfig,
+) -> tuple[AugmentedAACETrainer, DatasetDict | IterableDatasetDict]:
+    """The trainer, and the data as its model takes them."""
     # The transform makes the columns that the model takes only when a batch is read.
     training_args.remove_unused_columns = False
     compute_metrics = compute_metrics_fn([name for name in data_args.metrics if name != "confusion_matrix"])
-    with training_args.main_process_first(desc="loading the data set"):
-        dataset = _load_data(data_args, training_args)
     set_seed(training_args.seed)
     id2label = dict(enumerate(dataset["train"].features["label"].names))
     model, processor = _load_model(model_args, training_args, id2label)
-    compute_loss_func = None  # the model's own
     augmentation = _augmentation(data_args, processor, len(id2label))
     weights = None
     if data_args.class_weights == "balanced":
         weights = balanced_class_weights(dataset["train"]["label"][:], len(id2label))
+    compute_loss_func = None  # the model's own
     if weights is not None or (augmentation is not None and augmentation.soft_labels):
         compute_loss_func = TrainingLoss(weights, training_args.label_smoothing_factor)
     if data_args.streaming:
@@ -191,16 +213,19 @@ def run(argv: list[str]) -> int:
         raise ValueError("`lora` does not go with FSDP, whose shards it could not merge. Use `ddp`.")
     if trainer.is_world_process_zero():
         write_train_options(model_args, data_args, training_args)
+    return trainer, dataset
 
+
+def _train_and_save(trainer: AACETrainer, model_args: ModelArguments, argv: list[str]) -> dict[str, float]:
+    """Trains, and leaves the model; returns what Trainer measured."""
     started, processor_started = time.time(), time.process_time()
     try:
         result = trainer.train(
-            resume_from_checkpoint=_resume_from(training_args.resume_from_checkpoint, training_args.output_dir)
+            resume_from_checkpoint=_resume_from(trainer.args.resume_from_checkpoint, trainer.args.output_dir)
         )
-    except KeyboardInterrupt:
-        if trainer.is_world_process_zero():
-            print(f"\nInterrupted. {_how_to_resume(training_args.output_dir, started, argv)}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        how = _how_to_resume(trainer.args.output_dir, started, argv)
+        raise KeyboardInterrupt(f"\nInterrupted. {how}") from interrupt
     except Exception as error:
         _raise_if_save_failed(error, trainer, started, argv)
         raise
@@ -213,16 +238,20 @@ def run(argv: list[str]) -> int:
     try:
         trainer.save_model(_internal_call=True)  # pushed below, with its results
     except Exception as error:
-        resume = _how_to_resume(training_args.output_dir, started, argv)
+        resume = _how_to_resume(trainer.args.output_dir, started, argv)
         raise OSError(
             f"The trained model could not be saved: {_first_line(error)}. {resume}".replace("\n", " ")
         ) from error
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
-    picture = Path(training_args.output_dir) / "training_curves.png"
-    drawn = trainer.is_world_process_zero() and plot_training_curves(trainer.state.log_history, picture)
+    return result.metrics
 
+
+def _evaluate(
+    trainer: AACETrainer, dataset: DatasetDict | IterableDatasetDict, options: DataArguments
+) -> dict[str, Any]:
+    """Leaves, and returns, the metrics on the test images."""
     if "validation" in dataset:
         metrics = trainer.evaluate(metric_key_prefix="validation")
         trainer.save_metrics("validation", metrics)
@@ -230,26 +259,23 @@ def run(argv: list[str]) -> int:
     metrics = dict(prediction.metrics)
     trainer.log({name: value for name, value in metrics.items() if isinstance(value, float)})  # for the model card
     trainer.log_metrics("eval", metrics)
-    if "confusion_matrix" in data_args.metrics:
-        metrics |= _confusion_matrix(prediction, len(id2label))
+    if "confusion_matrix" in options.metrics:
+        metrics |= _confusion_matrix(prediction, trainer.model.config.num_labels)
     trainer.save_metrics("eval", metrics)
-    card = _card(model_args, data_args)
-    trainer.create_model_card(**card)
-    if training_args.push_to_hub:
-        try:
-            trainer.push_to_hub(**card)
-        except (HTTPError, OSError, RuntimeError) as error:
-            folder = training_args.output_dir
-            command = shlex.join(["hf", "upload", str(trainer.hub_model_id), folder, ".", "--exclude", "checkpoint-*"])
-            raise OSError(
-                f"The model is trained and whole in {folder}, but pushing it failed: {_first_line(error)}. "
-                f"To push it: {command}"
-            ) from error
-    if trainer.is_world_process_zero():
-        print(_summary(metrics, result.metrics["train_runtime"], training_args.output_dir, picture if drawn else None))
-        if training_args.push_to_hub:
-            print(f"Pushed:  {trainer.hub_model_id}")
-    return 0
+    return metrics
+
+
+def _push(trainer: AACETrainer, card: dict[str, Any]) -> None:
+    """Pushes what is in the output directory, model card included."""
+    try:
+        trainer.push_to_hub(**card)
+    except (HTTPError, OSError, RuntimeError) as error:
+        folder = trainer.args.output_dir
+        command = shlex.join(["hf", "upload", str(trainer.hub_model_id), folder, ".", "--exclude", "checkpoint-*"])
+        raise OSError(
+            f"The model is trained and whole in {folder}, but pushing it failed: {_first_line(error)}. "
+            f"To push it: {command}"
+        ) from error
 
 
 def _load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict | IterableDatasetDict:
