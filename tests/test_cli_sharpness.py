@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_aace.cli import main
 from hf_aace.data import load_image_dataset
-from hf_aace.sharpness import losses_and_gradient_norms
+from hf_aace.sharpness import losses_and_gradient_norms, measure_sharpness
 
 
 TINY = [
@@ -100,6 +100,36 @@ def test_the_table_and_the_pictures_are_there(runs, measured, tmp_path, capsys):
     assert not any("Hessian" in line for line in lines)
     after = load_file(runs / "sam" / "model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_what_was_measured_is_not_measured_again(runs, tmp_path, capsys, monkeypatch):
+    """Be it that it was interrupted, or that a run is added; but with other settings, or of other weights."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "aace", folder, ignore=shutil.ignore_patterns("checkpoint-*", "sharpness.json"))
+    calls = []
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return measure_sharpness(*args, **kwargs)
+
+    monkeypatch.setattr("hf_aace.cli.sharpness.measure_sharpness", count)
+    argv = ["sharpness", str(folder), *QUICK]
+    for options, expected in [([], 1), ([], 1), (["--rho", "0.1"], 2), (["--rho", "0.1", "--split", "test"], 3)]:
+        assert main([*argv, *options, "--output_dir", "out"]) == 0
+        assert len(calls) == expected
+    report = json.loads((tmp_path / "out" / "sharpness.json").read_text())
+    (folder / "model.safetensors").touch()
+    assert main([*argv, "--rho", "0.1", "--split", "test", "--output_dir", "again"]) == 0
+    assert len(calls) == 4
+    again = json.loads((tmp_path / "again" / "sharpness.json").read_text())
+    assert again["runs"]["AACE, rho 0.1"][0]["margins"] == report["runs"]["AACE, rho 0.1"][0]["margins"]
+    assert "1 measured, 1 of them before." in capsys.readouterr().out
+
+
+def test_only_our_lines_are_on_the_screen(runs, capsys):
+    """Not the libraries' progress bars, several for each run."""
+    assert main(["sharpness", str(runs / "plain-0"), *QUICK, "--max_samples", "10"]) == 0
+    assert "%|" not in capsys.readouterr().err
 
 
 def test_checkpoints_are_measured_for_the_course(runs, capsys):

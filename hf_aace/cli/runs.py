@@ -2,13 +2,16 @@
 """Finished runs of `hf-aace train` for the commands that look at them: their names, models and data."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import logging
 
 from ..data import load_image_dataset
 from ..images import image_transform
@@ -88,6 +91,21 @@ class RunArguments:
             raise ValueError("`device` is `cuda`, but torch finds no GPU here. Use `cpu`.")
 
 
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Context manager and decorator: without those of the libraries, several for each run and over in no time."""
+    of_datasets, of_transformers = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if not of_datasets:
+            datasets.enable_progress_bars()
+        if of_transformers:
+            logging.enable_progress_bar()
+
+
 class Run:
     """
     A folder that `hf-aace train` left, or one of its checkpoints.
@@ -126,6 +144,7 @@ class Run:
             raise ValueError(f"The folder {str(self.folder)!r} has no trainer_state.json, as a finished run has.")
         return json.loads(path.read_text(encoding="utf-8"))["log_history"]
 
+    @_without_progress_bars()
     def load_model(self, args: RunArguments) -> PreTrainedModel:
         """The model, in 32 bits, on the device. Raises a `ValueError` if there is none in the folder."""
         if not (self.folder / "config.json").is_file():
@@ -133,6 +152,7 @@ class Run:
         model = AutoModelForImageClassification.from_pretrained(self.folder, dtype=torch.float32)
         return model.to("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
+    @_without_progress_bars()
     def load_batches(self, args: RunArguments) -> list[dict[str, torch.Tensor]]:
         """
         The images and labels that the arguments ask for, prepared by the run's own image processor.

@@ -100,24 +100,27 @@ def run(argv: list[str]) -> int:
     print(f"Measuring {sum(map(len, groups.values()))} runs.", flush=True)
     measured: dict[str, list[dict[str, Any]]] = {}
     for name, runs in groups.items():
-        for folder in runs:
-            entries = [
-                _measure(part, run_args, settings) for part in (folder.checkpoints() if options.checkpoints else [])
-            ]
-            entries.append(_measure(folder, run_args, settings))
-            # For `hf-aace plot`, and not lost if a later run fails.
-            _write(
-                folder.folder / MEASURES_NAME, {"settings": settings, "data": asdict(run_args), "measures": entries}
-            )
+        for each in runs:
+            known, entries = _measures_of(each, run_args, settings), []
+            parts = [*(each.checkpoints() if options.checkpoints else []), each]
+            for part in parts:
+                entries.append(known.get(_key(part)) or _measure(part, run_args, settings))
+                # For `hf-aace plot`, and not to be measured again if it is interrupted.
+                content = {"settings": settings, "data": _data(run_args), "measures": entries}
+                _write(each.folder / MEASURES_NAME, content)
             measured.setdefault(name, []).append(entries[-1])
-            print(f"{folder.folder}: {name}, {len(entries)} measured.", flush=True)
+            reused = sum(_key(part) in known for part in parts)
+            print(
+                f"{each.folder}: {name}, {len(entries)} measured{f', {reused} of them before' * (reused > 0)}.",
+                flush=True,
+            )
 
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     print(_table(measured, settings))
     report = {
         "settings": settings,
-        "data": asdict(run_args),
+        "data": _data(run_args),
         "versions": {package: version(package) for package in ("hf-aace", "torch", "transformers", "scipy")},
         "runs": measured,
     }
@@ -127,6 +130,27 @@ def run(argv: list[str]) -> int:
     plot_margins(margins, [folder / "margins.png", folder / "margins.svg"])
     print(f"Numbers:  {folder / 'sharpness.json'}\nPictures: {folder / 'sharpness.png'}, {folder / 'margins.png'}")
     return 0
+
+
+def _data(args: RunArguments) -> dict[str, Any]:
+    """What the measures depend on beside their settings."""
+    return {name: value for name, value in asdict(args).items() if name != "names"}
+
+
+def _key(run: Run) -> tuple[str, int]:
+    """The folder, and when its weights were written."""
+    return str(run.folder), max((path.stat().st_mtime_ns for path in run.folder.glob("*.safetensors")), default=0)
+
+
+def _measures_of(run: Run, args: RunArguments, settings: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """What an earlier call has measured of the run and its checkpoints, with the same settings on the same data."""
+    path = run.folder / MEASURES_NAME
+    if not path.is_file():
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if (earlier["settings"], earlier["data"]) != (settings, _data(args)):
+        return {}
+    return {(entry["run"], entry.get("weights_written_ns")): entry for entry in earlier["measures"]}
 
 
 def _measure(run: Run, args: RunArguments, settings: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +163,8 @@ def _measure(run: Run, args: RunArguments, settings: dict[str, Any]) -> dict[str
     if (run.folder / "trainer_state.json").is_file():
         state = json.loads((run.folder / "trainer_state.json").read_text(encoding="utf-8"))
         when = {"epoch": state["epoch"], "step": state["global_step"]}
-    return {"run": str(run.folder), **when, "samples": len(measures["margins"]), **measures}
+    folder, written = _key(run)
+    return {"run": folder, "weights_written_ns": written, **when, "samples": len(measures["margins"]), **measures}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
