@@ -82,7 +82,8 @@ def training_curves(log_history: list[dict[str, Any]]) -> Figure | None:
                 # A line through a single point would be invisible.
                 marker = "o" if len(curves[key]) == 1 else None
                 axes.plot(*zip(*curves[key], strict=True), label=label, color=colour, linestyle=dashes, marker=marker)
-        axes.set_yscale(scale)
+        if scale == "log":
+            _log_scale(axes)
         _decorate(axes, title, unit)
     return figure
 
@@ -553,7 +554,10 @@ def _log_scale(axes: Axes) -> None:
     """A logarithmic y axis with numbers, not powers, and enough of them where it spans less than two decades."""
     axes.set_yscale("log")
     lowest, highest = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if highest > 100 * lowest else (1, 2, 5)))
+    if highest < 10 * lowest:  # `LogLocator` would put a dozen there, or none
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if highest > 100 * lowest else (1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
