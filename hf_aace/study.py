@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparisons of training methods over seeds: what is to be run, which settings are chosen, what the results say."""
 
+import csv
 import itertools
+import os
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +133,54 @@ class Result:
     test: float
     validation: float | None
     seconds: float
+
+
+_COLUMNS = ["method", "options", "seed", "validation_accuracy", "test_accuracy", "seconds"]
+
+
+def write_results(results: Iterable[Result], path: str | os.PathLike) -> None:
+    """
+    Writes results as CSV, one run in a line.
+
+    Args:
+        results (iterable of [`Result`]): The results.
+        path (`str` or `os.PathLike`): The file.
+    """
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(_COLUMNS)
+        for run in results:
+            options = " ".join(f"{name}={value}" for name, value in run.candidate.options)
+            writer.writerow([run.candidate.method, options, run.seed, run.validation, run.test, run.seconds])
+
+
+def read_results(path: str | os.PathLike) -> list[Result]:
+    """
+    Reads what [`write_results`] wrote, as `hf-aace compare` does into `runs.csv`.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+
+    Returns:
+        `list[Result]`: The results, for [`summarize`].
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    options = [tuple(tuple(part.split("=", 1)) for part in row["options"].split(" ")) for row in rows]
+    values = defaultdict(set)  # of each option of each method
+    for row, own in zip(rows, options, strict=True):
+        for name, value in own:
+            values[row["method"], name].add(value)
+    return [
+        Result(
+            Candidate(row["method"], own, tuple(name for name, _ in own if len(values[row["method"], name]) > 1)),
+            int(row["seed"]),
+            float(row["test_accuracy"]),
+            float(row["validation_accuracy"]) if row["validation_accuracy"] else None,
+            float(row["seconds"]),
+        )
+        for row, own in zip(rows, options, strict=True)
+    ]
 
 
 def choose(results: Iterable[Result]) -> dict[str, Candidate]:

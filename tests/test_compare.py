@@ -17,7 +17,16 @@ import pytest
 from scipy.stats import ttest_rel
 
 from hf_aace.cli import main
-from hf_aace.study import Candidate, Result, advise_rho, candidates_of, choose, summarize
+from hf_aace.study import (
+    Candidate,
+    Result,
+    advise_rho,
+    candidates_of,
+    choose,
+    read_results,
+    summarize,
+    write_results,
+)
 
 
 # ---- Methods ---------------------------------------------------------------
@@ -81,6 +90,14 @@ def test_more_seeds_of_the_chosen_one_do_not_change_the_choice():
     """They are not compared with what was not run on them."""
     runs = results(LOW, [0, 0], [0.5, 0.6]) + results(HIGH, [0, 0, 0], [0.7, 0.6, 0.0])
     assert choose(runs) == {LOW.method: HIGH}
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    """So that a table of a study can be made anew from its `runs.csv` alone."""
+    runs = results(PLAIN, [0.1, 0.2], [None] * 2) + results(LOW, [0.1], [0.4]) + results(HIGH, [0.3, 0.2], [0.5, 0.1])
+    write_results(runs, tmp_path / "runs.csv")
+    assert read_results(tmp_path / "runs.csv") == runs
+    assert summarize(read_results(tmp_path / "runs.csv"), "trainer") == summarize(runs, "trainer")
 
 
 def test_summary_is_paired_over_the_seeds_that_both_have():

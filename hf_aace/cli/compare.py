@@ -2,7 +2,6 @@
 """`hf-aace compare`: trains methods side by side over seeds, each run by `hf-aace train`."""
 
 import argparse
-import csv
 import json
 import os
 import shlex
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..study import Candidate, Result, candidates_of, choose, rho_values, summarize
+from ..study import Candidate, Result, candidates_of, choose, rho_values, summarize, write_results
 from ..study_plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
 from . import main
 from .options import last_part
@@ -230,13 +229,7 @@ def _report(study: Study, results: list[Result], baseline: str, command: list[st
     rows = summarize(results, baseline)
     print(f"{study.title}, test accuracy in per cent, against {baseline}")
     print(_comparison_table(rows))
-    with open(study.folder / "runs.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "options", "seed", "validation_accuracy", "test_accuracy", "seconds"])
-        for result in results:
-            candidate = result.candidate
-            options = " ".join(f"{name}={value}" for name, value in candidate.options)
-            writer.writerow([candidate.method, options, result.seed, result.validation, result.test, result.seconds])
+    write_results(results, study.folder / "runs.csv")
     report = {"command": shlex.join(command), "baseline": baseline, "methods": rows}
     (study.folder / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     pictures = [study.folder / f"{name}.png" for name in ("accuracy", "time", "rho")]
