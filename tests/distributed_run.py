@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers import TrainerCallback
 
 from hf_aace import AACEConfig, AACETrainer, perturbed
+from hf_aace.callbacks import PerturbationConsistencyCallback
 
 
 ON_GPU = os.environ.get("DISTRIBUTED_RUN_ON_GPU") == "1"
@@ -310,6 +311,7 @@ JOINT = {
     "part of the model": {"perturb_modules": "layers"},
     # FSDP2 leaves some weights gathered after a pass without gradients.
     "evaluation in between": {"eval_strategy": "steps", "eval_steps": 1},
+    "consistency": {"callbacks": [PerturbationConsistencyCallback()]},
 }
 
 

@@ -110,7 +110,8 @@ def check_equals_one_process(results, case, output_dir, atol=1e-6):
     for name, value in one["weights"].items():
         torch.testing.assert_close(results[0]["weights"][name], value, rtol=0, atol=atol)
     logs, expected = results[0]["logs"][0], one["logs"][0]
-    for name in ("ascent_grad_norm", "perturbation_norm"):
+    assert ("perturbation_consistency" in expected) == (case == "consistency")
+    for name in {"ascent_grad_norm", "perturbation_norm", "perturbation_consistency"} & expected.keys():
         assert logs[name] == pytest.approx(expected[name], rel=1e-4)
     if "uneven" not in case:  # there, the mean over the processes is not that over the samples
         for name in ("clean_loss", "ascent_loss", "sharpness", "loss"):
