@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from .config import AACEArguments, AACEConfig
+from .perturbation import PROFILED
 from .trainer import AACETrainer
 
 
@@ -64,12 +65,16 @@ class Measurement:
         ratios (`list[float]`): Each of them over the plain step of the same round.
         peak_bytes (`int`, *optional*):
             The most memory that was allocated at a time in the course of a step, on top of what was allocated before it.
+        perturbation_share (`float`, *optional*):
+            The part of a step's time that its perturbation takes beside the two passes: norm, step, copy and restoring. Not
+            known on a GPU, nor of the peers.
     """
 
     name: str
     seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    perturbation_share: float | None = None
 
 
 def measure(
@@ -130,7 +135,7 @@ def measure(
 
 
 class _Stopwatch(TrainerCallback):
-    """Gives each step its method, and times it. A last round measures the memory."""
+    """Gives each step its method, and times it. A last round is profiled: memory, and what the perturbation takes."""
 
     def __init__(
         self,
@@ -178,18 +183,20 @@ class _Stopwatch(TrainerCallback):
         return self._trainer.data_collator([self._trainer.train_dataset[i] for i in range(args.train_batch_size)])
 
     def _begin(self):
-        self._memory = _PeakMemory(self._trainer.args.device) if self._turn == self._warmup + self._rounds else None
-        if self._memory is not None:
-            self._memory.__enter__()
+        self._profile = _Profile(self._trainer.args.device) if self._turn == self._warmup + self._rounds else None
+        if self._profile is not None:
+            self._profile.__enter__()
         _synchronize(self._trainer.args.device)
         self._started = time.perf_counter()
 
     def _end(self, index):
         _synchronize(self._trainer.args.device)
         seconds = time.perf_counter() - self._started
-        if self._memory is not None:
-            self._memory.__exit__(None, None, None)
-            self.measurements[index].peak_bytes = self._memory.peak_bytes
+        if self._profile is not None:
+            self._profile.__exit__(None, None, None)
+            self.measurements[index].peak_bytes = self._profile.peak_bytes
+            if self._profile.perturbation_seconds is not None and index < len(self._methods):
+                self.measurements[index].perturbation_share = self._profile.perturbation_seconds / seconds
         elif self._turn >= self._warmup:
             self.measurements[index].seconds.append(seconds)
 
@@ -221,10 +228,14 @@ class _SamOfPytorchOptimizer:
         self._optimizer.second_step(zero_grad=True)
 
 
-class _PeakMemory:
-    """Context manager: the most bytes allocated at a time inside, on top of those on entering."""
+class _Profile:
+    """
+    Context manager: the most bytes allocated at a time inside, on top of those on entering; and on a CPU the time that
+    perturbations took.
+    """
 
     peak_bytes: int | None = None
+    perturbation_seconds: float | None = None
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -249,6 +260,8 @@ class _PeakMemory:
             events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
         changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
         self.peak_bytes = max(itertools.accumulate((change for _, change in changes), initial=0))
+        microseconds = [event["dur"] for event in events if event.get("name", "").startswith(PROFILED)]
+        self.perturbation_seconds = sum(microseconds) / 1e6
 
 
 def _synchronize(device: torch.device) -> None:
@@ -266,7 +279,8 @@ def summarize(measurements: list[Measurement], batch_size: int) -> list[dict[str
 
     Returns:
         `list[dict]`: For each method its `name`, the median `seconds` of a step, `images_per_second`, the `ratio` to plain
-        training (median of the ratios in each round) with its quartiles, `peak_bytes`, and `extra_peak_bytes` over plain.
+        training (median of the ratios in each round) with its quartiles, `peak_bytes`, `extra_peak_bytes` over plain, and the
+        `perturbation_share`.
     """
     rows = []
     for measurement in measurements:
@@ -281,6 +295,7 @@ def summarize(measurements: list[Measurement], batch_size: int) -> list[dict[str
                 "ratio_quartiles": [low, high],
                 "peak_bytes": measurement.peak_bytes,
                 "extra_peak_bytes": measurement.peak_bytes - measurements[0].peak_bytes,
+                "perturbation_share": measurement.perturbation_share,
             }
         )
     return rows

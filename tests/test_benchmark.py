@@ -40,6 +40,8 @@ def test_every_method_has_its_turn_in_every_round(tmp_path):
         assert len(measurement.seconds) == len(measurement.ratios) == 3
         assert all(seconds > 0 for seconds in measurement.seconds)
     assert result[0].ratios == [1, 1, 1]
+    shares = [measurement.perturbation_share for measurement in result]
+    assert shares[0] == 0 and all(0 < share < 1 for share in shares[1:])
 
 
 class Wide(nn.Module):

@@ -153,7 +153,7 @@ def run(argv: list[str]) -> int:
 
 
 def _cost_table(rows: list[dict[str, Any]]) -> str:
-    header = ["", "ms", "images/s", "ratio", "quartiles", "peak MB", "more than plain"]
+    header = ["", "ms", "images/s", "ratio", "quartiles", "peak MB", "more than plain", "perturbation %"]
     lines = [
         [
             row["name"],
@@ -163,6 +163,7 @@ def _cost_table(rows: list[dict[str, Any]]) -> str:
             "{:.3f} .. {:.3f}".format(*row["ratio_quartiles"]),
             f"{row['peak_bytes'] / 1e6:.1f}",
             f"{row['extra_peak_bytes'] / 1e6:+.1f}",
+            "" if row["perturbation_share"] is None else f"{100 * row['perturbation_share']:.2f}",
         ]
         for row in rows
     ]

@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from ..plots import plot_margins, plot_sharpness
 from ..sharpness import measure_sharpness
 from .runs import Run, RunArguments, open_runs
+from .table import table
 
 
 # What is left in the folder of each run, for `hf-aace plot`.
@@ -177,14 +178,7 @@ def _table(measured: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) 
     for key, label in _ROWS:
         if all(key in run for runs in measured.values() for run in runs):
             lines.append([label.format(**settings), *(_cell(runs, key) for runs in measured.values())])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return table(lines[0], lines[1:])
 
 
 def _cell(runs: list[dict[str, Any]], key: str) -> str:
