@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The studies of notebook 4. `study.sh` makes all of them (many hours on two CPU cores), `study.sh vit-clean` one. Each can be
+# stopped, and goes on where it was. In runs/study/NAME are the tables and pictures; its runs.csv is NAME.csv here.
+set -euo pipefail
+
+study() {
+  local name=$1
+  shift
+  if [[ ${ONLY:-$name} == "$name" ]]; then
+    hf-aace compare --output_dir "runs/study/$name" "$@"
+  fi
+}
+ONLY=${1:-}
+noisy="--label_noise 0.2 --train_size 400 --num_train_epochs 40"
+study convnext-noisy $noisy --seeds 16 --methods \
+  'trainer,sam:rho=0.05|0.1|0.2|0.5|1,aace:rho=0.01|0.03|0.1|0.3|1,aace:ascent_fraction=0.125:rho=0.03|0.1|0.3|1'
+further='trainer,trainer:learning_rate=1e-3|3e-3|1e-2:weight_decay=0|0.1,trainer:num_train_epochs=80'
+further+=',trainer:label_smoothing_factor=0.1,asam:rho=0.5|1|2,aace,aace:label_smoothing_factor=0.1:rho=0.03|0.1|0.3'
+further+=',aace:ascent_fraction=0.25:rho=0.03|0.1|0.3,aace:ascent_fraction=0.0625:rho=0.03|0.1|0.3|1'
+further+=',aace:aace_target=uniform:rho=0.03|0.1|0.3,aace:aace_target=random:rho=0.03|0.1|0.3'
+further+=',aace:normalize_perturbation=true:rho=0.05|0.1|0.2,aace:adaptive_perturbation=true:rho=3|10|30'
+study convnext-noisy-more $noisy --seeds 8 --methods "$further"
+study convnext-noisier --label_noise 0.4 --train_size 400 --num_train_epochs 40 --seeds 8 --methods \
+  'trainer,trainer:num_train_epochs=80,sam:rho=0.2|0.5|1,aace,aace:rho=0.1|0.3|1,aace:ascent_fraction=0.125:rho=0.1|0.3'
+study convnext-clean --train_size 200 --num_train_epochs 60 --seeds 8 --methods \
+  'trainer,trainer:num_train_epochs=120,sam:rho=0.05|0.1|0.2|0.5,aace,aace:rho=0.01|0.03|0.1|0.3,aace:ascent_fraction=0.125:rho=0.01|0.03|0.1'
+
+vit="--model_name_or_path vit-tiny-digits --seeds 8 --search_seeds 2"
+noisy="--label_noise 0.2 --train_size 600"
+study vit-noisy $vit $noisy --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-4|1e-3|3e-3' --methods \
+  'trainer:learning_rate=3e-4|1e-3|3e-3,trainer:learning_rate=1e-3,sam:learning_rate=3e-4|1e-3:rho=0.05|0.1|0.2,aace:learning_rate=3e-4,aace:learning_rate=3e-4|1e-3:rho=0.03|0.1|0.3,aace:ascent_fraction=0.125:learning_rate=3e-4:rho=0.01|0.03|0.1'
+study vit-noisy-short $vit $noisy --num_train_epochs 40 --learning_rate 1e-3 --methods \
+  'trainer,aace,aace:rho=0.03|0.1|0.3,sam:rho=0.05|0.1|0.2,aace:ascent_fraction=0.125:rho=0.01|0.03|0.1,aace:ascent_fraction=0.0625:rho=0.01|0.03|0.1,trainer:num_train_epochs=80'
+study vit-clean $vit --train_size 300 --num_train_epochs 80 --learning_rate 1e-3 --methods \
+  'trainer,aace,aace:rho=0.03|0.1|0.3,sam:rho=0.05|0.1|0.2,aace:ascent_fraction=0.125:rho=0.03|0.1,trainer:num_train_epochs=160'
+
+# Fine-tuning: from the digits 0 to 5 to the digits 6 to 9.
+if [[ -z $ONLY || $ONLY == finetune* ]]; then
+  python "$(dirname "$0")/make_tasks.py"
+  pretrain="hf-aace train --rho 0 --dataset_name runs/study/digits-0-5 --augmentation none --save_strategy no"
+  $pretrain --output_dir runs/study/pretrained-convnext
+  $pretrain --model_name_or_path vit-tiny-digits --output_dir runs/study/pretrained-vit
+fi
+tuning="--dataset_name runs/study/digits-6-9 --augmentation none --num_train_epochs 40 --learning_rate 1e-3 --seeds 8"
+methods='trainer,trainer:learning_rate=3e-4|1e-3|3e-3,trainer:num_train_epochs=80,sam:rho=0.05|0.1|0.2|0.5,aace,aace:rho=0.03|0.1|0.3|1,aace:ascent_fraction=0.25:rho=0.03|0.1|0.3'
+study finetune-convnext-noisy --model_name_or_path runs/study/pretrained-convnext $tuning --train_size 100 --label_noise 0.2 \
+  --methods "$methods"
+study finetune-vit-lora-noisy --model_name_or_path runs/study/pretrained-vit $tuning --lora true --train_size 100 \
+  --label_noise 0.2 --methods "$methods"
