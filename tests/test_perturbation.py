@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_aace import aace_loss, perturbed
-from hf_aace.perturbation import frozen_running_statistics
+from hf_aace.perturbation import PROFILED, frozen_running_statistics
 
 
 def parameters_and_gradients(dtype=torch.float32):
@@ -204,3 +204,12 @@ def test_frozen_running_statistics_leaves_layers_in_evaluation_mode_alone():
     layer, inputs = nn.BatchNorm1d(3).eval(), torch.randn(8, 3)
     with frozen_running_statistics(layer):
         assert torch.equal(layer(inputs), inputs / (1 + layer.eps) ** 0.5)
+
+
+def test_profilers_see_all_that_a_step_takes_beside_its_passes():
+    """`hf-aace benchmark` adds it up."""
+    weights = [torch.randn(3)]
+    with torch.profiler.profile() as profile, perturbed(weights, [torch.ones(3)], 0.1):
+        pass
+    seen = [event.name for event in profile.events() if event.name.startswith(PROFILED)]
+    assert sorted(seen) == [PROFILED + part for part in ("norm", "restore", "step")]
