@@ -207,8 +207,9 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_study_and_all_its_processes(tmp_path):
-    """Without waiting for runs that the same command would make again."""
+@pytest.mark.parametrize("how", ["Ctrl-C", "killed"])
+def test_a_study_that_is_stopped_leaves_no_process_behind(how, tmp_path):
+    """And does not wait for runs that the same command would make again."""
     command = [
         sys.executable,
         "-m",
@@ -226,9 +227,13 @@ def test_ctrl_c_ends_the_study_and_all_its_processes(tmp_path):
         while not list(tmp_path.rglob("output.txt")):
             assert study.poll() is None
             time.sleep(0.1)
-        os.killpg(study.pid, signal.SIGINT)
-        _, error = study.communicate(timeout=30)
-        assert study.returncode == 130 and "hf-aace: interrupted." in error
+        if how == "Ctrl-C":  # which the terminal sends to all of them
+            os.killpg(study.pid, signal.SIGINT)
+            _, error = study.communicate(timeout=30)
+            assert study.returncode == 130 and "hf-aace: interrupted." in error
+        else:  # by an out-of-memory killer, say: it can do nothing any more
+            study.kill()
+            study.wait()
         group = [process for process in psutil.process_iter() if os.getpgid(process.pid) == study.pid]
         assert not psutil.wait_procs(group, timeout=10)[1]
     finally:

@@ -5,10 +5,11 @@ import argparse
 import json
 import os
 import shlex
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ class Study:
 
     def __enter__(self) -> "Study":
         # Not forked: torch's threads do not survive it, and neither does CUDA.
-        self._pool = ProcessPoolExecutor(self._jobs, get_context("spawn"), _share_the_cores, (self._jobs,))
+        self._pool = ProcessPoolExecutor(self._jobs, get_context("spawn"), _begin_process, (self._jobs,))
         return self
 
     def __exit__(self, kind, *exception) -> None:
@@ -213,8 +214,15 @@ class Study:
         return Result(candidate, seed, metrics["eval_accuracy"], metrics.get("validation_accuracy"), seconds)
 
 
-def _share_the_cores(jobs: int) -> None:
+def _begin_process(jobs: int) -> None:
     torch.set_num_threads(max(1, os.cpu_count() // jobs))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A command that was killed cannot end its processes, which would wait for work forever."""
+    parent_process().join()
+    os._exit(1)
 
 
 def _train(argv: list[str], log: Path) -> int:
