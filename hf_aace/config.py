@@ -68,6 +68,12 @@ class AACEArguments:
         default=1,
         metadata={"help": "Perturb on every this many optimizer steps; the others are plain steps."},
     )
+    ascent_every: int = field(
+        default=1,
+        metadata={
+            "help": "Take an ascent pass on every this many optimizer steps; perturbed steps between reuse its gradient."
+        },
+    )
     perturb_modules: str | None = field(
         default=None,
         metadata={
@@ -90,11 +96,12 @@ class AACEArguments:
             raise ValueError(
                 f"`ascent_fraction` must lie in (0, 1], got {self.ascent_fraction}. Use 1 for the whole batch."
             )
-        if self.perturb_every < 1 or self.perturb_every != int(self.perturb_every):
-            raise ValueError(
-                f"`perturb_every` must be a whole number of steps >= 1, got {self.perturb_every}. Use 1 to perturb on "
-                "every step."
-            )
+        for name, meaning in {"perturb_every": "perturb", "ascent_every": "take an ascent pass"}.items():
+            value = getattr(self, name)
+            if value < 1 or value != int(value):
+                raise ValueError(
+                    f"`{name}` must be a whole number of steps >= 1, got {value}. Use 1 to {meaning} on every step."
+                )
         for name in ("perturbation_loss", "aace_target", "ascent_scope"):
             choices = get_args(get_type_hints(AACEArguments)[name])
             if getattr(self, name) not in choices:
@@ -156,6 +163,11 @@ class AACEConfig(AACEArguments, TrainingArguments):
             samples) instead of by each one's own. Costs one all-reduce more. With FSDP2 it is always so.
         perturb_every (`int`, *optional*, defaults to `1`):
             Perturb on every this many optimizer steps; the steps between are plain.
+        ascent_every (`int`, *optional*, defaults to `1`):
+            Take an ascent pass on every this many optimizer steps only; perturbed steps between move the weights along the
+            gradient of the last one again (of its last micro-batch, with `ascent_scope="micro_batch"` under accumulation).
+            That gradient is kept, in memory of the size of the perturbed parameters, but in no checkpoint: the step after a
+            save takes an ascent pass of its own. BatchNorm updates its running statistics on steps with an ascent pass only.
         perturb_modules (`str`, *optional*):
             A regular expression, searched (`re.search`) in the names of the model's parameters: only trainable ones
             that match are perturbed. Defaults to all trainable parameters.

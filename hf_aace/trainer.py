@@ -3,9 +3,11 @@
 
 import functools
 import math
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ class PerturbationCallback(TrainerCallback):
 
     def on_perturbation(self, perturbation: perturbed) -> dict[str, torch.Tensor] | None:
         """
-        Called after each ascent pass, before the weights move.
+        Called after each ascent pass, before the weights move; not on steps that reuse an earlier one (`ascent_every`).
 
         Args:
             perturbation ([`perturbed`]): The step that is about to be made.
@@ -78,8 +80,8 @@ class SharpnessAwareMixin:
     [`~transformers.TrainingArguments`] gives each of them its default. With `model` a string, the model is loaded by
     `AutoModelForImageClassification.from_pretrained`, in 32 bits.
 
-    Besides what `MyTrainer` logs, each training log holds, averaged over the steps since the last log and over the
-    processes:
+    Besides what `MyTrainer` logs, each training log holds, averaged over the steps since the last log (the first three over
+    those that took an ascent pass) and over the processes:
 
     - `clean_loss`: the training loss at `w`, on the samples of the ascent pass: cross-entropy with the label smoothing
       of the arguments, or what `compute_loss_func` returns (not what an overridden `compute_loss` does),
@@ -103,6 +105,7 @@ class SharpnessAwareMixin:
         self._aace_metrics = _IntervalMetrics()
         self._aace_window = []  # the micro-batches of the present optimizer step
         self._aace_perturbation = None  # what `ascent_scope="full_batch"` shares among them
+        self._aace_kept = None  # the ascent gradient, for the steps that reuse it
         self._aace_first_step = True
         self._aace_uses_backward = False
         self._check_sharpness_aware()
@@ -125,8 +128,10 @@ class SharpnessAwareMixin:
                 raise
         if self.accelerator.sync_gradients:  # the last micro-batch of the optimizer step
             self._aace_perturbation = None
-        # Trainer's loss is this micro-batch's share of the optimizer step's mean.
-        self._aace_metrics.add({"perturbed_loss": loss * max(1, len(self._aace_window))})
+        if self._aace_kept is None or self._aace_kept.step == self.state.global_step:
+            # There is a `clean_loss` of the same step to compare it with. Trainer's loss is this micro-batch's share of the
+            # optimizer step's mean.
+            self._aace_metrics.add({"perturbed_loss": loss * max(1, len(self._aace_window))})
         return loss
 
     def perturbed_weights(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any]) -> perturbed | nullcontext:
@@ -145,9 +150,9 @@ class SharpnessAwareMixin:
         if args.rho == 0 or self.state.global_step % args.perturb_every != 0:
             return nullcontext()
         if args.ascent_scope == "micro_batch":
-            return self._ascend(model, [inputs])
+            return self._perturbation(model, [inputs])
         if self._aace_perturbation is None:
-            self._aace_perturbation = self._ascend(model, self._aace_window or [inputs])
+            self._aace_perturbation = self._perturbation(model, self._aace_window or [inputs])
         return self._aace_perturbation
 
     def ascent_logits(self, outputs: Any) -> torch.Tensor:
@@ -174,14 +179,45 @@ class SharpnessAwareMixin:
             )
         return outputs["logits"]
 
-    def _ascend(self, model: nn.Module, window: list[dict[str, torch.Tensor | Any]]) -> perturbed:
-        """The perturbation by the gradient of the mean ascent loss over the micro-batches of `window`."""
+    def _perturbation(self, model: nn.Module, window: list[dict[str, torch.Tensor | Any]]) -> perturbed:
+        """The perturbation by the gradient of the mean ascent loss over the micro-batches of `window`, or by an earlier one."""
         args = self._aace_args
         model.train()
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self.optimizer.train()  # a schedule-free one moves the weights here: before we look at them
         reshard(model)  # evaluation leaves some weights gathered: those are not the ones that the optimizer has
         parameters = self._perturbed_parameters()
+        ascent = self._aace_kept
+        if new := ascent is None or not ascent.serves(self.state.global_step, args.ascent_every, parameters):
+            ascent = self._ascend(model, window, parameters)
+            self._aace_kept = ascent if args.ascent_every > 1 else None
+        perturbation = perturbed(
+            parameters,
+            ascent.gradients,
+            args.rho,
+            normalize=args.normalize_perturbation,
+            adaptive=args.adaptive_perturbation,
+            maximize=args.perturbation_loss == "cross_entropy",
+            grad_scale=ascent.grad_scale,
+            reusable=len(window) > 1,
+        )
+        self._aace_metrics.add(
+            {
+                "ascent_grad_norm": perturbation.grad_norm,
+                "perturbation_norm": perturbation.norm,
+                "skipped_perturbations": perturbation.skipped,
+            }
+        )
+        if new:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, PerturbationCallback) and (values := callback.on_perturbation(perturbation)):
+                    self._aace_metrics.add(values)
+        return perturbation
+
+    def _ascend(
+        self, model: nn.Module, window: list[dict[str, torch.Tensor | Any]], parameters: list[nn.Parameter]
+    ) -> "_Ascent":
+        """The ascent pass over the micro-batches of `window`."""
         if self._aace_first_step:
             self._check_no_step_inside_backward(parameters)
         buffers = [b.clone() for b in self.model.buffers()] if self._aace_first_step else []
@@ -201,29 +237,14 @@ class SharpnessAwareMixin:
                 buffer.copy_(before)  # BatchNorm counts each batch once
             gradients, losses = self._ascent_pass(model, window, parameters)
         self._aace_first_step = False
+        self._aace_metrics.add(losses)
         scaler = self.accelerator.scaler
-        perturbation = perturbed(
-            parameters,
-            gradients,
-            args.rho,
-            normalize=args.normalize_perturbation,
-            adaptive=args.adaptive_perturbation,
-            maximize=args.perturbation_loss == "cross_entropy",
+        return _Ascent(
+            step=self.state.global_step,
+            parameters=parameters,
+            gradients=gradients,
             grad_scale=None if scaler is None else scaler.scale(torch.ones((), device=losses["ascent_loss"].device)),
-            reusable=len(window) > 1,
         )
-        self._aace_metrics.add(
-            {
-                **losses,
-                "ascent_grad_norm": perturbation.grad_norm,
-                "perturbation_norm": perturbation.norm,
-                "skipped_perturbations": perturbation.skipped,
-            }
-        )
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, PerturbationCallback) and (values := callback.on_perturbation(perturbation)):
-                self._aace_metrics.add(values)
-        return perturbation
 
     def _ascent_pass(
         self, model: nn.Module, window: list[dict[str, torch.Tensor | Any]], parameters: list[nn.Parameter]
@@ -348,13 +369,17 @@ class SharpnessAwareMixin:
         self._aace_first_step = True
         try:
             return super()._inner_training_loop(*args, **kwargs)
-        finally:
-            self._aace_window, self._aace_perturbation = [], None  # batches and weights: let go of the memory
+        finally:  # batches, weights and gradients: let go of the memory
+            self._aace_window, self._aace_perturbation, self._aace_kept = [], None, None
 
     def get_batch_samples(self, *args, **kwargs):
         batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self._aace_window, self._aace_perturbation = batch_samples, None
         return batch_samples, num_items_in_batch
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        self._aace_kept = None  # a run that goes on from the checkpoint has none either: both are to do the same
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and (metrics := self._aace_metrics.pop()):
@@ -496,6 +521,21 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
             self.accelerator.unwrap_model(self.model).create_or_update_model_card(self.args.output_dir)
 
 
+@dataclass
+class _Ascent:
+    """What an ascent pass gave, and when."""
+
+    step: int
+    parameters: list[nn.Parameter]
+    gradients: list[torch.Tensor | None]
+    grad_scale: torch.Tensor | None
+
+    def serves(self, step: int, every: int, parameters: list[nn.Parameter]) -> bool:
+        """Whether this later step is to reuse it, of steps that are taken `every` at a time."""
+        same = len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters))
+        return self.step < step and self.step // every == step // every and same
+
+
 class _IntervalMetrics:
     """Sums of scalars on the device since the last log, which is when they are read and the device is waited for."""
 
@@ -526,15 +566,11 @@ class _IntervalMetrics:
         means = {
             name: total / count if count else math.nan for name, total, count in zip(names, sums, counts, strict=True)
         }
-        own = {
-            "clean_loss": means["clean_loss"],
-            "sharpness": means.get("perturbed_loss", math.nan) - means["clean_loss"],
-            "ascent_loss": means["ascent_loss"],
-            "ascent_grad_norm": means["ascent_grad_norm"],
-            "perturbation_norm": means["perturbation_norm"],
-            "skipped_perturbations": round(sums[names.index("skipped_perturbations")]),
-        }
-        return own | {name: mean for name, mean in means.items() if name not in own and name != "perturbed_loss"}
+        if "clean_loss" in means:  # some steps of these took an ascent pass
+            means["sharpness"] = means.pop("perturbed_loss", math.nan) - means["clean_loss"]
+        means["skipped_perturbations"] = round(sums[names.index("skipped_perturbations")])
+        first = ["clean_loss", "sharpness", "ascent_loss"]
+        return {name: means[name] for name in first if name in means} | means
 
 
 @contextmanager

@@ -288,6 +288,7 @@ RESUMABLE = {
     "gradient_accumulation_steps": 3,
     "save_strategy": "steps",
     "save_steps": 4,
+    "ascent_every": 3,
 }
 
 MODES = {
@@ -308,6 +309,7 @@ JOINT = {
     "micro batches": {"gradient_accumulation_steps": 3},
     "full batch": {"gradient_accumulation_steps": 3, "ascent_scope": "full_batch"},
     "full batch, uneven": {"gradient_accumulation_steps": 3, "ascent_scope": "full_batch", "rows": uneven_rows()},
+    "reused": {"ascent_every": 3},
     "part of the model": {"perturb_modules": "layers"},
     # FSDP2 leaves some weights gathered after a pass without gradients.
     "evaluation in between": {"eval_strategy": "steps", "eval_steps": 1},

@@ -23,7 +23,7 @@ class Killer(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_trainer(name, output_dir, scope, callbacks=None):
+def make_trainer(name, output_dir, scope, every, callbacks=None):
     torch.set_num_threads(1)
     arguments = training_arguments(
         AACEConfig,
@@ -31,6 +31,7 @@ def make_trainer(name, output_dir, scope, callbacks=None):
         max_steps=20,
         rho=0.05,
         ascent_scope=scope,
+        ascent_every=int(every),
         gradient_accumulation_steps=3,
         save_strategy="steps",
         save_steps=4,
@@ -39,5 +40,5 @@ def make_trainer(name, output_dir, scope, callbacks=None):
 
 
 if __name__ == "__main__":
-    name, output_dir, scope = sys.argv[1:]
-    make_trainer(name, output_dir, scope, [Killer(10)]).train()
+    name, output_dir, scope, every = sys.argv[1:]
+    make_trainer(name, output_dir, scope, every, [Killer(10)]).train()

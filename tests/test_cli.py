@@ -355,6 +355,7 @@ def test_every_field_of_the_method_is_an_option():
         "ascent_scope": "full_batch",
         "sync_ascent": True,
         "perturb_every": 2,
+        "ascent_every": 3,
         "perturb_modules": "classifier",
     }
     own = {field.name for field in fields(AACEConfig)} - {field.name for field in fields(TrainingArguments)}

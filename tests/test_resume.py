@@ -14,19 +14,25 @@ from tiny import digits, identical, learning_curve, training_arguments, vit, wei
 from hf_aace import AACEConfig, AACETrainer
 
 
-@pytest.mark.parametrize(("name", "scope"), [("convnext", "micro_batch"), ("vit", "full_batch")])
-def test_killed_and_resumed_run_ends_as_one_never_killed(name, scope, tmp_path):
-    """In the middle of an epoch and of an accumulation; ViT too, whose weights Trainer of transformers 5.23 loses."""
-    command = [sys.executable, Path(__file__).with_name("resumable_run.py"), name, tmp_path / "killed", scope]
+@pytest.mark.parametrize(
+    ("name", "scope", "every"),
+    [("convnext", "micro_batch", "1"), ("vit", "full_batch", "1"), ("vit", "micro_batch", "3")],
+)
+def test_killed_and_resumed_run_ends_as_one_never_killed(name, scope, every, tmp_path):
+    """
+    In the middle of an epoch and of an accumulation; ViT too, whose weights Trainer of transformers 5.23 loses; and with
+    an ascent gradient that is reused, which no checkpoint holds.
+    """
+    command = [sys.executable, Path(__file__).with_name("resumable_run.py"), name, tmp_path / "killed", scope, every]
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (tmp_path / "killed" / "checkpoint-8").is_dir()
     assert not (tmp_path / "killed" / "checkpoint-12").exists()
 
-    uninterrupted = make_trainer(name, tmp_path / "uninterrupted", scope)
+    uninterrupted = make_trainer(name, tmp_path / "uninterrupted", scope, every)
     uninterrupted.train()
     uninterrupted_rng = torch.get_rng_state()
-    resumed = make_trainer(name, tmp_path / "killed", scope)
+    resumed = make_trainer(name, tmp_path / "killed", scope, every)
     resumed.train(resume_from_checkpoint=True)
 
     assert identical(weights(resumed.model), weights(uninterrupted.model))

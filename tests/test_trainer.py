@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tiny import (
     VANISHING,
+    InOrder,
     batch,
     convnext,
     digits,
@@ -22,9 +23,9 @@ from tiny import (
     weights,
 )
 from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
-from hf_aace import AACEArguments, AACEConfig, AACETrainer, SharpnessAwareMixin, aace_loss
+from hf_aace import AACEArguments, AACEConfig, AACETrainer, SharpnessAwareMixin, aace_loss, perturbed
 
 
 # ---- What it takes --------------------------------------------------------------------------------------------------
@@ -65,6 +66,7 @@ def test_config_is_training_arguments_plus_the_aace_fields(tmp_path):
         "ascent_scope",
         "sync_ascent",
         "perturb_every",
+        "ascent_every",
         "perturb_modules",
     }
     config = AACEConfig(str(tmp_path), rho=0.3)  # the first positional argument is still the output directory
@@ -77,12 +79,13 @@ def test_every_field_is_a_command_line_option(tmp_path):
     command_line = (
         f"--output_dir {tmp_path} --rho 0.2 --perturbation_loss cross_entropy --normalize_perturbation "
         "--adaptive_perturbation true --aace_target uniform --ascent_fraction 0.5 --ascent_scope full_batch "
-        "--sync_ascent false --perturb_every 2 --perturb_modules classifier"
+        "--sync_ascent false --perturb_every 2 --ascent_every 3 --perturb_modules classifier"
     )
     (config,) = HfArgumentParser(AACEConfig).parse_args_into_dataclasses(command_line.split())
     assert (config.rho, config.perturbation_loss, config.normalize_perturbation) == (0.2, "cross_entropy", True)
     assert (config.adaptive_perturbation, config.aace_target, config.ascent_fraction) == (True, "uniform", 0.5)
-    assert (config.ascent_scope, config.perturb_every, config.perturb_modules) == ("full_batch", 2, "classifier")
+    assert (config.ascent_scope, config.perturb_modules) == ("full_batch", "classifier")
+    assert (config.perturb_every, config.ascent_every) == (2, 3)
     help_text = HfArgumentParser(AACEConfig).format_help()
     assert all(f"--{field.name}" in help_text for field in fields(AACEArguments))
 
@@ -148,6 +151,91 @@ def test_perturb_every_takes_plain_steps_between(tmp_path, monkeypatch):
     trainer.train()
     assert len(sizes) == 2 * 3, "two micro-batches in each of the steps 0, 3 and 6"
     assert ["sharpness" in log for log in trainer.state.log_history[:7]] == [True, False, False] * 2 + [True]
+
+
+@pytest.mark.parametrize(("normalize", "adaptive"), [(False, False), (True, True)])
+def test_ascent_every_reuses_the_gradient(normalize, adaptive, tmp_path):
+    """Against a loop by hand: a new gradient on the steps 0 and 3, and a step along it from the weights of the day."""
+    rows = digits(7 * 16, torch.float64)
+    settings = {"rho": 0.1, "normalize_perturbation": normalize, "adaptive_perturbation": adaptive}
+    arguments = training_arguments(
+        AACEConfig,
+        tmp_path,
+        max_steps=7,
+        ascent_every=3,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        **settings,
+    )
+    trainer = InOrder(convnext().double(), arguments, train_dataset=rows)
+    trainer.train()
+
+    model = convnext().double().train()
+    parameters = list(model.parameters())
+    for step in range(7):
+        inputs = batch(16, 16 * step, torch.float64)
+        if step % 3 == 0:
+            gradients = torch.autograd.grad(
+                aace_loss(model(inputs["pixel_values"]).logits, inputs["labels"]), parameters
+            )
+        with perturbed(parameters, gradients, 0.1, normalize=normalize, adaptive=adaptive):
+            descent = torch.autograd.grad(model(**inputs).loss, parameters)
+        with torch.no_grad():
+            torch._foreach_sub_(parameters, torch._foreach_mul(descent, arguments.learning_rate))
+    for ours, by_hand in zip(trainer.model.parameters(), parameters, strict=True):
+        torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-10)
+    assert trainer._aace_kept is None, "the memory is let go of"
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
+def test_ascent_every_takes_fewer_ascent_passes(scope, tmp_path, monkeypatch):
+    """And logs of them what there is: the training loss at the clean weights is known on their steps only."""
+    sizes = ascents(monkeypatch)
+    arguments = training_arguments(
+        AACEConfig,
+        tmp_path,
+        max_steps=7,
+        ascent_every=3,
+        ascent_scope=scope,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        rho=0.1,
+    )
+    trainer = AACETrainer(convnext(), arguments, train_dataset=digits())
+    trainer.train()
+    assert len(sizes) == 2 * 3, "two micro-batches in each of the steps 0, 3 and 6"
+    logs = trainer.state.log_history[:7]
+    assert ["clean_loss" in log for log in logs] == [True, False, False] * 2 + [True]
+    assert all(("sharpness" in log) == ("clean_loss" in log) for log in logs)
+    assert all(log["perturbation_norm"] > 0 and log["skipped_perturbations"] == 0 for log in logs)
+
+
+def test_sharpness_is_of_the_steps_that_took_an_ascent_pass(tmp_path):
+    """Not of all: the loss falls in the course of the steps that reuse its gradient, and would be taken for flatness."""
+    reports = []
+    for logging_steps in (1, 6):
+        arguments = training_arguments(
+            AACEConfig, tmp_path, max_steps=6, ascent_every=6, logging_steps=logging_steps, rho=0.1
+        )
+        trainer = AACETrainer(convnext(), arguments, train_dataset=digits())
+        trainer.train()
+        reports.append(trainer.state.log_history[0])
+    each, together = reports
+    assert together["sharpness"] == pytest.approx(each["sharpness"]) and together["loss"] < each["loss"]
+
+
+def test_other_parameters_take_a_new_ascent_pass(tmp_path, monkeypatch):
+    """A gradient of those that were trainable before says nothing of the others."""
+    sizes = ascents(monkeypatch)
+
+    class Unfreeze(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model.convnext.requires_grad_(state.global_step >= 2)
+
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=4, ascent_every=4, rho=0.1)
+    AACETrainer(convnext(), arguments, train_dataset=digits(), callbacks=[Unfreeze()]).train()
+    assert len(sizes) == 2
 
 
 def test_perturb_modules_moves_what_matches_and_nothing_else(tmp_path):
@@ -259,6 +347,7 @@ def test_clean_loss_is_the_training_loss_that_compute_loss_func_computes(tmp_pat
         ("ascent_fraction", 1.5, r"`ascent_fraction` .* got 1.5"),
         ("ascent_fraction", float("nan"), r"`ascent_fraction` .* got nan"),
         ("perturb_every", 0, "`perturb_every` must be a whole number of steps >= 1, got 0"),
+        ("ascent_every", 0, "`ascent_every` must be a whole number of steps >= 1, got 0"),
         ("perturb_every", 1.5, "`perturb_every` .* got 1.5"),
         ("perturbation_loss", "mse", r"`perturbation_loss` must be one of \['aace', 'cross_entropy'\], got 'mse'"),
         ("aace_target", "x", r"`aace_target` must be one of \['adaptive', 'uniform', 'random'\], got 'x'"),

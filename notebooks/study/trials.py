@@ -4,13 +4,16 @@ Trials of what is not in the library, because it did not earn its place, and of 
 
     python notebooks/study/trials.py mechanisms    # ways to be spared the choice of rho
     python notebooks/study/trials.py candidates    # ascent steps cheaper than a part of the batch
+    python notebooks/study/trials.py reuse         # the most promising of them: a step that is kept for several
     python notebooks/study/trials.py claims        # what the paper says of gradients and directions
 
-Each leaves a line for each run in `runs/trials/NAME.jsonl`, goes on where it was, and prints means with their standard errors.
+Each leaves a line for each run in `runs/trials/NAME.jsonl`, goes on where it was, and prints means with their standard errors;
+`claims` also leaves its curves in `claims.csv`.
 `--shard 0/2` and `--shard 1/2` make half of the runs each, for two processes.
 """
 
 import argparse
+import csv
 import json
 import time
 from pathlib import Path
@@ -37,6 +40,10 @@ SETTINGS = {
     "ConvNeXt, clean": "--train_size 200 --num_train_epochs 60",
     "ViT, noisy": "--model_name_or_path vit-tiny-digits --learning_rate 1e-3 --label_noise 0.2 --train_size 600 "
     "--num_train_epochs 40",
+    "ViT, noisy, 3e-4": "--model_name_or_path vit-tiny-digits --learning_rate 3e-4 --label_noise 0.2 --train_size 600 "
+    "--num_train_epochs 80",
+    "ViT, noisy, 1e-3": "--model_name_or_path vit-tiny-digits --learning_rate 1e-3 --label_noise 0.2 --train_size 600 "
+    "--num_train_epochs 80",
     "ViT, clean": "--model_name_or_path vit-tiny-digits --learning_rate 1e-3 --train_size 300 --num_train_epochs 80",
 }
 SAM = "--perturbation_loss cross_entropy --normalize_perturbation true"
@@ -132,6 +139,12 @@ class Reused4(Reused2):
     every = 4
 
 
+class Reused8(Reused2):
+    """Seven of eight do."""
+
+    every = 8
+
+
 class PreviousGradient(_Kept):
     """One pass: SAM's step by the gradient of the step before."""
 
@@ -203,7 +216,7 @@ class Travel(TrainerCallback):
 
 
 def mechanisms():
-    for setting in SETTINGS:
+    for setting in ("ConvNeXt, noisy", "ConvNeXt, clean", "ViT, noisy", "ViT, clean"):
         for seed in range(4):
             yield setting, "rho 0.1 with the learning rate", AACETrainer, "--rho 0.1", seed, [FollowLearningRate()]
             yield setting, "rho 0.1 on fitted samples", OnlyFitted, "--rho 0.1", seed, []
@@ -224,6 +237,18 @@ def candidates():
             for rho in (0.1, 0.5):
                 for kind in (PreviousGradient, TowardsAverage, FromAverage, TowardsAverage99, FromAverage99):
                     yield setting, f"{kind.__name__}, rho {rho}", kind, f"--rho {rho}", seed, []
+
+
+def reuse():
+    for setting, rho in {"ConvNeXt, noisy": 0.3, "ViT, noisy, 1e-3": 0.1, "ViT, noisy, 3e-4": 0.01}.items():
+        for seed in range(8):
+            yield setting, "plain", AACETrainer, "--rho 0", seed, []
+            yield setting, "whole batch", AACETrainer, f"--rho {rho}", seed, []
+            yield setting, "an eighth", AACETrainer, f"--rho {rho} --ascent_fraction 0.125", seed, []
+            yield setting, "reused for 4 steps", Reused4, f"--rho {rho}", seed, []
+            yield setting, "reused for 8 steps", Reused8, f"--rho {rho}", seed, []
+            yield setting, "a half, reused for 4", Reused4, f"--rho {rho} --ascent_fraction 0.5", seed, []
+            yield setting, "a quarter, reused for 4", Reused4, f"--rho {rho} --ascent_fraction 0.25", seed, []
 
 
 def claims():
@@ -281,9 +306,26 @@ def train(setting, kind, options, seed, callbacks):
     return row
 
 
+def write_curves(rows, path):
+    """The claims' curves: for each epoch the means over the seeds, and their standard errors."""
+    names = ["clean_loss", "ascent_loss", "ascent_grad_norm", "perturbation_norm", "perturbation_consistency"]
+    groups = {}
+    for row in rows:
+        epochs = [log | travel for log, travel in zip(row["log"], row["travel"], strict=True)]
+        groups.setdefault((row["setting"], row["name"]), []).append(epochs)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["setting", "method", "epoch", "quantity", "mean", "standard_error"])
+        for group, runs in groups.items():
+            for epoch, same in enumerate(zip(*runs, strict=True), start=1):
+                for name in (*names, "distance", "path"):
+                    mean, error = mean_and_error([entry[name] for entry in same])
+                    writer.writerow([*group, epoch, name, f"{mean:.4g}", f"{error:.2g}"])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trials", choices=[f.__name__ for f in (mechanisms, candidates, claims)])
+    parser.add_argument("trials", choices=[f.__name__ for f in (mechanisms, candidates, reuse, claims)])
     parser.add_argument("--shard", default="0/1", help="Which part of the runs to make, of how many.")
     options = parser.parse_args()
     shard, shards = map(int, options.shard.split("/"))
@@ -301,6 +343,8 @@ def main():
             row = key | train(setting, kind, settings, seed, callbacks)
             with open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
+    if options.trials == "claims":
+        write_curves(rows(), path.with_suffix(".csv"))
     groups = {}
     for row in rows():
         groups.setdefault((row["setting"], row["name"]), []).append(row)
