@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Trials of what is not in the library, because it did not earn its place, and of the paper's claims over several seeds.
+Trials of what might be in the library, most of which did not earn its place, and of the paper's claims over several seeds.
 
     python notebooks/study/trials.py mechanisms    # ways to be spared the choice of rho
     python notebooks/study/trials.py candidates    # ascent steps cheaper than a part of the batch
-    python notebooks/study/trials.py reuse         # the most promising of them: a step that is kept for several
+    python notebooks/study/trials.py reuse         # the one of them that did: a gradient that several steps use
     python notebooks/study/trials.py claims        # what the paper says of gradients and directions
 
 Each leaves a line for each run in `runs/trials/NAME.jsonl`, goes on where it was, and prints means with their standard errors;
@@ -120,31 +120,6 @@ class _Kept(AACETrainer):
         Trainer.log(self, logs, *args, **kwargs)
 
 
-class Reused2(_Kept):
-    """Every second step reuses the direction of the one before."""
-
-    every, direction = 2, None
-
-    def perturbed_weights(self, model, inputs):
-        if self.direction is None or self.state.global_step % self.every == 0:
-            perturbation = self._ascend(model, [inputs])
-            self.direction = perturbation.direction
-            return perturbation
-        return perturbed(self._perturbed_parameters(), self.direction, self.args.rho)
-
-
-class Reused4(Reused2):
-    """Three steps of four do."""
-
-    every = 4
-
-
-class Reused8(Reused2):
-    """Seven of eight do."""
-
-    every = 8
-
-
 class PreviousGradient(_Kept):
     """One pass: SAM's step by the gradient of the step before."""
 
@@ -230,8 +205,10 @@ def candidates():
         yield setting, "whole batch", AACETrainer, "--rho 0.3", seed, []
         yield setting, "an eighth", AACETrainer, eighth, seed, []
         yield setting, "an eighth, every second step", AACETrainer, f"{eighth} --perturb_every 2", seed, []
-        yield setting, "an eighth, reused for 4 steps", Reused4, eighth, seed, []
-        for kind in (HighestLoss, HighestCrossEntropy, HalfResolution, Reused2, Reused4):
+        yield setting, "an eighth, reused for 4 steps", AACETrainer, f"{eighth} --ascent_every 4", seed, []
+        for every in (2, 4):
+            yield setting, f"reused for {every} steps", AACETrainer, f"--rho 0.3 --ascent_every {every}", seed, []
+        for kind in (HighestLoss, HighestCrossEntropy, HalfResolution):
             yield setting, kind.__name__, kind, "--rho 0.3", seed, []
         if seed < 3:
             for rho in (0.1, 0.5):
@@ -245,10 +222,18 @@ def reuse():
             yield setting, "plain", AACETrainer, "--rho 0", seed, []
             yield setting, "whole batch", AACETrainer, f"--rho {rho}", seed, []
             yield setting, "an eighth", AACETrainer, f"--rho {rho} --ascent_fraction 0.125", seed, []
-            yield setting, "reused for 4 steps", Reused4, f"--rho {rho}", seed, []
-            yield setting, "reused for 8 steps", Reused8, f"--rho {rho}", seed, []
-            yield setting, "a half, reused for 4", Reused4, f"--rho {rho} --ascent_fraction 0.5", seed, []
-            yield setting, "a quarter, reused for 4", Reused4, f"--rho {rho} --ascent_fraction 0.25", seed, []
+            for every in (4, 8):
+                yield (
+                    setting,
+                    f"reused for {every} steps",
+                    AACETrainer,
+                    f"--rho {rho} --ascent_every {every}",
+                    seed,
+                    [],
+                )
+            for name, fraction in {"a half": 0.5, "a quarter": 0.25}.items():
+                options = f"--rho {rho} --ascent_fraction {fraction} --ascent_every 4"
+                yield setting, f"{name}, reused for 4", AACETrainer, options, seed, []
 
 
 def claims():
@@ -308,7 +293,7 @@ def train(setting, kind, options, seed, callbacks):
 
 def write_curves(rows, path):
     """The claims' curves: for each epoch the means over the seeds, and their standard errors."""
-    names = ["clean_loss", "ascent_loss", "ascent_grad_norm", "perturbation_norm", "perturbation_consistency"]
+    names = ["ascent_loss", "ascent_grad_norm", "perturbation_consistency", "path"]
     groups = {}
     for row in rows:
         epochs = [log | travel for log, travel in zip(row["log"], row["travel"], strict=True)]
@@ -318,7 +303,7 @@ def write_curves(rows, path):
         writer.writerow(["setting", "method", "epoch", "quantity", "mean", "standard_error"])
         for group, runs in groups.items():
             for epoch, same in enumerate(zip(*runs, strict=True), start=1):
-                for name in (*names, "distance", "path"):
+                for name in names:
                     mean, error = mean_and_error([entry[name] for entry in same])
                     writer.writerow([*group, epoch, name, f"{mean:.4g}", f"{error:.2g}"])
 
