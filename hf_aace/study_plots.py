@@ -112,19 +112,20 @@ def plot_accuracy_by_rho(results: list[Result], title: str, path: str | os.PathL
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
     markers = itertools.cycle("osD^vP*Xhd<>")
-    for (name, line), marker in zip(points.items(), markers, strict=False):
+    dashes = itertools.cycle(["--", ":", "-.", (0, (9, 3)), (0, (1, 4)), (0, (9, 3, 1, 3, 1, 3))])
+    for name, line in points.items():
         means = {rho: mean_and_error(accuracies) for rho, accuracies in sorted(line.items())}
         colour = _method_colour(name)
         if set(line) == {0}:
             mean, error = means[0]
-            axes.axhline(mean, color=colour, linestyle="--", linewidth=1, label=name)
+            axes.axhline(mean, color=colour, linestyle=next(dashes), linewidth=1, label=name)
             axes.axhspan(mean - error, mean + error, color=colour, alpha=0.12, linewidth=0)
         else:
             axes.errorbar(
                 list(means),
                 [mean for mean, _ in means.values()],
                 yerr=[error for _, error in means.values()],
-                fmt=f"{marker}-",
+                fmt=f"{next(markers)}-",
                 color=colour,
                 capsize=3,
                 label=name,
