@@ -6,6 +6,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ from .trainer import AACETrainer
 @dataclass
 class Method:
     """
-    A way to make one training step.
+    A way to make training steps.
 
     Args:
         name (`str`):
             What the tables call it.
         settings (`AACEArguments`):
-            The settings of the step; `rho=0` is plain training.
+            The settings of the steps; `rho=0` is plain training.
     """
 
     name: str
@@ -40,18 +41,28 @@ class Method:
 PLAIN = Method("plain Trainer", AACEArguments(rho=0.0))
 
 
-def default_methods(fractions: list[float]) -> list[Method]:
+def default_methods(fractions: Sequence[float], ascent_every: Sequence[int] = (1,)) -> list[Method]:
     """
     Plain training, SAM, and AACE with the whole batch and with parts of it.
 
     Args:
-        fractions (`list[float]`): Values of `ascent_fraction` below 1.
+        fractions (`Sequence[float]`):
+            Values of `ascent_fraction` below 1.
+        ascent_every (`Sequence[int]`, *optional*, defaults to `(1,)`):
+            Values of `ascent_every`, for the whole batch and for each part.
     """
     sam = AACEArguments(rho=0.05, perturbation_loss="cross_entropy", normalize_perturbation=True)
-    parts = [
-        Method(f"AACE, {fraction:.3g} of the batch", AACEArguments(ascent_fraction=fraction)) for fraction in fractions
+    aace = [
+        Method(
+            "AACE"
+            + (f", {fraction:.3g} of the batch" if fraction < 1 else "")
+            + (f", every {every} steps" if every > 1 else ""),
+            AACEArguments(ascent_fraction=fraction, ascent_every=every),
+        )
+        for every in ascent_every
+        for fraction in [1.0, *fractions]
     ]
-    return [PLAIN, Method("AACE", AACEArguments()), *parts, Method("SAM", sam)]
+    return [PLAIN, *aace, Method("SAM", sam)]
 
 
 @dataclass
@@ -61,7 +72,9 @@ class Measurement:
 
     Args:
         name (`str`): The method.
-        seconds (`list[float]`): The times of its steps, optimizer included, data loading not.
+        seconds (`list[float]`):
+            The time of a step in each round, optimizer included, data loading not; with `ascent_every` the mean over a step
+            with an ascent pass and those that reuse its gradient.
         ratios (`list[float]`): Each of them over the plain step of the same round.
         peak_bytes (`int`, *optional*):
             The most memory that was allocated at a time in the course of a step, on top of what was allocated before it.
@@ -116,7 +129,7 @@ def measure(
     args = replace(
         args,
         per_device_train_batch_size=len(samples),
-        max_steps=len(methods) * (warmup + rounds + 1),
+        max_steps=sum(method.settings.ascent_every for method in methods) * (warmup + rounds + 1),
         logging_strategy="no",
         save_strategy="no",
         eval_strategy="no",
@@ -135,7 +148,10 @@ def measure(
 
 
 class _Stopwatch(TrainerCallback):
-    """Gives each step its method, and times it. A last round is profiled: memory, and what the perturbation takes."""
+    """
+    Gives each step its method, and times it: in each round one step by each method, or as many as share an ascent pass. A
+    last round is profiled: memory, and what the perturbation takes.
+    """
 
     def __init__(
         self,
@@ -151,25 +167,42 @@ class _Stopwatch(TrainerCallback):
         self.measurements = [Measurement(method.name) for method in [*methods, *peers]]
         self._bar = tqdm(total=rounds + warmup + 1, desc="rounds", leave=False, disable=not show_progress)
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._turn = -1
+        self._waiting = []  # the methods that still have a turn in this round, with how many steps
+        self._remaining = 0  # steps of the present method
+
     def on_step_begin(self, args, state, control, **kwargs):
-        turn, index = divmod(state.global_step, len(self._methods))
-        # From another one in each round, as a method may leave caches in a state that the next one feels.
-        self._index = (index + turn) % len(self._methods)
-        self._turn = turn
-        for name, value in vars(self._methods[self._index].settings).items():
-            setattr(args, name, value)
-        self._begin()
+        if self._remaining == 0:
+            if not self._waiting:
+                self._turn += 1
+                indices = range(len(self._methods))
+                # From another one in each round, as a method may leave caches in a state that the next one feels.
+                self._waiting = [(index + self._turn) % len(self._methods) for index in indices]
+            self._index = self._waiting.pop(0)
+            settings = self._methods[self._index].settings
+            self._remaining = settings.ascent_every
+            for name, value in vars(settings).items():
+                setattr(args, name, value)
+            self._begin()
+        self._start()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self._end(self._index)
-        if (state.global_step - 1) % len(self._methods) < len(self._methods) - 1:
+        self._stop()
+        self._remaining -= 1
+        if self._remaining > 0:
+            return
+        self._end(self._index, self._methods[self._index].settings.ascent_every)
+        if self._waiting:
             return
         inputs = self._trainer._prepare_inputs(self._batch(args))
         for index, peer in enumerate(self._peers, start=len(self._methods)):
             peer.prepare(model, args)
             self._begin()
+            self._start()
             peer.step(self._trainer.model_wrapped, inputs)
-            self._end(index)
+            self._stop()
+            self._end(index, 1)
         if self._warmup <= self._turn < self._warmup + self._rounds:
             plain = self.measurements[0].seconds[-1]
             for measurement in self.measurements:
@@ -183,22 +216,29 @@ class _Stopwatch(TrainerCallback):
         return self._trainer.data_collator([self._trainer.train_dataset[i] for i in range(args.train_batch_size)])
 
     def _begin(self):
+        """Before the steps of a method."""
+        self._seconds = 0.0
         self._profile = _Profile(self._trainer.args.device) if self._turn == self._warmup + self._rounds else None
         if self._profile is not None:
             self._profile.__enter__()
+
+    def _start(self):
         _synchronize(self._trainer.args.device)
         self._started = time.perf_counter()
 
-    def _end(self, index):
+    def _stop(self):
         _synchronize(self._trainer.args.device)
-        seconds = time.perf_counter() - self._started
+        self._seconds += time.perf_counter() - self._started
+
+    def _end(self, index, steps):
+        """After the steps of a method."""
         if self._profile is not None:
             self._profile.__exit__(None, None, None)
             self.measurements[index].peak_bytes = self._profile.peak_bytes
             if self._profile.perturbation_seconds is not None and index < len(self._methods):
-                self.measurements[index].perturbation_share = self._profile.perturbation_seconds / seconds
+                self.measurements[index].perturbation_share = self._profile.perturbation_seconds / self._seconds
         elif self._turn >= self._warmup:
-            self.measurements[index].seconds.append(seconds)
+            self.measurements[index].seconds.append(self._seconds / steps)
 
 
 class _SamOfPytorchOptimizer:

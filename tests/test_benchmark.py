@@ -44,6 +44,27 @@ def test_every_method_has_its_turn_in_every_round(tmp_path):
     assert shares[0] == 0 and all(0 < share < 1 for share in shares[1:])
 
 
+def test_steps_that_share_an_ascent_pass_are_measured_together(tmp_path):
+    """A time for each round, the mean over the step with an ascent pass and those without; no gradient of an earlier round."""
+    model, passes = vit(), []
+    model.register_forward_hook(lambda module, inputs, outputs: passes.append(len(outputs.logits)))
+    methods = default_methods([0.25], [1, 3])
+    result = measure(model, batch(16), training_arguments(AACEConfig, tmp_path), methods, rounds=2, warmup=1)
+    assert [measurement.name for measurement in result] == [
+        "plain Trainer",
+        "AACE",
+        "AACE, 0.25 of the batch",
+        "AACE, every 3 steps",
+        "AACE, 0.25 of the batch, every 3 steps",
+        "SAM",
+    ]
+    steps = {0: [16], 1: [16] * 2, 2: [4, 16], 3: [16] * 4, 4: [4, 16, 16, 16], 5: [16] * 2}
+    order = [(index + turn) % 6 for turn in range(4) for index in range(6)]
+    assert passes == [size for index in order for size in steps[index]]
+    assert all(len(measurement.seconds) == len(measurement.ratios) == 2 for measurement in result)
+    assert all(measurement.peak_bytes > 0 for measurement in result)
+
+
 class Wide(nn.Module):
     """Many weights and few activations, so that a copy of the weights shows."""
 
@@ -115,6 +136,7 @@ def test_command_leaves_numbers_and_a_picture(tmp_path, capsys):
         (["--model_name_or_path", "vit", "--config_overrides", '{"width": 3}'], "no field 'width'"),
         (["--config_overrides", "{width"], "`config_overrides` must be a JSON object, got '{width'"),
         (["--fractions", "0.5", "2"], "`ascent_fraction` must lie in (0, 1], got 2.0"),
+        (["--ascent_every", "1", "0"], "`ascent_every` must be"),
     ],
 )
 def test_bad_input_is_told_in_one_sentence(argv, expected, capsys):

@@ -40,6 +40,8 @@ class BenchmarkArguments:
             Height and width of the images in pixels. Defaults to that of the configuration.
         fractions (`list[float]`, *optional*, defaults to `[0.25, 0.125, 0.0625]`):
             Values of `ascent_fraction` to measure beside the whole batch.
+        ascent_every (`list[int]`, *optional*, defaults to `[1]`):
+            Values of `ascent_every` to measure each of them with.
         rounds (`int`, *optional*, defaults to `20`):
             How often to time each method.
         warmup (`int`, *optional*, defaults to `3`):
@@ -73,6 +75,13 @@ class BenchmarkArguments:
     fractions: list[float] = field(
         default_factory=lambda: [0.25, 0.125, 0.0625],
         metadata={"help": "Values of `ascent_fraction` to measure beside the whole batch."},
+    )
+    ascent_every: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={
+            "help": "Values of `ascent_every` to measure each of them with: `1 4` for an ascent pass on every step, and on "
+            "every fourth."
+        },
     )
     rounds: int = field(default=20, metadata={"help": "How often to time each method, in turns."})
     warmup: int = field(default=3, metadata={"help": "Rounds before that."})
@@ -109,6 +118,8 @@ def run(argv: list[str]) -> int:
         ) from error
     for fraction in options.fractions:
         AACEArguments(ascent_fraction=fraction).check_aace_arguments()
+    for every in options.ascent_every:
+        AACEArguments(ascent_every=every).check_aace_arguments()
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
 
     set_seed(0)
@@ -125,7 +136,7 @@ def run(argv: list[str]) -> int:
         model,
         random_batch(model, options.batch_size, options.image_size),
         args,
-        default_methods(options.fractions),
+        default_methods(options.fractions, options.ascent_every),
         rounds=options.rounds,
         warmup=options.warmup,
         peers=options.peers,
