@@ -86,7 +86,8 @@ class PerturbationConsistencyCallback(PerturbationCallback):
         self._previous = []
 
     def on_perturbation(self, perturbation: perturbed) -> dict[str, torch.Tensor] | None:
-        previous, self._previous = self._previous, perturbation.direction
+        previous = self._previous
+        self._previous = [tensor.clone() for tensor in perturbation.direction]  # a CUDA graph's outputs do not last
         # Others after the first step, or when a callback has unfrozen some of the parameters.
         if [tensor.shape for tensor in previous] != [tensor.shape for tensor in self._previous]:
             return None

@@ -147,7 +147,10 @@ class perturbed:
 
     @property
     def direction(self) -> list[torch.Tensor]:
-        """The direction of the step up to a positive factor and the sign, as this process holds it. Empty once it is made."""
+        """
+        The direction of the step up to a positive factor and the sign, as this process holds it. Empty once it is made;
+        clone what is to last longer.
+        """
         return self._direction
 
     def cosine(self, direction: list[torch.Tensor]) -> torch.Tensor:

@@ -5,7 +5,7 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,7 +260,8 @@ class SharpnessAwareMixin:
             else count
         )
         use_backward = sharded or self._aace_uses_backward
-        gradients = None
+        keep = len(samples) > 1 or self._aace_args.ascent_every > 1
+        gradients = [None] * len(parameters)
         losses = {"clean_loss": 0.0, "ascent_loss": 0.0}
         # The descent pass is to draw the same random numbers, and the run those that it would without an ascent pass.
         with (
@@ -286,7 +287,10 @@ class SharpnessAwareMixin:
                 else:
                     # Not `backward()`: that would add to the gradients of earlier micro-batches and run what is hooked
                     # to them.
-                    gradients = _sum(gradients, torch.autograd.grad(ascent_loss, parameters, allow_unused=True))
+                    new = torch.autograd.grad(ascent_loss, parameters, allow_unused=True)
+                    # Unless they are used up before the next pass, copies: what a CUDA graph
+                    # (`torch_compile_mode="reduce-overhead"`) returned lasts no longer.
+                    gradients = _sum(gradients, new) if keep else new
             if use_backward:
                 gradients = [p.grad for p in parameters]
         if sharded and self._aace_args.ascent_scope == "full_batch":
@@ -531,9 +535,9 @@ class _Ascent:
     grad_scale: torch.Tensor | None
 
     def serves(self, step: int, every: int, parameters: list[nn.Parameter]) -> bool:
-        """Whether this later step is to reuse it, of steps that are taken `every` at a time."""
+        """Whether this later step is to reuse it, as one of the `every` from its own on."""
         same = len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters))
-        return self.step < step and self.step // every == step // every and same
+        return 0 < step - self.step < every and same
 
 
 class _IntervalMetrics:
@@ -598,8 +602,6 @@ def _first(data: Any, used: int, batch: int) -> Any:
     return data
 
 
-def _sum(first: list[torch.Tensor | None] | None, second: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """The sum, entry by entry, where `None` stands for zero."""
-    if first is None:
-        return second
-    return [b if a is None else a if b is None else a + b for a, b in zip(first, second, strict=True)]
+def _sum(total: list[torch.Tensor | None], new: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Adds `new` to `total`, entry by entry, in place where there is something, else to a copy; `None` stands for zero."""
+    return [a if b is None else b.clone() if a is None else a.add_(b) for a, b in zip(total, new, strict=True)]

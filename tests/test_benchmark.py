@@ -48,7 +48,7 @@ def test_steps_that_share_an_ascent_pass_are_measured_together(tmp_path):
     """A time for each round, the mean over the step with an ascent pass and those without; no gradient of an earlier round."""
     model, passes = vit(), []
     model.register_forward_hook(lambda module, inputs, outputs: passes.append(len(outputs.logits)))
-    methods = default_methods([0.25], [1, 3])
+    methods = default_methods([0.25], [1, 3, 4])
     result = measure(model, batch(16), training_arguments(AACEConfig, tmp_path), methods, rounds=2, warmup=1)
     assert [measurement.name for measurement in result] == [
         "plain Trainer",
@@ -56,10 +56,12 @@ def test_steps_that_share_an_ascent_pass_are_measured_together(tmp_path):
         "AACE, 0.25 of the batch",
         "AACE, every 3 steps",
         "AACE, 0.25 of the batch, every 3 steps",
+        "AACE, every 4 steps",
+        "AACE, 0.25 of the batch, every 4 steps",
         "SAM",
     ]
-    steps = {0: [16], 1: [16] * 2, 2: [4, 16], 3: [16] * 4, 4: [4, 16, 16, 16], 5: [16] * 2}
-    order = [(index + turn) % 6 for turn in range(4) for index in range(6)]
+    steps = [[16], [16] * 2, [4, 16], [16] * 4, [4] + [16] * 3, [16] * 5, [4] + [16] * 4, [16] * 2]
+    order = [(index + turn) % 8 for turn in range(4) for index in range(8)]
     assert passes == [size for index in order for size in steps[index]]
     assert all(len(measurement.seconds) == len(measurement.ratios) == 2 for measurement in result)
     assert all(measurement.peak_bytes > 0 for measurement in result)

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from tiny import (
     VANISHING,
     activation_checkpointing,
@@ -21,10 +22,12 @@ from tiny import (
     weights,
 )
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_aace import AACEConfig, AACETrainer, aace_loss
+from hf_aace.callbacks import PerturbationConsistencyCallback
 
 
 def train(cls, config, model, output_dir, *, steps=6, rows=None, **kwargs):
@@ -333,6 +336,54 @@ def test_torch_compile_trains_as_without(tmp_path):
     )
     for name, value in weights(eager.model).items():
         torch.testing.assert_close(weights(compiled.model)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def backend_whose_gradients_do_not_last():
+    """Does with memory what CUDA graphs do: the gradients of a backward pass are good until the next forward pass."""
+    lent = []
+
+    def forward(graph, example_inputs):
+        def run(*args):
+            for tensor in lent:
+                tensor.fill_(float("nan"))
+            lent.clear()
+            return graph(*args)
+
+        return make_boxed_func(run)
+
+    def backward(graph, example_inputs):
+        def run(*args):
+            gradients = graph(*args)
+            lent.extend(g for g in gradients if g is not None)  # which autograd copies then, and does not take over
+            return gradients
+
+        return make_boxed_func(run)
+
+    return aot_autograd(fw_compiler=forward, bw_compiler=backward)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"ascent_every": 2},
+        {"gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 2, "ascent_scope": "full_batch"},
+        {"callbacks": [PerturbationConsistencyCallback()]},
+    ],
+    ids=["ascent_every", "micro_batch", "full_batch", "consistency"],
+)
+def test_nothing_is_kept_in_memory_that_cuda_graphs_use_again(switch, tmp_path):
+    """As with `torch_compile_mode="reduce-overhead"`, which needs a GPU."""
+    torch._dynamo.reset()
+    model = vit()
+    model.forward = torch.compile(model.forward, backend=backend_whose_gradients_do_not_last())
+    kwargs = {"rho": 0.2, "rows": digits(256), "logging_steps": 2, **switch}
+    eager, compiled = (train(AACETrainer, AACEConfig, m, tmp_path, **kwargs) for m in (vit(), model))
+    for name, value in weights(eager.model).items():
+        torch.testing.assert_close(weights(compiled.model)[name], value, rtol=1e-4, atol=1e-5)
+    logs = [[log for log in t.state.log_history if "perturbation_norm" in log] for t in (eager, compiled)]
+    for expected, log in zip(*logs, strict=True):
+        assert log == pytest.approx(expected, rel=1e-3, nan_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,23 @@ def test_no_host_synchronisation_per_step(precision, scope, tmp_path):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize(
+    "switch",
+    [{}, {"ascent_every": 2}, {"gradient_accumulation_steps": 2, "ascent_scope": "full_batch"}],
+    ids=["", "ascent_every", "full_batch"],
+)
+def test_cuda_graphs(switch, tmp_path):
+    """They write each pass's gradients where those of the last one were. On the CPU: tests/test_compatibility.py."""
+    kwargs = {"max_steps": 4, "logging_steps": 1, "rho": 0.2, **switch}
+    eager = train(AACETrainer, AACEConfig, vit(), tmp_path, **kwargs).state.log_history
+    graphs = train(
+        AACETrainer, AACEConfig, vit(), tmp_path, torch_compile=True, torch_compile_mode="reduce-overhead", **kwargs
+    ).state.log_history
+    for expected, log in zip(eager[:4], graphs[:4], strict=True):
+        for key in ("loss", "ascent_grad_norm", "perturbation_norm"):
+            assert log[key] == pytest.approx(expected[key], rel=1e-2), key
+
+
 def test_peak_memory_is_at_most_one_copy_of_the_weights_above_plain(tmp_path):
     from transformers import ViTConfig, ViTForImageClassification
 
