@@ -180,7 +180,8 @@ def test_a_study_is_made_told_and_not_made_twice(tmp_path, monkeypatch, capsys):
 
     # Other options would mix two studies in one folder.
     assert main([*argv, "--label_noise", "0.5"]) == 1
-    assert "holds a study with other options" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "holds a study with other options" in error and "--label_noise 0.5`: `" in error
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path, monkeypatch, capsys):

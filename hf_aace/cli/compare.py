@@ -141,10 +141,11 @@ class Study:
                 raise ValueError("`validation_size` is 0, but it takes validation images to choose between settings.")
         self.title = f"{last_part(model.model_name_or_path)} on {last_part(data.dataset_name)}"
         record = self.folder / "study.json"
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["options"] != common:
+        begun_with = json.loads(record.read_text(encoding="utf-8"))["options"] if record.is_file() else common
+        if begun_with != common:
             raise ValueError(
-                f"The folder {str(self.folder)!r} holds a study with other options of `hf-aace train`. Give those, or "
-                "another `output_dir`."
+                f"The folder {str(self.folder)!r} holds a study with other options of `hf-aace train` than "
+                f"`{shlex.join(common)}`: `{shlex.join(begun_with)}`. Give those, in that order, or another `output_dir`."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({"options": common}, indent=2) + "\n", encoding="utf-8")
