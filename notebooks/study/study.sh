@@ -20,28 +20,39 @@ further+=',aace:ascent_fraction=0.25:rho=0.03|0.1|0.3,aace:ascent_fraction=0.062
 further+=',aace:aace_target=uniform:rho=0.03|0.1|0.3,aace:aace_target=random:rho=0.03|0.1|0.3'
 further+=',aace:normalize_perturbation=true:rho=0.05|0.1|0.2,aace:adaptive_perturbation=true:rho=3|10|30'
 study convnext-noisy-more $noisy --seeds 8 --methods "$further"
-study convnext-noisy-rates $noisy --seeds 16 --methods \
-  'trainer,sam:learning_rate=1e-3|3e-3|1e-2:rho=0.2|0.5|1,aace:learning_rate=1e-3|3e-3|1e-2:rho=0.1|0.3|1'
-study convnext-noisy-low-rates $noisy --seeds 8 --search_seeds 2 --methods 'trainer:learning_rate=1e-4|3e-4|1e-3'
+study convnext-noisy-tuned $noisy --seeds 16 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2' --methods \
+  'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2,trainer:learning_rate=3e-4:num_train_epochs=80,sam:learning_rate=3e-4|1e-3|3e-3|1e-2:rho=0.1|0.2|0.5|1,aace:learning_rate=3e-4|1e-3|3e-3|1e-2:rho=0.1|0.3|1'
 study convnext-noisier --label_noise 0.4 --train_size 400 --num_train_epochs 40 --seeds 8 --methods \
   'trainer,trainer:num_train_epochs=80,sam:rho=0.2|0.5|1,aace,aace:rho=0.1|0.3|1,aace:ascent_fraction=0.125:rho=0.1|0.3'
+study convnext-noisier-tuned --label_noise 0.4 --train_size 400 --num_train_epochs 40 --seeds 8 --search_seeds 2 \
+  --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3' --methods \
+  'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3,trainer:learning_rate=3e-4:num_train_epochs=80,sam:learning_rate=3e-4|1e-3|3e-3:rho=0.1|0.2|0.5|1,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.1|0.3|1|3'
 study convnext-clean --train_size 200 --num_train_epochs 60 --seeds 8 --methods \
   'trainer,trainer:num_train_epochs=120,sam:rho=0.05|0.1|0.2|0.5,aace,aace:rho=0.01|0.03|0.1|0.3,aace:ascent_fraction=0.125:rho=0.01|0.03|0.1'
 methods='trainer,trainer:learning_rate=1e-3|3e-3,sam:rho=0.05|0.2|0.5,aace,aace:rho=0.03|0.1|0.3,aace:ascent_fraction=0.125:rho=0.03|0.1|0.3'
 study convnext-noisy-all --label_noise 0.2 --num_train_epochs 30 --seeds 8 --search_seeds 2 --methods "$methods"
+study convnext-noisy-all-tuned --label_noise 0.2 --num_train_epochs 30 --seeds 8 --search_seeds 2 \
+  --baseline 'trainer:learning_rate=3e-4|1e-3|3e-3' --methods \
+  'trainer:learning_rate=3e-4|1e-3|3e-3,trainer:learning_rate=3e-4:num_train_epochs=60,sam:learning_rate=1e-3|3e-3:rho=0.2|0.5,aace:learning_rate=1e-3|3e-3:rho=0.1|0.3|1'
 study convnext-clean-all --num_train_epochs 20 --seeds 8 --search_seeds 2 --methods "$methods"
 
 resnet="--model_name_or_path resnet-tiny-digits --learning_rate 3e-3 --num_train_epochs 40 --seeds 8 --search_seeds 2"
 methods='trainer,trainer:learning_rate=3e-4|1e-3|3e-3|1e-2,trainer:num_train_epochs=80,sam:rho=0.05|0.1|0.2|0.5,aace,aace:rho=0.03|0.1|0.3|1,aace:ascent_fraction=0.25:rho=0.03|0.1|0.3'
 study resnet-noisy $resnet --label_noise 0.2 --train_size 400 --methods "$methods"
+study resnet-noisy-tuned $resnet --label_noise 0.2 --train_size 400 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2' --methods \
+  'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2,trainer:learning_rate=3e-4:num_train_epochs=80,sam:learning_rate=3e-4|1e-3|3e-3:rho=0.2|0.5|1,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.3|1|3'
 study resnet-clean $resnet --train_size 200 --methods "$methods"
 
 vit="--model_name_or_path vit-tiny-digits --seeds 8 --search_seeds 2"
 noisy="--label_noise 0.2 --train_size 600"
 study vit-noisy $vit $noisy --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-4|1e-3|3e-3' --methods \
   'trainer:learning_rate=3e-4|1e-3|3e-3,trainer:learning_rate=1e-3,sam:learning_rate=3e-4|1e-3:rho=0.05|0.1|0.2,aace:learning_rate=3e-4,aace:learning_rate=3e-4|1e-3:rho=0.03|0.1|0.3,aace:ascent_fraction=0.125:learning_rate=3e-4:rho=0.01|0.03|0.1'
-study vit-noisy-rates $vit $noisy --num_train_epochs 80 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3' --methods \
-  'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3,trainer:learning_rate=3e-4:num_train_epochs=160,sam:learning_rate=3e-4:rho=0.01|0.02|0.05,aace:learning_rate=3e-4'
+study vit-noisy-tuned $vit $noisy --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-5|1e-4|3e-4|1e-3|3e-3' --methods \
+  'trainer:learning_rate=3e-5|1e-4|3e-4|1e-3|3e-3,trainer:learning_rate=1e-4:num_train_epochs=160,sam:learning_rate=1e-4|3e-4|1e-3:rho=0.01|0.02|0.05|0.1,aace:learning_rate=1e-4|3e-4|1e-3:rho=0.003|0.01|0.03|0.1,trainer:learning_rate=1e-4:label_smoothing_factor=0.1'
+study vit-noisier-tuned $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-5|1e-4|3e-4' --methods \
+  'trainer:learning_rate=3e-5|1e-4|3e-4,sam:learning_rate=1e-4|3e-4:rho=0.02|0.05|0.1,aace:learning_rate=1e-4|3e-4:rho=0.01|0.03|0.1'
+study vit-noisy-all-tuned $vit --label_noise 0.2 --num_train_epochs 30 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3' --methods \
+  'trainer:learning_rate=1e-4|3e-4|1e-3,sam:learning_rate=3e-4|1e-3:rho=0.02|0.05|0.1,aace:learning_rate=3e-4|1e-3:rho=0.01|0.03|0.1'
 study vit-noisier $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3' --methods \
   'trainer:learning_rate=1e-4|3e-4|1e-3,sam:learning_rate=3e-4|1e-3:rho=0.05|0.1|0.2,aace:learning_rate=3e-4,aace:learning_rate=3e-4|1e-3:rho=0.01|0.03|0.1|0.3'
 study vit-noisy-short $vit $noisy --num_train_epochs 40 --learning_rate 1e-3 --methods \
@@ -50,6 +61,8 @@ study vit-clean $vit --train_size 300 --num_train_epochs 80 --learning_rate 1e-3
   'trainer,aace,aace:rho=0.03|0.1|0.3,sam:rho=0.05|0.1|0.2,aace:ascent_fraction=0.125:rho=0.03|0.1,trainer:num_train_epochs=160'
 study vit-clean-rates $vit --train_size 300 --num_train_epochs 80 --learning_rate 1e-3 --methods \
   'trainer,trainer:learning_rate=3e-4|1e-3|3e-3,trainer:num_train_epochs=160:learning_rate=3e-4|1e-3,sam:learning_rate=3e-4|1e-3:rho=0.01|0.02|0.05,aace,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.001|0.003|0.01'
+study vit-clean-long $vit --train_size 300 --num_train_epochs 160 --learning_rate 1e-3 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3' --methods \
+  'trainer:learning_rate=1e-4|3e-4|1e-3,trainer:learning_rate=3e-4:num_train_epochs=320,aace:learning_rate=3e-4:rho=0|0.001|0.003|0.01,aace:learning_rate=3e-4,sam:learning_rate=3e-4:rho=0.005|0.01|0.02'
 
 # Fine-tuning: from the digits 0 to 5 to the digits 6 to 9.
 if [[ -z $ONLY || $ONLY == finetune* ]]; then
@@ -65,4 +78,9 @@ study finetune-convnext-noisy --model_name_or_path runs/study/pretrained-convnex
 study finetune-vit-lora-noisy --model_name_or_path runs/study/pretrained-vit $tuning --lora true --train_size 100 \
   --label_noise 0.2 --methods "$methods"
 study finetune-convnext-clean --model_name_or_path runs/study/pretrained-convnext $tuning --train_size 50 --methods \
+  'trainer,trainer:learning_rate=3e-4|1e-3|3e-3,sam:rho=0.05|0.1|0.2,aace,aace:rho=0.03|0.1|0.3'
+study finetune-convnext-noisy-tuned --model_name_or_path runs/study/pretrained-convnext $tuning --train_size 100 --label_noise 0.2 \
+  --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3' --methods \
+  'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3,trainer:learning_rate=3e-4:num_train_epochs=80,sam:learning_rate=3e-4|1e-3|3e-3:rho=0.05|0.1|0.2|0.5|1,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.03|0.1|0.3|1'
+study finetune-vit-lora-clean --model_name_or_path runs/study/pretrained-vit $tuning --lora true --train_size 50 --methods \
   'trainer,trainer:learning_rate=3e-4|1e-3|3e-3,sam:rho=0.05|0.1|0.2,aace,aace:rho=0.03|0.1|0.3'
