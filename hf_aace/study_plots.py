@@ -49,7 +49,7 @@ def plot_accuracies(rows: list[dict[str, Any]], results: list[Result], title: st
     axes.set_yticks(range(len(rows)), [_method_label(row) for row in rows])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3, linewidth=0.6)
-    _finish(figure, axes, title, "test accuracy in per cent (mean and standard error; each seed)", None, path)
+    _finish(figure, axes, title, "test accuracy in per cent\n(mean and standard error; each seed)", None, path)
 
 
 def plot_accuracy_by_time(rows: list[dict[str, Any]], title: str, path: str | os.PathLike) -> None:
@@ -130,7 +130,10 @@ def plot_accuracy_by_rho(results: list[Result], title: str, path: str | os.PathL
                 capsize=3,
                 label=name,
             )
-    axes.set_xscale("log")
+    axes.set_xscale("log", nonpositive="mask")
+    tried = sorted({rho for line in points.values() for rho in line if rho > 0})
+    axes.set_xticks(tried, [f"{rho:g}" for rho in tried], rotation=45 if len(tried) > 6 else 0)
+    axes.minorticks_off()
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     _finish(figure, axes, title, r"$\rho$", "validation accuracy in per cent", path)
