@@ -274,15 +274,16 @@ def _by(results: Iterable[Result], key) -> dict[Any, list[Result]]:
 
 def advise_rho(results: Iterable[Result]) -> dict[str, Any]:
     """
-    Which rho to take, by the validation images.
+    Which rho to take, by the validation images: the best, if what it gains over plain training is more than twice the
+    standard error, and else 0. The best of several values looks good by luck alone, and plain training is the cheaper.
 
     Args:
         results (iterable of [`Result`]): Runs with several values of rho, 0 among them, on the same seeds.
 
     Returns:
-        `dict`: `values`, for each rho the mean `accuracy` and its `standard_error`; `rho`, the one with the highest mean; the
-        `gain` over rho 0, paired over the seeds, and its `gain_standard_error`; and a `text` for people that says so, and
-        also whether the gain is more than twice its standard error, and whether the best value is the last one tried.
+        `dict`: `values`, for each rho the mean `accuracy` and its `standard_error`; `best`, the rho with the highest mean;
+        its `gain` over rho 0, paired over the seeds, and the `gain_standard_error`; `rho`, the one to take; and a `text`
+        for people that says so, and also whether the best value is the last one tried.
     """
     runs = _by(results, lambda run: float(dict(run.candidate.options)["rho"]))
     values, accuracies = [], {}
@@ -292,12 +293,14 @@ def advise_rho(results: Iterable[Result]) -> dict[str, Any]:
         values.append({"rho": rho, "accuracy": mean, "standard_error": error})
     best = max(values, key=lambda row: row["accuracy"])["rho"]
     gain, error = mean_and_error([accuracies[best][seed] - plain for seed, plain in accuracies[0.0].items()])
+    rho = best if gain > 2 * error else 0.0  # 0 also for a single seed, whose error is unknown
+    points = f"{100 * gain:+.1f} ± {100 * error:.1f} points over plain training"
     if best == 0:
-        text = "No rho did better than plain training. Train longer, try smaller values, or train plainly (--rho 0)."
+        text = "Train plainly (--rho 0): no value did better. Smaller ones might."
+    elif rho > 0:
+        text = f"Take --rho {rho:g}: {points}."
     else:
-        text = f"Take --rho {best:g}: {100 * gain:+.1f} ± {100 * error:.1f} points over plain training."
-        if not gain > 2 * error:
-            text += " That may be chance: add seeds to know."
-        if best == values[-1]["rho"]:
-            text += " It is the largest that was tried: try larger ones."
-    return {"values": values, "rho": best, "gain": gain, "gain_standard_error": error, "text": text}
+        text = f"Train plainly (--rho 0), or add seeds to know: the best value, {best:g}, has {points}, which may be chance."
+    if 0 < best == values[-1]["rho"]:
+        text += " It is the largest that was tried: try larger ones."
+    return {"values": values, "best": best, "gain": gain, "gain_standard_error": error, "rho": rho, "text": text}

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from itertools import pairwise
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,10 @@ class Study:
         self.title = f"{last_part(model.model_name_or_path)} on {last_part(data.dataset_name)}"
         record = self.folder / "study.json"
         begun_with = json.loads(record.read_text(encoding="utf-8"))["options"] if record.is_file() else common
-        if begun_with != common:
+        if _by_option(begun_with) != _by_option(common):
             raise ValueError(
                 f"The folder {str(self.folder)!r} holds a study with other options of `hf-aace train` than "
-                f"`{shlex.join(common)}`: `{shlex.join(begun_with)}`. Give those, in that order, or another `output_dir`."
+                f"`{shlex.join(common)}`: `{shlex.join(begun_with)}`. Give those, or another `output_dir`."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({"options": common}, indent=2) + "\n", encoding="utf-8")
@@ -213,6 +214,12 @@ class Study:
         # The clock of a CPU is that of all processes on it.
         seconds = metrics["train_runtime" if torch.cuda.is_available() else "train_processor_seconds"]
         return Result(candidate, seed, metrics["eval_accuracy"], metrics.get("validation_accuracy"), seconds)
+
+
+def _by_option(argv: list[str]) -> list[list[str]]:
+    """Options with their values, sorted by name: the order on the command line does not matter."""
+    starts = [index for index, part in enumerate(argv) if part.startswith("--")]
+    return sorted((argv[start:end] for start, end in pairwise([*starts, len(argv)])), key=lambda option: option[0])
 
 
 def _begin_process(jobs: int) -> None:

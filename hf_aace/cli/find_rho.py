@@ -16,9 +16,10 @@ def run(argv: list[str]) -> int:
     """Runs the command with the arguments `argv`; returns the exit code."""
     parser = study_parser(
         "find-rho",
-        "Trains with several values of rho, and without perturbation, and says which did best on validation images. The test "
-        "images play no part. The best rho depends on model, data, learning rate, length of training and ascent_fraction: "
-        "give them as they will be.",
+        "Trains with several values of rho, and without perturbation, and says which to take, by the accuracy on validation "
+        "images: the best, if it is ahead of plain training by more than twice the standard error of that, or else none. The "
+        "test images play no part. The best rho depends on model, data, learning rate, length of training and "
+        "ascent_fraction: give them as they will be.",
     )
     parser.add_argument("--rho", default="0.003,0.01,0.03,0.1,0.3", help="The values to try, separated by commas.")
     parser.set_defaults(seeds=3)
