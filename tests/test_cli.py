@@ -529,17 +529,25 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
     assert "hf-aace" in done.stdout
 
 
-# ---- Several processes -----------------------------------------------------
-
-TWO_ON_CPU = ["--accelerate_config", "ddp", "--num_processes", "2", "--use_cpu", "true", "--ddp_backend", "gloo"]
-
-
 def command(*argv):
     """In a process group of its own, as a user types it."""
     program = [sys.executable, "-m", "hf_aace", *argv]
     return subprocess.run(
         program, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
+
+
+def test_an_error_is_all_that_is_printed():
+    """Nothing of the libraries that are loaded on the way, such as bitsandbytes' word on kernels that it lacks."""
+    done = command("plot", "nowhere")
+    assert done.returncode == 1
+    assert done.stderr == "hf-aace: error: There is no folder 'nowhere'. Give the `output_dir` of `hf-aace train`.\n"
+    assert done.stdout == ""
+
+
+# ---- Several processes -----------------------------------------------------
+
+TWO_ON_CPU = ["--accelerate_config", "ddp", "--num_processes", "2", "--use_cpu", "true", "--ddp_backend", "gloo"]
 
 
 def test_two_processes_train_one_model():

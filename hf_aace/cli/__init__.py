@@ -4,6 +4,7 @@
 # What needs torch is imported where it is used: `--help` and `--version` are to answer at once.
 import argparse
 import importlib
+import logging
 import os
 import platform
 import sys
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments, rest = parser.parse_known_args(argv)
     rank = int(os.environ.get("RANK", 0))  # of this process, if there are several
+    # peft loads it, and it warns of the lack of 4-bit kernels, which no command uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if arguments.command in _COMMANDS:
             return importlib.import_module(f".{arguments.command.replace('-', '_')}", __package__).run(rest)
