@@ -2,6 +2,7 @@
 """Sharpness-aware training as a mixin for the Hugging Face Trainer, and the Trainer that has it."""
 
 import functools
+import inspect
 import math
 import operator
 import re
@@ -160,7 +161,9 @@ class SharpnessAwareMixin:
         The logits that the ascent loss is computed from. Override it for a model that returns them elsewhere.
 
         Args:
-            outputs (`Any`): What the model returned for a batch without labels.
+            outputs (`Any`):
+                What the model returned for a batch without labels; if its `forward` demands them, with labels, less the loss
+                at the head of a tuple.
 
         Returns:
             `torch.Tensor` of shape `(batch, classes)`: The logits.
@@ -274,6 +277,8 @@ class SharpnessAwareMixin:
                     model.set_requires_gradient_sync(index == len(samples) - 1)
                 with self.compute_loss_context_manager():
                     outputs = inner(**inputs)
+                    if self._aace_label_name in inputs and isinstance(outputs, tuple):
+                        outputs = outputs[1:]  # without the loss
                     ascent_loss = self._ascent_loss(self.ascent_logits(outputs), labels)
                 with torch.no_grad():
                     losses["clean_loss"] += self._clean_loss(outputs, labels) / count
@@ -305,11 +310,14 @@ class SharpnessAwareMixin:
         """Whether all processes perturb by one gradient."""
         return self.args.world_size > 1 and (self._aace_args.sync_ascent or self.accelerator.is_fsdp2)
 
+    @property
+    def _aace_label_name(self) -> str:
+        # A model without an argument for labels leaves them to `compute_loss_func`, which looks for `labels`.
+        return self.label_names[0] if len(self.label_names) == 1 else "labels"
+
     def _ascent_samples(self, inputs: dict[str, torch.Tensor | Any]) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs and the labels for the ascent pass over one micro-batch, on the device."""
-        inputs = dict(self._prepare_inputs(inputs))
-        # A model without an argument for labels leaves them to `compute_loss_func`, which looks for `labels`.
-        name = self.label_names[0] if len(self.label_names) == 1 else "labels"
+        inputs, name = dict(self._prepare_inputs(inputs)), self._aace_label_name
         labels = inputs.pop(name, None)
         if not isinstance(labels, torch.Tensor):
             raise ValueError(
@@ -322,6 +330,9 @@ class SharpnessAwareMixin:
             used = max(1, round(fraction * batch))
             inputs = {key: _first(value, used, batch) for key, value in inputs.items()}
             labels = labels[:used]
+        argument = inspect.signature(self.model.forward).parameters.get(name)
+        if argument is not None and argument.default is inspect.Parameter.empty:
+            inputs[name] = labels  # the loss that it computes from them is not the ascent loss: else it goes without
         return inputs, labels
 
     def _ascent_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

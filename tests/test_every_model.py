@@ -236,6 +236,33 @@ def test_module_that_returns_a_tuple(tmp_path):
     check_trains(NetworkWithLoss(), rows({"x": torch.randn(STEPS * BATCH, 8)}), tmp_path)
 
 
+class NetworkThatDemandsLabels(Network):
+    """It cannot be called without labels."""
+
+    def __init__(self, as_tuple):
+        super().__init__()
+        self.as_tuple = as_tuple
+
+    def forward(self, x, labels):
+        logits = super().forward(x)
+        loss = F.cross_entropy(logits, labels)
+        return (loss, logits) if self.as_tuple else {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("as_tuple", [True, False])
+def test_module_that_demands_labels(as_tuple, tmp_path):
+    model, dataset = NetworkThatDemandsLabels(as_tuple), rows({"x": torch.randn(STEPS * BATCH, 8)})
+    check_trains(model, dataset, tmp_path)
+
+    twin = NetworkWithLoss()
+    twin.load_state_dict(model.state_dict())
+    settings = {"rho": REAL, "bf16": True, "ascent_fraction": 0.5}
+    first, second = (train(AACETrainer, AACEConfig, each, dataset, tmp_path, **settings) for each in (model, twin))
+    assert identical(weights(first.model), weights(second.model)), (
+        "the loss that it computes plays no part in the ascent"
+    )
+
+
 def test_module_that_returns_logits(tmp_path):
     def loss(outputs, labels, num_items_in_batch=None):
         return F.cross_entropy(outputs, labels)
