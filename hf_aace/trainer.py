@@ -330,8 +330,11 @@ class SharpnessAwareMixin:
             used = max(1, round(fraction * batch))
             inputs = {key: _first(value, used, batch) for key, value in inputs.items()}
             labels = labels[:used]
-        argument = inspect.signature(self.model.forward).parameters.get(name)
-        if argument is not None and argument.default is inspect.Parameter.empty:
+        accepted = inspect.signature(self.model.forward).parameters
+        if not any(argument.kind is argument.VAR_KEYWORD for argument in accepted.values()):
+            # The rest, sample weights say, is for an overridden `compute_loss`, which does not hand it on.
+            inputs = {key: value for key, value in inputs.items() if key in accepted}
+        if name in accepted and accepted[name].default is inspect.Parameter.empty:
             inputs[name] = labels  # the loss that it computes from them is not the ascent loss: else it goes without
         return inputs, labels
 

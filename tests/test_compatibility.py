@@ -24,7 +24,7 @@ from tiny import (
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_aace import AACEConfig, AACETrainer, aace_loss
 from hf_aace.callbacks import PerturbationConsistencyCallback
@@ -173,20 +173,39 @@ def test_the_users_batch_is_not_modified(tmp_path):
         assert identical(inputs, before)
 
 
+class Linear(nn.Module):
+    """Takes nothing but images and labels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.linear(pixel_values.flatten(1))
+        return (logits,) if labels is None else (F.cross_entropy(logits, labels), logits)
+
+
 def test_models_without_loss_kwargs(tmp_path):
     """Trainer then divides the loss by the number of micro-batches itself."""
-
-    class Linear(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.linear = nn.Linear(64, 10)
-
-        def forward(self, pixel_values, labels=None):
-            logits = self.linear(pixel_values.flatten(1))
-            return (logits,) if labels is None else (F.cross_entropy(logits, labels), logits)
-
     check_goes_on_working(Linear, tmp_path, gradient_accumulation_steps=2)
+
+
+def test_what_a_batch_holds_for_an_overridden_compute_loss_is_kept_from_the_model(tmp_path):
+    class Weighted(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            sample_weights, labels = inputs.pop("sample_weights"), inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = (sample_weights * F.cross_entropy(outputs[0], labels, reduction="none")).mean()
+            return (loss, outputs) if return_outputs else loss
+
+    class Ours(AACETrainer, Weighted):
+        pass
+
+    def with_weights(rows):
+        return default_data_collator(rows) | {"sample_weights": torch.linspace(0, 1, len(rows))}
+
+    check_goes_on_working(Linear, tmp_path, trainer=Weighted, ours=Ours, data_collator=with_weights)
 
 
 def mixup(rows):
