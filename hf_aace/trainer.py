@@ -156,14 +156,50 @@ class SharpnessAwareMixin:
             self._aace_perturbation = self._perturbation(model, self._aace_window or [inputs])
         return self._aace_perturbation
 
+    def ascent_outputs(self, model: nn.Module, inputs: Mapping[str, torch.Tensor | Any]) -> Any:
+        """
+        The model's outputs in the ascent pass. By default the model gets of the batch what its `forward` has an argument for,
+        by name, but no labels unless it demands them. Override it for a model that your `compute_loss` calls otherwise, as
+        one of torchvision: `return model(inputs["pixel_values"])`.
+
+        Args:
+            model (`nn.Module`): The model to call.
+            inputs (`Mapping[str, torch.Tensor | Any]`):
+                The samples of the ascent pass, with their labels and all else that batches hold.
+
+        Returns:
+            `Any`: What [`~SharpnessAwareMixin.ascent_logits`] finds the logits in, without a loss at the head of a tuple.
+
+        Raises:
+            `ValueError`: If `forward` needs what the batch does not hold.
+        """
+        label = self._aace_label_name
+        accepted = inspect.signature(self.model.forward).parameters
+        anything = any(argument.kind is argument.VAR_KEYWORD for argument in accepted.values())
+        demanded = {
+            name
+            for name, argument in accepted.items()
+            if argument.default is argument.empty
+            and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+        }
+        if missing := sorted(demanded - inputs.keys()):
+            raise ValueError(
+                f"`forward` of {type(self.model).__name__} needs {missing}, got a batch with {sorted(inputs)}. Name the "
+                f"columns alike, or override `ascent_outputs` of {type(self).__name__} to call the model."
+            )
+        # What is not accepted, sample weights say, is for an overridden `compute_loss`.
+        kept = {key: value for key, value in inputs.items() if key != label and (anything or key in accepted)}
+        if label not in demanded:
+            return model(**kept)
+        outputs = model(**kept, **{label: inputs[label]})
+        return outputs[1:] if isinstance(outputs, tuple) else outputs
+
     def ascent_logits(self, outputs: Any) -> torch.Tensor:
         """
         The logits that the ascent loss is computed from. Override it for a model that returns them elsewhere.
 
         Args:
-            outputs (`Any`):
-                What the model returned for a batch without labels; if its `forward` demands them, with labels, less the loss
-                at the head of a tuple.
+            outputs (`Any`): What [`~SharpnessAwareMixin.ascent_outputs`] returned.
 
         Returns:
             `torch.Tensor` of shape `(batch, classes)`: The logits.
@@ -276,9 +312,7 @@ class SharpnessAwareMixin:
                 if sharded:
                     model.set_requires_gradient_sync(index == len(samples) - 1)
                 with self.compute_loss_context_manager():
-                    outputs = inner(**inputs)
-                    if self._aace_label_name in inputs and isinstance(outputs, tuple):
-                        outputs = outputs[1:]  # without the loss
+                    outputs = self.ascent_outputs(inner, inputs)
                     ascent_loss = self._ascent_loss(self.ascent_logits(outputs), labels)
                 with torch.no_grad():
                     losses["clean_loss"] += self._clean_loss(outputs, labels) / count
@@ -316,27 +350,21 @@ class SharpnessAwareMixin:
         return self.label_names[0] if len(self.label_names) == 1 else "labels"
 
     def _ascent_samples(self, inputs: dict[str, torch.Tensor | Any]) -> tuple[dict[str, Any], torch.Tensor]:
-        """The model's inputs and the labels for the ascent pass over one micro-batch, on the device."""
-        inputs, name = dict(self._prepare_inputs(inputs)), self._aace_label_name
-        labels = inputs.pop(name, None)
+        """The samples of one micro-batch for the ascent pass, on the device, and their labels."""
+        inputs, name = self._prepare_inputs(inputs), self._aace_label_name
+        labels = inputs.get(name)
         if not isinstance(labels, torch.Tensor):
+            others = sorted(key for key in inputs if key != name)
             raise ValueError(
-                f"Sharpness-aware training needs the labels of each batch under `{name}`, got a batch with only "
-                f"{sorted(inputs)}. Add them to the data set, or set `label_names` of the training arguments."
+                f"Sharpness-aware training needs the labels of each batch under `{name}`, got a batch with only {others}. "
+                "Add them to the data set, or set `label_names` of the training arguments."
             )
         fraction = self._aace_args.ascent_fraction
         if fraction < 1 and labels.dim() > 0:
             batch = labels.shape[0]
             used = max(1, round(fraction * batch))
             inputs = {key: _first(value, used, batch) for key, value in inputs.items()}
-            labels = labels[:used]
-        accepted = inspect.signature(self.model.forward).parameters
-        if not any(argument.kind is argument.VAR_KEYWORD for argument in accepted.values()):
-            # The rest, sample weights say, is for an overridden `compute_loss`, which does not hand it on.
-            inputs = {key: value for key, value in inputs.items() if key in accepted}
-        if name in accepted and accepted[name].default is inspect.Parameter.empty:
-            inputs[name] = labels  # the loss that it computes from them is not the ascent loss: else it goes without
-        return inputs, labels
+        return inputs, inputs[name]
 
     def _ascent_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The ascent loss, summed over the samples."""

@@ -208,6 +208,34 @@ def test_what_a_batch_holds_for_an_overridden_compute_loss_is_kept_from_the_mode
     check_goes_on_working(Linear, tmp_path, trainer=Weighted, ours=Ours, data_collator=with_weights)
 
 
+def test_a_model_that_is_called_otherwise_than_by_the_names_of_the_batch(tmp_path):
+    """As those of torchvision are, by an overridden `compute_loss`."""
+
+    class Positional(Linear):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    class Calls(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = model(inputs["pixel_values"])
+            loss = F.cross_entropy(logits, inputs["labels"])
+            return (loss, {"logits": logits}) if return_outputs else loss
+
+    class Ours(AACETrainer, Calls):
+        def ascent_outputs(self, model, inputs):
+            return model(inputs["pixel_values"])
+
+    check_goes_on_working(Positional, tmp_path, trainer=Calls, ours=Ours, remove_unused_columns=False)
+
+    class WithoutIt(AACETrainer, Calls):
+        pass
+
+    with pytest.raises(
+        ValueError, match=r"needs \['x'\], got .*\['labels', 'pixel_values'\].* `ascent_outputs` of WithoutIt"
+    ):
+        train(WithoutIt, AACEConfig, Positional(), tmp_path, remove_unused_columns=False)
+
+
 def mixup(rows):
     inputs = {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
