@@ -236,11 +236,11 @@ def _step_(
     """`parameters -= factor * gradients` (`+=` if `maximize`) in place, or nothing where `finite` is false."""
     groups = defaultdict(lambda: ([], []))
     for p, g in zip(parameters, gradients, strict=True):
-        if p.is_contiguous() and p.dtype == torch.float32:
+        if p.device.type in ("cpu", "cuda") and p.is_contiguous() and p.dtype == torch.float32:
             group = groups[p.device]
             group[0].append(p)
             group[1].append(g.contiguous())
-        else:  # the fused kernel takes 32-bit factors, and walks memory linearly
+        else:  # the fused kernel takes 32-bit factors and walks memory linearly; other devices may lack it
             step = torch.where(finite.to(p.device), factor.to(p.device) * g, 0.0)
             p.add_(step) if maximize else p.sub_(step)
     for device, (group_parameters, group_gradients) in groups.items():
