@@ -10,6 +10,16 @@ study() {
     hf-aace compare --output_dir "runs/study/$name" "$@"
   fi
 }
+
+# What `hf-aace find-rho` advises in some of them; find-rho.json here holds the find_rho.json of each.
+find_rho() {
+  local name=find-rho-$1
+  shift
+  if [[ ${ONLY:-$name} == "$name" ]]; then
+    hf-aace find-rho --output_dir "runs/study/$name" "$@"
+  fi
+}
+
 ONLY=${1:-}
 noisy="--label_noise 0.2 --train_size 400 --num_train_epochs 40"
 study convnext-noisy $noisy --seeds 16 --methods \
@@ -22,6 +32,9 @@ further+=',aace:normalize_perturbation=true:rho=0.05|0.1|0.2,aace:adaptive_pertu
 study convnext-noisy-more $noisy --seeds 8 --methods "$further"
 study convnext-noisy-tuned $noisy --seeds 16 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2' --methods \
   'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2,trainer:learning_rate=3e-4:num_train_epochs=80,sam:learning_rate=3e-4|1e-3|3e-3|1e-2:rho=0.1|0.2|0.5|1,aace:learning_rate=3e-4|1e-3|3e-3|1e-2:rho=0.1|0.3|1'
+find_rho convnext-noisy $noisy
+find_rho convnext-noisy-1e-3 $noisy --learning_rate 1e-3
+study found-convnext-noisy $noisy --learning_rate 1e-3 --seeds 8 --methods trainer,aace:rho=0.1
 study convnext-noisier --label_noise 0.4 --train_size 400 --num_train_epochs 40 --seeds 8 --methods \
   'trainer,trainer:num_train_epochs=80,sam:rho=0.2|0.5|1,aace,aace:rho=0.1|0.3|1,aace:ascent_fraction=0.125:rho=0.1|0.3'
 study convnext-noisier-tuned --label_noise 0.4 --train_size 400 --num_train_epochs 40 --seeds 8 --search_seeds 2 \
@@ -29,12 +42,16 @@ study convnext-noisier-tuned --label_noise 0.4 --train_size 400 --num_train_epoc
   'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3,trainer:learning_rate=3e-4:num_train_epochs=80,sam:learning_rate=3e-4|1e-3|3e-3:rho=0.1|0.2|0.5|1,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.1|0.3|1|3'
 study convnext-clean --train_size 200 --num_train_epochs 60 --seeds 8 --methods \
   'trainer,trainer:num_train_epochs=120,sam:rho=0.05|0.1|0.2|0.5,aace,aace:rho=0.01|0.03|0.1|0.3,aace:ascent_fraction=0.125:rho=0.01|0.03|0.1'
+study convnext-clean-tuned --train_size 200 --num_train_epochs 60 --seeds 8 --baseline 'trainer:learning_rate=3e-4|1e-3|3e-3|1e-2' --methods \
+  'trainer:learning_rate=3e-4|1e-3|3e-3|1e-2,trainer:num_train_epochs=120,sam:learning_rate=1e-3|3e-3|1e-2:rho=0.05|0.1|0.2|0.5,aace:learning_rate=1e-3|3e-3|1e-2:rho=0.01|0.03|0.1|0.3,aace'
+find_rho convnext-clean --train_size 200 --num_train_epochs 60
 methods='trainer,trainer:learning_rate=1e-3|3e-3,sam:rho=0.05|0.2|0.5,aace,aace:rho=0.03|0.1|0.3,aace:ascent_fraction=0.125:rho=0.03|0.1|0.3'
 study convnext-noisy-all --label_noise 0.2 --num_train_epochs 30 --seeds 8 --search_seeds 2 --methods "$methods"
 study convnext-noisy-all-tuned --label_noise 0.2 --num_train_epochs 30 --seeds 8 --search_seeds 2 \
   --baseline 'trainer:learning_rate=3e-4|1e-3|3e-3' --methods \
   'trainer:learning_rate=3e-4|1e-3|3e-3,trainer:learning_rate=3e-4:num_train_epochs=60,sam:learning_rate=1e-3|3e-3:rho=0.2|0.5,aace:learning_rate=1e-3|3e-3:rho=0.1|0.3|1'
-study convnext-clean-all --num_train_epochs 20 --seeds 8 --search_seeds 2 --methods "$methods"
+study convnext-clean-all --num_train_epochs 20 --seeds 8 --search_seeds 2 --methods "$methods,trainer:num_train_epochs=40"
+find_rho convnext-clean-all --num_train_epochs 20
 
 resnet="--model_name_or_path resnet-tiny-digits --learning_rate 3e-3 --num_train_epochs 40 --seeds 8 --search_seeds 2"
 methods='trainer,trainer:learning_rate=3e-4|1e-3|3e-3|1e-2,trainer:num_train_epochs=80,sam:rho=0.05|0.1|0.2|0.5,aace,aace:rho=0.03|0.1|0.3|1,aace:ascent_fraction=0.25:rho=0.03|0.1|0.3'
@@ -42,30 +59,38 @@ study resnet-noisy $resnet --label_noise 0.2 --train_size 400 --methods "$method
 study resnet-noisy-tuned $resnet --label_noise 0.2 --train_size 400 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2' --methods \
   'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2,trainer:learning_rate=3e-4:num_train_epochs=80,sam:learning_rate=3e-4|1e-3|3e-3:rho=0.2|0.5|1,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.3|1|3'
 study resnet-clean $resnet --train_size 200 --methods "$methods"
+resnet="--model_name_or_path resnet-tiny-digits --num_train_epochs 40"
+find_rho resnet-noisy $resnet --label_noise 0.2 --train_size 400 --learning_rate 1e-3
+study found-resnet-noisy $resnet --label_noise 0.2 --train_size 400 --learning_rate 1e-3 --seeds 8 --methods trainer,aace:rho=0.3
+find_rho resnet-clean $resnet --train_size 200 --learning_rate 3e-3
 
 vit="--model_name_or_path vit-tiny-digits --seeds 8 --search_seeds 2"
 noisy="--label_noise 0.2 --train_size 600"
 study vit-noisy $vit $noisy --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-4|1e-3|3e-3' --methods \
   'trainer:learning_rate=3e-4|1e-3|3e-3,trainer:learning_rate=1e-3,sam:learning_rate=3e-4|1e-3:rho=0.05|0.1|0.2,aace:learning_rate=3e-4,aace:learning_rate=3e-4|1e-3:rho=0.03|0.1|0.3,aace:ascent_fraction=0.125:learning_rate=3e-4:rho=0.01|0.03|0.1'
-study vit-noisy-tuned $vit $noisy --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-5|1e-4|3e-4|1e-3|3e-3' --methods \
+find_rho vit-noisy --model_name_or_path vit-tiny-digits $noisy --num_train_epochs 80 --learning_rate 3e-4
+study vit-noisy-tuned $vit $noisy --seeds 16 --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-5|1e-4|3e-4|1e-3|3e-3' --methods \
   'trainer:learning_rate=3e-5|1e-4|3e-4|1e-3|3e-3,trainer:learning_rate=1e-4:num_train_epochs=160,sam:learning_rate=1e-4|3e-4|1e-3:rho=0.01|0.02|0.05|0.1,aace:learning_rate=1e-4|3e-4|1e-3:rho=0.003|0.01|0.03|0.1,trainer:learning_rate=1e-4:label_smoothing_factor=0.1'
-study vit-noisier-tuned $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-5|1e-4|3e-4' --methods \
-  'trainer:learning_rate=3e-5|1e-4|3e-4,sam:learning_rate=1e-4|3e-4:rho=0.02|0.05|0.1,aace:learning_rate=1e-4|3e-4:rho=0.01|0.03|0.1'
-study vit-noisy-all-tuned $vit --label_noise 0.2 --num_train_epochs 30 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3' --methods \
-  'trainer:learning_rate=1e-4|3e-4|1e-3,sam:learning_rate=3e-4|1e-3:rho=0.02|0.05|0.1,aace:learning_rate=3e-4|1e-3:rho=0.01|0.03|0.1'
+study vit-noisier-tuned $vit --search_seeds 4 --label_noise 0.4 --train_size 600 --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-5|1e-4|3e-4' --methods \
+  'trainer:learning_rate=3e-5|1e-4|3e-4,trainer:learning_rate=1e-4:num_train_epochs=160,sam:learning_rate=1e-4|3e-4:rho=0.02|0.05|0.1,aace:learning_rate=1e-4|3e-4:rho=0.01|0.03|0.1'
+study vit-noisy-all-tuned $vit --search_seeds 4 --label_noise 0.2 --num_train_epochs 30 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3' --methods \
+  'trainer:learning_rate=1e-4|3e-4|1e-3,trainer:learning_rate=3e-4:num_train_epochs=60,sam:learning_rate=3e-4|1e-3:rho=0.02|0.05|0.1,aace:learning_rate=3e-4|1e-3:rho=0.01|0.03|0.1'
 study vit-noisier $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3' --methods \
   'trainer:learning_rate=1e-4|3e-4|1e-3,sam:learning_rate=3e-4|1e-3:rho=0.05|0.1|0.2,aace:learning_rate=3e-4,aace:learning_rate=3e-4|1e-3:rho=0.01|0.03|0.1|0.3'
+find_rho vit-noisy-all --model_name_or_path vit-tiny-digits --label_noise 0.2 --num_train_epochs 30 --learning_rate 3e-4
 study vit-noisy-short $vit $noisy --num_train_epochs 40 --learning_rate 1e-3 --methods \
   'trainer,aace,aace:rho=0.03|0.1|0.3,sam:rho=0.05|0.1|0.2,aace:ascent_fraction=0.125:rho=0.01|0.03|0.1,aace:ascent_fraction=0.0625:rho=0.01|0.03|0.1,trainer:num_train_epochs=80'
 study vit-clean $vit --train_size 300 --num_train_epochs 80 --learning_rate 1e-3 --methods \
   'trainer,aace,aace:rho=0.03|0.1|0.3,sam:rho=0.05|0.1|0.2,aace:ascent_fraction=0.125:rho=0.03|0.1,trainer:num_train_epochs=160'
+find_rho vit-clean --model_name_or_path vit-tiny-digits --train_size 300 --num_train_epochs 80 --learning_rate 1e-3
 study vit-clean-rates $vit --train_size 300 --num_train_epochs 80 --learning_rate 1e-3 --methods \
   'trainer,trainer:learning_rate=3e-4|1e-3|3e-3,trainer:num_train_epochs=160:learning_rate=3e-4|1e-3,sam:learning_rate=3e-4|1e-3:rho=0.01|0.02|0.05,aace,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.001|0.003|0.01'
 study vit-clean-long $vit --train_size 300 --num_train_epochs 160 --learning_rate 1e-3 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3' --methods \
   'trainer:learning_rate=1e-4|3e-4|1e-3,trainer:learning_rate=3e-4:num_train_epochs=320,aace:learning_rate=3e-4:rho=0|0.001|0.003|0.01,aace:learning_rate=3e-4,sam:learning_rate=3e-4:rho=0.005|0.01|0.02'
+find_rho vit-clean-long --model_name_or_path vit-tiny-digits --train_size 300 --num_train_epochs 160 --learning_rate 3e-4
 
 # Fine-tuning: from the digits 0 to 5 to the digits 6 to 9.
-if [[ -z $ONLY || $ONLY == finetune* ]]; then
+if [[ -z $ONLY || $ONLY == *finetune* ]]; then
   python "$(dirname "$0")/make_tasks.py"
   pretrain="hf-aace train --rho 0 --dataset_name runs/study/digits-0-5 --augmentation none --save_strategy no"
   $pretrain --output_dir runs/study/pretrained-convnext
@@ -84,3 +109,15 @@ study finetune-convnext-noisy-tuned --model_name_or_path runs/study/pretrained-c
   'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3,trainer:learning_rate=3e-4:num_train_epochs=80,sam:learning_rate=3e-4|1e-3|3e-3:rho=0.05|0.1|0.2|0.5|1,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.03|0.1|0.3|1'
 study finetune-vit-lora-clean --model_name_or_path runs/study/pretrained-vit $tuning --lora true --train_size 50 --methods \
   'trainer,trainer:learning_rate=3e-4|1e-3|3e-3,sam:rho=0.05|0.1|0.2,aace,aace:rho=0.03|0.1|0.3'
+study finetune-convnext-clean-tuned --model_name_or_path runs/study/pretrained-convnext $tuning --train_size 50 \
+  --baseline 'trainer:learning_rate=3e-4|1e-3|3e-3|1e-2' --methods \
+  'trainer:learning_rate=3e-4|1e-3|3e-3|1e-2,trainer:learning_rate=3e-3:num_train_epochs=80,sam:learning_rate=1e-3|3e-3|1e-2:rho=0.05|0.1|0.2,aace:learning_rate=1e-3|3e-3|1e-2:rho=0.003|0.01|0.03|0.1,aace:learning_rate=3e-3'
+study finetune-vit-lora-noisy-tuned --model_name_or_path runs/study/pretrained-vit $tuning --lora true --train_size 100 --label_noise 0.2 \
+  --baseline 'trainer:learning_rate=1e-3|3e-3|1e-2|3e-2' --methods \
+  'trainer:learning_rate=1e-3|3e-3|1e-2|3e-2,trainer:learning_rate=3e-3:num_train_epochs=80,trainer:learning_rate=1e-2:num_train_epochs=80,sam:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.02|0.05|0.1|0.2,aace:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.003|0.01|0.03|0.1'
+study finetune-vit-lora-clean-tuned --model_name_or_path runs/study/pretrained-vit $tuning --lora true --train_size 50 \
+  --baseline 'trainer:learning_rate=1e-3|3e-3|1e-2|3e-2' --methods \
+  'trainer:learning_rate=1e-3|3e-3|1e-2|3e-2,trainer:learning_rate=1e-2:num_train_epochs=80,sam:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.02|0.05|0.1,aace:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.003|0.01|0.03|0.1,aace:learning_rate=3e-3,aace:learning_rate=1e-2'
+find_rho finetune-convnext-noisy --model_name_or_path runs/study/pretrained-convnext $tuning --seeds 3 --train_size 100 --label_noise 0.2
+find_rho finetune-convnext-clean --model_name_or_path runs/study/pretrained-convnext $tuning --seeds 3 --train_size 50
+find_rho finetune-vit-lora-clean --model_name_or_path runs/study/pretrained-vit $tuning --seeds 3 --lora true --train_size 50
