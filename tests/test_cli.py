@@ -537,13 +537,12 @@ def command(*argv):
     )
 
 
-def test_an_error_comes_without_the_word_of_bitsandbytes_on_kernels_that_it_lacks():
-    """peft loads it wherever it is installed, and nobody here needs them."""
-    done = command("plot", "nowhere")
-    assert done.returncode == 1 and "kernels" not in done.stdout + done.stderr
-    assert done.stderr.endswith(
-        "hf-aace: error: There is no folder 'nowhere'. Give the `output_dir` of `hf-aace train`.\n"
-    )
+def test_an_error_is_all_that_is_printed():
+    """Nothing of the libraries that are loaded on the way, such as bitsandbytes' word on kernels that it lacks."""
+    done = command("predict", "--model_name_or_path", "model", "--images", "nowhere")
+    assert done.returncode == 1
+    assert done.stderr == "hf-aace: error: `images` must be a folder or an image, but there is no 'nowhere'.\n"
+    assert done.stdout == ""
 
 
 # ---- Several processes -----------------------------------------------------

@@ -188,6 +188,8 @@ def test_a_study_is_made_told_and_not_made_twice(tmp_path, monkeypatch, capsys):
     assert main([*argv, "--label_noise", "0.5"]) == 1
     error = capsys.readouterr().err
     assert "holds a study with other options" in error and "--label_noise 0.5`: `" in error
+    assert main(["50" if part == "40" else part for part in argv]) == 1
+    assert "--train_size 50`: `" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path, monkeypatch, capsys):
