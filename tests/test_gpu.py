@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only a CUDA device can show: `pytest -m gpu`."""
 
+import gc
+
 import pytest
 import torch
 from tiny import VANISHING, batch, convnext, digits, identical, training_arguments, vit, weights
@@ -10,6 +12,17 @@ from hf_aace import AACEConfig, AACETrainer
 
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _switches_of_this_test_only(monkeypatch):
+    """
+    `tf32=True` and `full_determinism=True` hold for the process. Left on, the one would spoil comparisons with the CPU and
+    make the compiler raise, the other check indices on the host.
+    """
+    monkeypatch.setattr(torch.backends, "fp32_precision", torch.backends.fp32_precision)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def train(cls, config, model, output_dir, callbacks=None, **kwargs):
@@ -33,8 +46,9 @@ def test_ascent_pass_leaves_no_trace(make_model, precision, tmp_path):
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=str)
-def test_step_is_that_of_the_cpu(precision, tmp_path):
+def test_step_is_that_of_the_cpu(precision, tmp_path, monkeypatch):
     """The first perturbation's norm and sharpness, to the precision of the pass: loss scale and autocast included."""
+    monkeypatch.setattr(torch.backends, "fp32_precision", "ieee")  # convolutions take TF32 unasked
     kwargs = {"max_steps": 1, "logging_steps": 1, "rho": 0.2}
     cpu = train(AACETrainer, AACEConfig, vit(), tmp_path, use_cpu=True, **kwargs).state.log_history[0]
     gpu = train(AACETrainer, AACEConfig, vit(), tmp_path, **precision, **kwargs).state.log_history[0]
@@ -131,6 +145,7 @@ def test_peak_memory_is_at_most_one_copy_of_the_weights_above_plain(tmp_path):
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 10} for i in range(64)]
         arguments = training_arguments(config, tmp_path, use_cpu=False, max_steps=4, **kwargs)
+        gc.collect()  # the trainer of the last run, a cycle
         torch.cuda.reset_peak_memory_stats()
         cls(model, arguments, train_dataset=rows).train()
         return torch.cuda.max_memory_allocated(), size
