@@ -20,7 +20,7 @@ from ..benchmark import default_methods, measure, random_batch, summarize
 from ..config import AACEArguments, AACEConfig
 from ..models import model_from_architecture
 from ..plots import plot_costs
-from .options import last_part
+from .options import last_part, pick_device
 from .table import table
 
 
@@ -106,10 +106,7 @@ def run(argv: list[str]) -> int:
     for name in ("batch_size", "rounds"):
         if getattr(options, name) < 2:
             raise ValueError(f"`{name}` must be at least 2, got {getattr(options, name)}.")
-    if options.device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"`device` must be `auto`, `cpu` or `cuda`, got {options.device!r}.")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("`device` is `cuda`, but torch finds no GPU here. Use `cpu`.")
+    on_gpu = pick_device(options.device).type == "cuda"
     try:
         overrides = json.loads(options.config_overrides or "{}")
     except json.JSONDecodeError as error:
@@ -120,7 +117,6 @@ def run(argv: list[str]) -> int:
         AACEArguments(ascent_fraction=fraction).check_aace_arguments()
     for every in options.ascent_every:
         AACEArguments(ascent_every=every).check_aace_arguments()
-    on_gpu = options.device != "cpu" and torch.cuda.is_available()
 
     set_seed(0)
     model = model_from_architecture(options.model_name_or_path, overrides)

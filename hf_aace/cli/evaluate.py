@@ -107,6 +107,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(
             f"`num_mistakes` must be at least 0 and `batch_size` 1, got {options.num_mistakes} and {options.batch_size}."
         )
+    device = pick_device(options.device)
     metric = evaluate.combine([load_metric(name) for name in options.metrics if name != "confusion_matrix"])
     model, processor = load_classifier(
         name,
@@ -124,7 +125,7 @@ def run(argv: list[str]) -> int:
     data = concatenate_datasets([splits["train"], splits["test"]]) if options.split == "all" else splits[options.split]
     data = _in_the_classes_of(model, data)
 
-    pipe = _Pipeline(model.to(pick_device(options.device)), processor, options.batch_size, len(data))
+    pipe = _Pipeline(model.to(device), processor, options.batch_size, len(data))
     results = image_classification_evaluator().compute(
         pipe, data.cast_column("image", Image(decode=False)), metric=metric, label_mapping=None
     )

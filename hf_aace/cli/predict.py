@@ -63,6 +63,7 @@ def run(argv: list[str]) -> int:
     name, images = required("model_name_or_path", source.model_name_or_path), required("images", options.images)
     if options.batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {options.batch_size}.")
+    device = pick_device(options.device)
     root, paths = _find_images(images)
     model, processor = load_classifier(
         name,
@@ -75,7 +76,7 @@ def run(argv: list[str]) -> int:
             f"`top_k` must lie between 1 and the number of classes, {model.config.num_labels}, got {options.top_k}."
         )
     answers = classify(
-        model.to(pick_device(options.device)),
+        model.to(device),
         processor,
         ({"path": str(path), "bytes": None} for path in paths),
         batch_size=options.batch_size,

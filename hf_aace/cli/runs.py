@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..data import load_image_dataset
 from ..images import image_transform
-from .options import TRAIN_OPTIONS_NAME, last_part
+from .options import TRAIN_OPTIONS_NAME, last_part, pick_device
 
 
 @dataclass
@@ -85,10 +85,7 @@ class RunArguments:
         for name in ("max_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"`device` must be `auto`, `cpu` or `cuda`, got {self.device!r}.")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("`device` is `cuda`, but torch finds no GPU here. Use `cpu`.")
+        pick_device(self.device)
 
 
 @contextmanager
@@ -150,7 +147,7 @@ class Run:
         if not (self.folder / "config.json").is_file():
             raise ValueError(f"The folder {str(self.folder)!r} has no config.json, so no model to look at.")
         model = AutoModelForImageClassification.from_pretrained(self.folder, dtype=torch.float32)
-        return model.to("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        return model.to(pick_device(args.device))
 
     @_without_progress_bars()
     def load_batches(self, args: RunArguments) -> list[dict[str, torch.Tensor]]:
