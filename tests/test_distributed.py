@@ -95,7 +95,12 @@ def check_equal_on_all(results):
     first, *others = results
     for other in others:
         assert identical(first["weights"], other["weights"])
-        assert first["logs"] == other["logs"]
+        assert without_grad_norm(first["logs"]) == without_grad_norm(other["logs"])
+
+
+def without_grad_norm(logs):
+    """Trainer's own: with FSDP2 on torch 2.9 each process logs that of its shards."""
+    return [{name: value for name, value in log.items() if name != "grad_norm"} for log in logs]
 
 
 def skipped(result):
