@@ -37,27 +37,27 @@ find_rho convnext-noisy-1e-3 $noisy --learning_rate 1e-3
 study found-convnext-noisy $noisy --learning_rate 1e-3 --seeds 8 --methods trainer,aace:rho=0.1
 study convnext-noisier --label_noise 0.4 --train_size 400 --num_train_epochs 40 --seeds 8 --methods \
   'trainer,trainer:num_train_epochs=80,sam:rho=0.2|0.5|1,aace,aace:rho=0.1|0.3|1,aace:ascent_fraction=0.125:rho=0.1|0.3'
-study convnext-noisier-tuned --label_noise 0.4 --train_size 400 --num_train_epochs 40 --seeds 8 --search_seeds 2 \
+study convnext-noisier-tuned --label_noise 0.4 --train_size 400 --num_train_epochs 40 --seeds 8 --search_seeds 4 \
   --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3' --methods \
   'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3,trainer:learning_rate=3e-4:num_train_epochs=80,sam:learning_rate=3e-4|1e-3|3e-3:rho=0.1|0.2|0.5|1,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.1|0.3|1|3'
 study convnext-clean --train_size 200 --num_train_epochs 60 --seeds 8 --methods \
   'trainer,trainer:num_train_epochs=120,sam:rho=0.05|0.1|0.2|0.5,aace,aace:rho=0.01|0.03|0.1|0.3,aace:ascent_fraction=0.125:rho=0.01|0.03|0.1'
 study convnext-clean-tuned --train_size 200 --num_train_epochs 60 --seeds 8 --baseline 'trainer:learning_rate=3e-4|1e-3|3e-3|1e-2' --methods \
-  'trainer:learning_rate=3e-4|1e-3|3e-3|1e-2,trainer:num_train_epochs=120,sam:learning_rate=1e-3|3e-3|1e-2:rho=0.05|0.1|0.2|0.5,aace:learning_rate=1e-3|3e-3|1e-2:rho=0.01|0.03|0.1|0.3,aace'
+  'trainer:learning_rate=3e-4|1e-3|3e-3|1e-2,trainer:num_train_epochs=120,sam:learning_rate=1e-3|3e-3|1e-2:rho=0.05|0.1|0.2|0.5|1,aace:learning_rate=1e-3|3e-3|1e-2:rho=0.01|0.03|0.1|0.3,aace'
 find_rho convnext-clean --train_size 200 --num_train_epochs 60
 methods='trainer,trainer:learning_rate=1e-3|3e-3,sam:rho=0.05|0.2|0.5,aace,aace:rho=0.03|0.1|0.3,aace:ascent_fraction=0.125:rho=0.03|0.1|0.3'
 study convnext-noisy-all --label_noise 0.2 --num_train_epochs 30 --seeds 8 --search_seeds 2 --methods "$methods"
-study convnext-noisy-all-tuned --label_noise 0.2 --num_train_epochs 30 --seeds 8 --search_seeds 2 \
-  --baseline 'trainer:learning_rate=3e-4|1e-3|3e-3' --methods \
-  'trainer:learning_rate=3e-4|1e-3|3e-3,trainer:learning_rate=3e-4:num_train_epochs=60,sam:learning_rate=1e-3|3e-3:rho=0.2|0.5,aace:learning_rate=1e-3|3e-3:rho=0.1|0.3|1'
+study convnext-noisy-all-tuned --label_noise 0.2 --num_train_epochs 30 --seeds 8 --search_seeds 4 \
+  --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3' --methods \
+  'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3,trainer:learning_rate=3e-4:num_train_epochs=60,sam:learning_rate=3e-4|1e-3|3e-3:rho=0.2|0.5|1,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.1|0.3|1'
 study convnext-clean-all --num_train_epochs 20 --seeds 8 --search_seeds 2 --methods "$methods,trainer:num_train_epochs=40"
 find_rho convnext-clean-all --num_train_epochs 20
 
 resnet="--model_name_or_path resnet-tiny-digits --learning_rate 3e-3 --num_train_epochs 40 --seeds 8 --search_seeds 2"
 methods='trainer,trainer:learning_rate=3e-4|1e-3|3e-3|1e-2,trainer:num_train_epochs=80,sam:rho=0.05|0.1|0.2|0.5,aace,aace:rho=0.03|0.1|0.3|1,aace:ascent_fraction=0.25:rho=0.03|0.1|0.3'
 study resnet-noisy $resnet --label_noise 0.2 --train_size 400 --methods "$methods"
-study resnet-noisy-tuned $resnet --label_noise 0.2 --train_size 400 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2' --methods \
-  'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2,trainer:learning_rate=3e-4:num_train_epochs=80,sam:learning_rate=3e-4|1e-3|3e-3:rho=0.2|0.5|1,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.3|1|3'
+study resnet-noisy-tuned $resnet --search_seeds 4 --label_noise 0.2 --train_size 400 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2' --methods \
+  'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2,trainer:learning_rate=3e-4:num_train_epochs=80,sam:learning_rate=3e-4|1e-3|3e-3:rho=0.2|0.5|1|2,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.3|1|3'
 study resnet-clean $resnet --train_size 200 --methods "$methods"
 resnet="--model_name_or_path resnet-tiny-digits --num_train_epochs 40"
 find_rho resnet-noisy $resnet --label_noise 0.2 --train_size 400 --learning_rate 1e-3
@@ -69,12 +69,12 @@ noisy="--label_noise 0.2 --train_size 600"
 study vit-noisy $vit $noisy --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-4|1e-3|3e-3' --methods \
   'trainer:learning_rate=3e-4|1e-3|3e-3,trainer:learning_rate=1e-3,sam:learning_rate=3e-4|1e-3:rho=0.05|0.1|0.2,aace:learning_rate=3e-4,aace:learning_rate=3e-4|1e-3:rho=0.03|0.1|0.3,aace:ascent_fraction=0.125:learning_rate=3e-4:rho=0.01|0.03|0.1'
 find_rho vit-noisy --model_name_or_path vit-tiny-digits $noisy --num_train_epochs 80 --learning_rate 3e-4
-study vit-noisy-tuned $vit $noisy --seeds 16 --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-5|1e-4|3e-4|1e-3|3e-3' --methods \
-  'trainer:learning_rate=3e-5|1e-4|3e-4|1e-3|3e-3,trainer:learning_rate=1e-4:num_train_epochs=160,sam:learning_rate=1e-4|3e-4|1e-3:rho=0.01|0.02|0.05|0.1,aace:learning_rate=1e-4|3e-4|1e-3:rho=0.003|0.01|0.03|0.1,trainer:learning_rate=1e-4:label_smoothing_factor=0.1'
+study vit-noisy-tuned $vit --search_seeds 4 $noisy --seeds 16 --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-5|1e-4|3e-4|1e-3|3e-3' --methods \
+  'trainer:learning_rate=3e-5|1e-4|3e-4|1e-3|3e-3,trainer:learning_rate=1e-4:num_train_epochs=160,sam:learning_rate=1e-4|3e-4|1e-3:rho=0.005|0.01|0.02|0.05|0.1,aace:learning_rate=1e-4|3e-4|1e-3:rho=0.001|0.003|0.01|0.03|0.1,trainer:learning_rate=1e-4:label_smoothing_factor=0.1'
 study vit-noisier-tuned $vit --search_seeds 4 --label_noise 0.4 --train_size 600 --num_train_epochs 80 --baseline 'trainer:learning_rate=3e-5|1e-4|3e-4' --methods \
-  'trainer:learning_rate=3e-5|1e-4|3e-4,trainer:learning_rate=1e-4:num_train_epochs=160,sam:learning_rate=1e-4|3e-4:rho=0.02|0.05|0.1,aace:learning_rate=1e-4|3e-4:rho=0.01|0.03|0.1'
+  'trainer:learning_rate=3e-5|1e-4|3e-4,trainer:learning_rate=1e-4:num_train_epochs=160,sam:learning_rate=1e-4|3e-4:rho=0.01|0.02|0.05|0.1,aace:learning_rate=1e-4|3e-4:rho=0.003|0.01|0.03|0.1'
 study vit-noisy-all-tuned $vit --search_seeds 4 --label_noise 0.2 --num_train_epochs 30 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3' --methods \
-  'trainer:learning_rate=1e-4|3e-4|1e-3,trainer:learning_rate=3e-4:num_train_epochs=60,sam:learning_rate=3e-4|1e-3:rho=0.02|0.05|0.1,aace:learning_rate=3e-4|1e-3:rho=0.01|0.03|0.1'
+  'trainer:learning_rate=1e-4|3e-4|1e-3,trainer:learning_rate=3e-4:num_train_epochs=60,sam:learning_rate=3e-4|1e-3:rho=0.01|0.02|0.05|0.1,aace:learning_rate=3e-4|1e-3:rho=0.003|0.01|0.03|0.1'
 study vit-noisier $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3' --methods \
   'trainer:learning_rate=1e-4|3e-4|1e-3,sam:learning_rate=3e-4|1e-3:rho=0.05|0.1|0.2,aace:learning_rate=3e-4,aace:learning_rate=3e-4|1e-3:rho=0.01|0.03|0.1|0.3'
 find_rho vit-noisy-all --model_name_or_path vit-tiny-digits --label_noise 0.2 --num_train_epochs 30 --learning_rate 3e-4
@@ -117,7 +117,7 @@ study finetune-vit-lora-noisy-tuned --model_name_or_path runs/study/pretrained-v
   'trainer:learning_rate=1e-3|3e-3|1e-2|3e-2,trainer:learning_rate=3e-3:num_train_epochs=80,trainer:learning_rate=1e-2:num_train_epochs=80,sam:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.02|0.05|0.1|0.2,aace:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.003|0.01|0.03|0.1'
 study finetune-vit-lora-clean-tuned --model_name_or_path runs/study/pretrained-vit $tuning --lora true --train_size 50 \
   --baseline 'trainer:learning_rate=1e-3|3e-3|1e-2|3e-2' --methods \
-  'trainer:learning_rate=1e-3|3e-3|1e-2|3e-2,trainer:learning_rate=1e-2:num_train_epochs=80,sam:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.02|0.05|0.1,aace:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.003|0.01|0.03|0.1,aace:learning_rate=3e-3,aace:learning_rate=1e-2'
+  'trainer:learning_rate=1e-3|3e-3|1e-2|3e-2,trainer:learning_rate=1e-2:num_train_epochs=80,sam:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.005|0.01|0.02|0.05|0.1,aace:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.003|0.01|0.03|0.1,aace:learning_rate=3e-3,aace:learning_rate=1e-2'
 find_rho finetune-convnext-noisy --model_name_or_path runs/study/pretrained-convnext $tuning --seeds 3 --train_size 100 --label_noise 0.2
 find_rho finetune-convnext-clean --model_name_or_path runs/study/pretrained-convnext $tuning --seeds 3 --train_size 50
 find_rho finetune-vit-lora-clean --model_name_or_path runs/study/pretrained-vit $tuning --seeds 3 --lora true --train_size 50
