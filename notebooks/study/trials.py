@@ -5,6 +5,7 @@ Trials of what might be in the library, most of which did not earn its place, an
     python notebooks/study/trials.py mechanisms    # ways to be spared the choice of rho
     python notebooks/study/trials.py candidates    # ascent steps cheaper than a part of the batch
     python notebooks/study/trials.py reuse         # the one of them that did: a gradient that several steps use
+    python notebooks/study/trials.py when          # perturbing during a part of the training only
     python notebooks/study/trials.py claims        # what the paper says of gradients and directions
 
 Each leaves a line for each run in `runs/trials/NAME.jsonl`, goes on where it was, and prints means with their standard errors;
@@ -44,6 +45,7 @@ SETTINGS = {
     "--num_train_epochs 80",
     "ViT, noisy, 1e-3": "--model_name_or_path vit-tiny-digits --learning_rate 1e-3 --label_noise 0.2 --train_size 600 "
     "--num_train_epochs 80",
+    "ViT, clean, 3e-4": "--model_name_or_path vit-tiny-digits --learning_rate 3e-4 --train_size 300 --num_train_epochs 160",
     "ViT, clean": "--model_name_or_path vit-tiny-digits --learning_rate 1e-3 --train_size 300 --num_train_epochs 80",
 }
 SAM = "--perturbation_loss cross_entropy --normalize_perturbation true"
@@ -60,6 +62,19 @@ class FollowLearningRate(TrainerCallback):
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         args.rho = max(self.rho * lr_scheduler.get_last_lr()[0] / args.learning_rate, 1e-9)
+
+
+class During(TrainerCallback):
+    """Perturbs from one share of the training to another, as from 0.75 to 1, and trains plainly before and after."""
+
+    def __init__(self, start, end):
+        self.start, self.end = start, end
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.rho = args.rho
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        args.rho = self.rho if self.start <= state.global_step / state.max_steps < self.end else 0.0
 
 
 class OnlyFitted(AACETrainer):
@@ -236,6 +251,20 @@ def reuse():
                 yield setting, f"{name}, reused for 4", AACETrainer, options, seed, []
 
 
+def when():
+    for setting, rho, sam in (
+        ("ConvNeXt, noisy", 0.3, 0.5),
+        ("ViT, noisy, 3e-4", 0.01, 0.01),
+        ("ViT, clean, 3e-4", 0.01, 0.01),
+    ):
+        for seed in range(4):
+            yield setting, "plain", AACETrainer, "--rho 0", seed, []
+            for name, options in {"AACE": f"--rho {rho}", "SAM": f"{SAM} --rho {sam}"}.items():
+                yield setting, name, AACETrainer, options, seed, []
+                for start, end in ((0, 0.5), (0.25, 1), (0.5, 1), (0.75, 1)):
+                    yield setting, f"{name} from {start} to {end}", AACETrainer, options, seed, [During(start, end)]
+
+
 def claims():
     for seed in range(5):
         for setting in ("ConvNeXt, clean", "ViT, clean"):  # near convergence, which is what the paper speaks of
@@ -310,7 +339,7 @@ def write_curves(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trials", choices=[f.__name__ for f in (mechanisms, candidates, reuse, claims)])
+    parser.add_argument("trials", choices=[f.__name__ for f in (mechanisms, candidates, reuse, when, claims)])
     parser.add_argument("--shard", default="0/1", help="Which part of the runs to make, of how many.")
     options = parser.parse_args()
     shard, shards = map(int, options.shard.split("/"))
