@@ -122,32 +122,33 @@ find_rho finetune-convnext-noisy --model_name_or_path runs/study/pretrained-conv
 find_rho finetune-convnext-clean --model_name_or_path runs/study/pretrained-convnext $tuning --seeds 3 --train_size 50
 find_rho finetune-vit-lora-clean --model_name_or_path runs/study/pretrained-vit $tuning --seeds 3 --lora true --train_size 50
 
-# One rho for most: AACE's step scaled by the squared weights. adaptive.csv holds these runs and those of the studies above at the same
-# learning rates: of each model and rate the seeds, of 0 to 3, that plain training, rho 10 and every other value kept have in common (at
-# least three; a value with fewer is left out).
-adaptive() {
+# AACE's step scaled by the squared weights, at one rho, 10, and any learning rate; in three also at others, beside ASAM.
+scaled() {
   local name=$1 methods=$2
   shift 2
-  study "$name-adaptive" "$@" --seeds 4 --search_seeds 4 --methods "$methods"
+  study "$name-scaled" --methods "$methods" --seeds 8 --search_seeds 4 "$@"
 }
-scaled=adaptive_perturbation=true
-resnet="--model_name_or_path resnet-tiny-digits --learning_rate 3e-3 --num_train_epochs 40"
+step=adaptive_perturbation=true
+resnet="--model_name_or_path resnet-tiny-digits --num_train_epochs 40"
 vit="--model_name_or_path vit-tiny-digits"
-unscaled='trainer,aace:rho=0.003|0.01|0.03|0.1|0.3'
-adaptive convnext-noisy "$unscaled,aace:$scaled:rho=0.3|1|3|10|30" --label_noise 0.2 --train_size 400 --num_train_epochs 40
-adaptive convnext-noisy-rates "aace:learning_rate=1e-3|1e-2:$scaled:rho=3|10" --label_noise 0.2 --train_size 400 --num_train_epochs 40
-adaptive convnext-noisier "aace:learning_rate=1e-3|3e-3:$scaled:rho=10" --label_noise 0.4 --train_size 400 --num_train_epochs 40
-adaptive convnext-noisy-all "aace:$scaled:rho=10" --label_noise 0.2 --num_train_epochs 30
-adaptive convnext-clean "aace:$scaled:rho=3|10|30" --train_size 200 --num_train_epochs 60
-adaptive convnext-clean-all "aace:$scaled:rho=10" --num_train_epochs 20
-adaptive resnet-noisy "aace:learning_rate=1e-3|3e-3:$scaled:rho=10" $resnet --label_noise 0.2 --train_size 400
-adaptive resnet-clean "aace:$scaled:rho=10" $resnet --train_size 200
-adaptive vit-noisy "aace:learning_rate=3e-4|1e-3:$scaled:rho=0.3|1|3|10|30" $vit --label_noise 0.2 --train_size 600 --num_train_epochs 80
-adaptive vit-clean-long "aace:learning_rate=3e-4:$scaled:rho=1|10" $vit --train_size 300 --num_train_epochs 160
-adaptive finetune-convnext-noisy "aace:$scaled:rho=3|10|30" --model_name_or_path runs/study/pretrained-convnext $tuning \
-  --train_size 100 --label_noise 0.2
-adaptive finetune-convnext-clean "$unscaled,aace:$scaled:rho=0.3|1|3|10|30" --model_name_or_path runs/study/pretrained-convnext $tuning --train_size 50
-adaptive finetune-vit-lora-noisy "aace:learning_rate=1e-2:$scaled:rho=10" --model_name_or_path runs/study/pretrained-vit $tuning --lora true \
-  --train_size 100 --label_noise 0.2
-adaptive finetune-vit-lora-clean "aace:learning_rate=1e-2:$scaled:rho=3|10|30" --model_name_or_path runs/study/pretrained-vit $tuning \
-  --lora true --train_size 50
+tuning="--dataset_name runs/study/digits-6-9 --augmentation none --num_train_epochs 40 --learning_rate 1e-3"
+convnext_tuning="--model_name_or_path runs/study/pretrained-convnext $tuning"
+lora_tuning="--model_name_or_path runs/study/pretrained-vit $tuning --lora true"
+scaled convnext-noisy "aace:learning_rate=3e-4|1e-3|3e-3|1e-2:$step:rho=3|10|30,asam:learning_rate=3e-4|1e-3|3e-3|1e-2:rho=0.5|1|2" \
+  --label_noise 0.2 --train_size 400 --num_train_epochs 40 --seeds 16
+scaled convnext-noisier "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10,aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10|30|100,asam:learning_rate=3e-4|1e-3|3e-3:rho=0.5|1|2" \
+  --label_noise 0.4 --train_size 400 --num_train_epochs 40
+scaled convnext-noisy-all "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" --label_noise 0.2 --num_train_epochs 30
+scaled convnext-clean "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" --train_size 200 --num_train_epochs 60
+scaled convnext-clean-all "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" --num_train_epochs 20
+scaled resnet-noisy "aace:learning_rate=3e-4|1e-3|3e-3|1e-2:$step:rho=10" $resnet --label_noise 0.2 --train_size 400
+scaled resnet-clean "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" $resnet --train_size 200
+scaled vit-noisy "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=3|10|30,asam:learning_rate=1e-4|3e-4|1e-3:rho=0.05|0.1|0.2|0.5|1|2" \
+  $vit --label_noise 0.2 --train_size 600 --num_train_epochs 80 --seeds 16
+scaled vit-noisier "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=10" $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80
+scaled vit-noisy-all "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" $vit --label_noise 0.2 --num_train_epochs 30
+scaled vit-clean-long "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=10" $vit --train_size 300 --num_train_epochs 160
+scaled finetune-convnext-noisy "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" $convnext_tuning --train_size 100 --label_noise 0.2
+scaled finetune-convnext-clean "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" $convnext_tuning --train_size 50
+scaled finetune-vit-lora-noisy "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 100 --label_noise 0.2
+scaled finetune-vit-lora-clean "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 50
