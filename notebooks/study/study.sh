@@ -136,7 +136,7 @@ convnext_tuning="--model_name_or_path runs/study/pretrained-convnext $tuning"
 lora_tuning="--model_name_or_path runs/study/pretrained-vit $tuning --lora true"
 scaled convnext-noisy "aace:learning_rate=3e-4|1e-3|3e-3|1e-2:$step:rho=3|10|30,asam:learning_rate=3e-4|1e-3|3e-3|1e-2:rho=0.5|1|2" \
   --label_noise 0.2 --train_size 400 --num_train_epochs 40 --seeds 16
-scaled convnext-noisier "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10,aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10|30|100,asam:learning_rate=3e-4|1e-3|3e-3:rho=0.5|1|2" \
+scaled convnext-noisier "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10,aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=30|100,asam:learning_rate=3e-4|1e-3|3e-3:rho=0.5|1|2" \
   --label_noise 0.4 --train_size 400 --num_train_epochs 40
 scaled convnext-noisy-all "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" --label_noise 0.2 --num_train_epochs 30
 scaled convnext-clean "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" --train_size 200 --num_train_epochs 60
