@@ -41,7 +41,9 @@ class Method:
 PLAIN = Method("plain Trainer", AACEArguments(rho=0.0))
 
 
-def default_methods(fractions: Sequence[float], ascent_every: Sequence[int] = (1,)) -> list[Method]:
+def default_methods(
+    fractions: Sequence[float], ascent_every: Sequence[int] = (1,), perturb_modules: str | None = None
+) -> list[Method]:
     """
     Plain training, SAM, and AACE with the whole batch and with parts of it.
 
@@ -50,15 +52,19 @@ def default_methods(fractions: Sequence[float], ascent_every: Sequence[int] = (1
             Values of `ascent_fraction` below 1.
         ascent_every (`Sequence[int]`, *optional*, defaults to `(1,)`):
             Values of `ascent_every`, for the whole batch and for each part.
+        perturb_modules (`str`, *optional*):
+            Each AACE method once more, with only the parameters perturbed that this regular expression matches.
     """
     sam = AACEArguments(rho=0.05, perturbation_loss="cross_entropy", normalize_perturbation=True)
     aace = [
         Method(
             "AACE"
+            + (f", {pattern} only" if pattern else "")
             + (f", {fraction:.3g} of the batch" if fraction < 1 else "")
             + (f", every {every} steps" if every > 1 else ""),
-            AACEArguments(ascent_fraction=fraction, ascent_every=every),
+            AACEArguments(ascent_fraction=fraction, ascent_every=every, perturb_modules=pattern),
         )
+        for pattern in ([None, perturb_modules] if perturb_modules else [None])
         for every in ascent_every
         for fraction in [1.0, *fractions]
     ]

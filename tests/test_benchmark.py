@@ -67,6 +67,18 @@ def test_steps_that_share_an_ascent_pass_are_measured_together(tmp_path):
     assert all(measurement.peak_bytes > 0 for measurement in result)
 
 
+def test_perturbing_a_part_of_the_model_is_measured_too():
+    methods = default_methods([0.25], [1, 4], "norm")
+    assert [method.name for method in methods][5:] == [
+        "AACE, norm only",
+        "AACE, norm only, 0.25 of the batch",
+        "AACE, norm only, every 4 steps",
+        "AACE, norm only, 0.25 of the batch, every 4 steps",
+        "SAM",
+    ]
+    assert [method.settings.perturb_modules for method in methods] == [None] * 5 + ["norm"] * 4 + [None]
+
+
 class Wide(nn.Module):
     """Many weights and few activations, so that a copy of the weights shows."""
 
@@ -139,6 +151,8 @@ def test_command_leaves_numbers_and_a_picture(tmp_path, capsys):
         (["--config_overrides", "{width"], "`config_overrides` must be a JSON object, got '{width'"),
         (["--fractions", "0.5", "2"], "`ascent_fraction` must lie in (0, 1], got 2.0"),
         (["--ascent_every", "1", "0"], "`ascent_every` must be"),
+        (["--perturb_modules", "norm("], "`perturb_modules` must be a regular expression"),
+        (["--perturb_modules", "nothing", "--rounds", "2"], "`perturb_modules='nothing'` matches none"),
     ],
 )
 def test_bad_input_is_told_in_one_sentence(argv, expected, capsys):

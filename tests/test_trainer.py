@@ -23,6 +23,7 @@ from tiny import (
     weights,
 )
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_aace import AACEArguments, AACEConfig, AACETrainer, SharpnessAwareMixin, aace_loss, perturbed
@@ -245,6 +246,20 @@ def test_perturb_modules_moves_what_matches_and_nothing_else(tmp_path):
     with trainer.perturbed_weights(trainer.model, batch(dtype=torch.float64)):
         moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if "layernorm" in name or name == "classifier.weight"}
+
+
+def test_the_ascent_takes_no_gradient_of_weights_that_it_does_not_move(tmp_path):
+    """It is then two thirds of a plain step, forward and back through the layers, and not all of it."""
+
+    def operations(**settings):
+        trainer = trainer_for_single_steps(vit(), tmp_path, **settings)
+        with FlopCounterMode(display=False) as counter:
+            trainer.training_step(trainer.model, batch())
+        return counter.get_total_flops()
+
+    plain = operations(rho=0)
+    assert operations(rho=0.1) == 2 * plain
+    assert operations(rho=0.1, perturb_modules="norm") == pytest.approx((1 + 2 / 3) * plain, rel=0.01)
 
 
 def test_frozen_parameters_are_not_perturbed(tmp_path):

@@ -42,6 +42,8 @@ class BenchmarkArguments:
             Values of `ascent_fraction` to measure beside the whole batch.
         ascent_every (`list[int]`, *optional*, defaults to `[1]`):
             Values of `ascent_every` to measure each of them with.
+        perturb_modules (`str`, *optional*):
+            A regular expression over parameter names: AACE is measured with only these perturbed, too.
         rounds (`int`, *optional*, defaults to `20`):
             How often to time each method.
         warmup (`int`, *optional*, defaults to `3`):
@@ -83,6 +85,12 @@ class BenchmarkArguments:
             "every fourth."
         },
     )
+    perturb_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "A regular expression over parameter names, such as `norm`: measure AACE with only these perturbed, too."
+        },
+    )
     rounds: int = field(default=20, metadata={"help": "How often to time each method, in turns."})
     warmup: int = field(default=3, metadata={"help": "Rounds before that."})
     device: str = field(default="auto", metadata={"help": "`cpu`, `cuda`, or `auto`: a GPU if there is one."})
@@ -117,6 +125,7 @@ def run(argv: list[str]) -> int:
         AACEArguments(ascent_fraction=fraction).check_aace_arguments()
     for every in options.ascent_every:
         AACEArguments(ascent_every=every).check_aace_arguments()
+    AACEArguments(perturb_modules=options.perturb_modules).check_aace_arguments()
 
     set_seed(0)
     model = model_from_architecture(options.model_name_or_path, overrides)
@@ -132,7 +141,7 @@ def run(argv: list[str]) -> int:
         model,
         random_batch(model, options.batch_size, options.image_size),
         args,
-        default_methods(options.fractions, options.ascent_every),
+        default_methods(options.fractions, options.ascent_every, options.perturb_modules),
         rounds=options.rounds,
         warmup=options.warmup,
         peers=options.peers,
