@@ -5,6 +5,7 @@ Trials of what might be in the library, most of which did not earn its place, an
     python notebooks/study/trials.py mechanisms    # ways to be spared the choice of rho
     python notebooks/study/trials.py candidates    # ascent steps cheaper than a part of the batch
     python notebooks/study/trials.py reuse         # the one of them that did: a gradient that several steps use
+    python notebooks/study/trials.py norm          # perturbing the normalisation layers only
     python notebooks/study/trials.py when          # perturbing during a part of the training only
     python notebooks/study/trials.py claims        # what the paper says of gradients and directions
 
@@ -251,6 +252,19 @@ def reuse():
                 yield setting, f"{name}, reused for 4", AACETrainer, options, seed, []
 
 
+def norm():
+    for setting, rho in {"ConvNeXt, noisy": 30, "ViT, noisy, 1e-3": 10, "ViT, noisy, 3e-4": 10}.items():
+        for seed in range(8):
+            yield setting, "plain", AACETrainer, "--rho 0", seed, []
+            for name, options in {
+                "whole batch": "",
+                "a quarter": "--ascent_fraction 0.25",
+                "an eighth": "--ascent_fraction 0.125",
+                "a half, reused for 4": "--ascent_fraction 0.5 --ascent_every 4",
+            }.items():
+                yield setting, name, AACETrainer, f"--perturb_modules norm --rho {rho} {options}", seed, []
+
+
 def when():
     for setting, rho, sam in (
         ("ConvNeXt, noisy", 0.3, 0.5),
@@ -339,7 +353,7 @@ def write_curves(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trials", choices=[f.__name__ for f in (mechanisms, candidates, reuse, when, claims)])
+    parser.add_argument("trials", choices=[f.__name__ for f in (mechanisms, candidates, reuse, norm, when, claims)])
     parser.add_argument("--shard", default="0/1", help="Which part of the runs to make, of how many.")
     options = parser.parse_args()
     shard, shards = map(int, options.shard.split("/"))
