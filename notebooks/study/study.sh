@@ -152,3 +152,35 @@ scaled finetune-convnext-noisy "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" 
 scaled finetune-convnext-clean "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" $convnext_tuning --train_size 50
 scaled finetune-vit-lora-noisy "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 100 --label_noise 0.2
 scaled finetune-vit-lora-clean "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 50
+
+# AACE's step on the normalisation layers alone: on the noisy ConvNeXt and ViT by the whole batch and by parts of it, beside SAM's;
+# and by a quarter in the others, at two values of rho.
+only_norm() {
+  local name=$1 methods=$2
+  shift 2
+  study "$name" --methods "$methods" --seeds 8 --search_seeds 4 "$@"
+}
+on=perturb_modules=norm
+parts() {
+  echo "$1:ascent_fraction=0.25,$1:ascent_fraction=0.125,$1:ascent_fraction=0.5:ascent_every=4"
+}
+quarter() {
+  echo "aace:learning_rate=$1:$on:ascent_fraction=0.25:rho=30,aace:learning_rate=$1:$on:ascent_fraction=0.25:rho=10"
+}
+noisy="--label_noise 0.2 --train_size 400 --num_train_epochs 40 --seeds 16"
+only_norm convnext-noisy-norm "aace:learning_rate=1e-3|3e-3|1e-2:$on:rho=10|30|100|300" $noisy
+only_norm convnext-noisy-norm-parts "$(parts "aace:learning_rate=1e-3:$on:rho=10|30")" $noisy
+only_norm convnext-noisy-norm-sam "sam:learning_rate=1e-3|3e-3:$on:rho=1|2|5|10|20" $noisy
+noisy="$vit --label_noise 0.2 --train_size 600 --num_train_epochs 80 --seeds 16"
+only_norm vit-noisy-norm "aace:learning_rate=3e-4:$on:rho=3|10|30|100" $noisy
+only_norm vit-noisy-norm-parts "$(parts "aace:learning_rate=3e-4:$on:rho=10|30")" $noisy
+only_norm vit-noisy-norm-sam "sam:learning_rate=1e-4|3e-4:$on:rho=0.1|0.3|1|3" $noisy
+only_norm convnext-noisier-norm "$(quarter '3e-4|1e-3|3e-3')" --label_noise 0.4 --train_size 400 --num_train_epochs 40
+only_norm convnext-noisy-all-norm "$(quarter '1e-3|3e-3')" --label_noise 0.2 --num_train_epochs 30
+only_norm convnext-clean-norm "$(quarter '1e-3|3e-3|1e-2')" --train_size 200 --num_train_epochs 60
+only_norm convnext-clean-all-norm "$(quarter '1e-3|3e-3')" --num_train_epochs 20
+only_norm resnet-noisy-norm "$(quarter '3e-4|1e-3|3e-3|1e-2')" $resnet --label_noise 0.2 --train_size 400
+only_norm vit-noisier-norm "$(quarter '1e-4|3e-4')" $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80
+only_norm vit-clean-long-norm "$(quarter '3e-4|1e-3')" $vit --train_size 300 --num_train_epochs 160
+only_norm finetune-convnext-noisy-norm "$(quarter '3e-4|1e-3|3e-3')" $convnext_tuning --train_size 100 --label_noise 0.2
+only_norm finetune-convnext-clean-norm "$(quarter '1e-3|3e-3|1e-2')" $convnext_tuning --train_size 50
