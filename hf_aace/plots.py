@@ -132,7 +132,8 @@ def plot_costs(rows: list[dict[str, Any]], title: str, path: str | os.PathLike) 
     axes.axvline(1, color="0.3", linewidth=0.8, linestyle="--")
     axes.set_xlim(0, 1.15 * max(row["ratio_quartiles"][1] for row in rows))
     axes.invert_yaxis()
-    figure.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold", fontsize="medium")  # names are long
+    # Over the names too, which are long.
+    figure.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold", fontsize="medium")
     axes.set_xlabel("time of a step, relative to plain training\n(median and quartiles)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -123,10 +123,10 @@ find_rho finetune-convnext-clean --model_name_or_path runs/study/pretrained-conv
 find_rho finetune-vit-lora-clean --model_name_or_path runs/study/pretrained-vit $tuning --seeds 3 --lora true --train_size 50
 
 # AACE's step scaled by the squared weights, at one rho, 10, and any learning rate; in three also at others, beside ASAM.
-scaled() {
+searched() {
   local name=$1 methods=$2
   shift 2
-  study "$name-scaled" --methods "$methods" --seeds 8 --search_seeds 4 "$@"
+  study "$name" --methods "$methods" --seeds 8 --search_seeds 4 "$@"
 }
 step=adaptive_perturbation=true
 resnet="--model_name_or_path resnet-tiny-digits --num_train_epochs 40"
@@ -134,32 +134,27 @@ vit="--model_name_or_path vit-tiny-digits"
 tuning="--dataset_name runs/study/digits-6-9 --augmentation none --num_train_epochs 40 --learning_rate 1e-3"
 convnext_tuning="--model_name_or_path runs/study/pretrained-convnext $tuning"
 lora_tuning="--model_name_or_path runs/study/pretrained-vit $tuning --lora true"
-scaled convnext-noisy "aace:learning_rate=3e-4|1e-3|3e-3|1e-2:$step:rho=3|10|30,asam:learning_rate=3e-4|1e-3|3e-3|1e-2:rho=0.5|1|2" \
+searched convnext-noisy-scaled "aace:learning_rate=3e-4|1e-3|3e-3|1e-2:$step:rho=3|10|30,asam:learning_rate=3e-4|1e-3|3e-3|1e-2:rho=0.5|1|2" \
   --label_noise 0.2 --train_size 400 --num_train_epochs 40 --seeds 16
-scaled convnext-noisier "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10,aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=30|100,asam:learning_rate=3e-4|1e-3|3e-3:rho=0.5|1|2" \
+searched convnext-noisier-scaled "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10,aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=30|100,asam:learning_rate=3e-4|1e-3|3e-3:rho=0.5|1|2" \
   --label_noise 0.4 --train_size 400 --num_train_epochs 40
-scaled convnext-noisy-all "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" --label_noise 0.2 --num_train_epochs 30
-scaled convnext-clean "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" --train_size 200 --num_train_epochs 60
-scaled convnext-clean-all "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" --num_train_epochs 20
-scaled resnet-noisy "aace:learning_rate=3e-4|1e-3|3e-3|1e-2:$step:rho=10" $resnet --label_noise 0.2 --train_size 400
-scaled resnet-clean "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" $resnet --train_size 200
-scaled vit-noisy "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=3|10|30,asam:learning_rate=1e-4|3e-4|1e-3:rho=0.05|0.1|0.2|0.5|1|2" \
+searched convnext-noisy-all-scaled "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" --label_noise 0.2 --num_train_epochs 30
+searched convnext-clean-scaled "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" --train_size 200 --num_train_epochs 60
+searched convnext-clean-all-scaled "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" --num_train_epochs 20
+searched resnet-noisy-scaled "aace:learning_rate=3e-4|1e-3|3e-3|1e-2:$step:rho=10" $resnet --label_noise 0.2 --train_size 400
+searched resnet-clean-scaled "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" $resnet --train_size 200
+searched vit-noisy-scaled "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=3|10|30,asam:learning_rate=1e-4|3e-4|1e-3:rho=0.05|0.1|0.2|0.5|1|2" \
   $vit --label_noise 0.2 --train_size 600 --num_train_epochs 80 --seeds 16
-scaled vit-noisier "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=10" $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80
-scaled vit-noisy-all "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" $vit --label_noise 0.2 --num_train_epochs 30
-scaled vit-clean-long "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=10" $vit --train_size 300 --num_train_epochs 160
-scaled finetune-convnext-noisy "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" $convnext_tuning --train_size 100 --label_noise 0.2
-scaled finetune-convnext-clean "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" $convnext_tuning --train_size 50
-scaled finetune-vit-lora-noisy "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 100 --label_noise 0.2
-scaled finetune-vit-lora-clean "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 50
+searched vit-noisier-scaled "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=10" $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80
+searched vit-noisy-all-scaled "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" $vit --label_noise 0.2 --num_train_epochs 30
+searched vit-clean-long-scaled "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=10" $vit --train_size 300 --num_train_epochs 160
+searched finetune-convnext-noisy-scaled "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" $convnext_tuning --train_size 100 --label_noise 0.2
+searched finetune-convnext-clean-scaled "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" $convnext_tuning --train_size 50
+searched finetune-vit-lora-noisy-scaled "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 100 --label_noise 0.2
+searched finetune-vit-lora-clean-scaled "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 50
 
 # AACE's step on the normalisation layers alone: on the noisy ConvNeXt and ViT by the whole batch and by parts of it, beside SAM's;
 # and by a quarter in the others, at two values of rho.
-only_norm() {
-  local name=$1 methods=$2
-  shift 2
-  study "$name" --methods "$methods" --seeds 8 --search_seeds 4 "$@"
-}
 on=perturb_modules=norm
 parts() {
   echo "$1:ascent_fraction=0.25,$1:ascent_fraction=0.125,$1:ascent_fraction=0.5:ascent_every=4"
@@ -168,19 +163,19 @@ quarter() {
   echo "aace:learning_rate=$1:$on:ascent_fraction=0.25:rho=30,aace:learning_rate=$1:$on:ascent_fraction=0.25:rho=10"
 }
 noisy="--label_noise 0.2 --train_size 400 --num_train_epochs 40 --seeds 16"
-only_norm convnext-noisy-norm "aace:learning_rate=1e-3|3e-3|1e-2:$on:rho=10|30|100|300" $noisy
-only_norm convnext-noisy-norm-parts "$(parts "aace:learning_rate=1e-3:$on:rho=10|30")" $noisy
-only_norm convnext-noisy-norm-sam "sam:learning_rate=1e-3|3e-3:$on:rho=1|2|5|10|20" $noisy
+searched convnext-noisy-norm "aace:learning_rate=1e-3|3e-3|1e-2:$on:rho=10|30|100|300" $noisy
+searched convnext-noisy-norm-parts "$(parts "aace:learning_rate=1e-3:$on:rho=10|30")" $noisy
+searched convnext-noisy-norm-sam "sam:learning_rate=1e-3|3e-3:$on:rho=1|2|5|10|20" $noisy
 noisy="$vit --label_noise 0.2 --train_size 600 --num_train_epochs 80 --seeds 16"
-only_norm vit-noisy-norm "aace:learning_rate=3e-4:$on:rho=3|10|30|100" $noisy
-only_norm vit-noisy-norm-parts "$(parts "aace:learning_rate=3e-4:$on:rho=10|30")" $noisy
-only_norm vit-noisy-norm-sam "sam:learning_rate=1e-4|3e-4:$on:rho=0.1|0.3|1|3" $noisy
-only_norm convnext-noisier-norm "$(quarter '3e-4|1e-3|3e-3')" --label_noise 0.4 --train_size 400 --num_train_epochs 40
-only_norm convnext-noisy-all-norm "$(quarter '1e-3|3e-3')" --label_noise 0.2 --num_train_epochs 30
-only_norm convnext-clean-norm "$(quarter '1e-3|3e-3|1e-2')" --train_size 200 --num_train_epochs 60
-only_norm convnext-clean-all-norm "$(quarter '1e-3|3e-3')" --num_train_epochs 20
-only_norm resnet-noisy-norm "$(quarter '3e-4|1e-3|3e-3|1e-2')" $resnet --label_noise 0.2 --train_size 400
-only_norm vit-noisier-norm "$(quarter '1e-4|3e-4')" $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80
-only_norm vit-clean-long-norm "$(quarter '3e-4|1e-3')" $vit --train_size 300 --num_train_epochs 160
-only_norm finetune-convnext-noisy-norm "$(quarter '3e-4|1e-3|3e-3')" $convnext_tuning --train_size 100 --label_noise 0.2
-only_norm finetune-convnext-clean-norm "$(quarter '1e-3|3e-3|1e-2')" $convnext_tuning --train_size 50
+searched vit-noisy-norm "aace:learning_rate=3e-4:$on:rho=3|10|30|100" $noisy
+searched vit-noisy-norm-parts "$(parts "aace:learning_rate=3e-4:$on:rho=10|30")" $noisy
+searched vit-noisy-norm-sam "sam:learning_rate=1e-4|3e-4:$on:rho=0.1|0.3|1|3" $noisy
+searched convnext-noisier-norm "$(quarter '3e-4|1e-3|3e-3')" --label_noise 0.4 --train_size 400 --num_train_epochs 40
+searched convnext-noisy-all-norm "$(quarter '1e-3|3e-3')" --label_noise 0.2 --num_train_epochs 30
+searched convnext-clean-norm "$(quarter '1e-3|3e-3|1e-2')" --train_size 200 --num_train_epochs 60
+searched convnext-clean-all-norm "$(quarter '1e-3|3e-3')" --num_train_epochs 20
+searched resnet-noisy-norm "$(quarter '3e-4|1e-3|3e-3|1e-2')" $resnet --label_noise 0.2 --train_size 400
+searched vit-noisier-norm "$(quarter '1e-4|3e-4')" $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80
+searched vit-clean-long-norm "$(quarter '3e-4|1e-3')" $vit --train_size 300 --num_train_epochs 160
+searched finetune-convnext-noisy-norm "$(quarter '3e-4|1e-3|3e-3')" $convnext_tuning --train_size 100 --label_noise 0.2
+searched finetune-convnext-clean-norm "$(quarter '1e-3|3e-3|1e-2')" $convnext_tuning --train_size 50
