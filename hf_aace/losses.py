@@ -82,6 +82,18 @@ def count_labels(labels: torch.Tensor) -> torch.Tensor | int:
     return labels.shape[0] if labels.is_floating_point() else (labels != -100).sum()
 
 
+def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    The number of samples whose label has the highest score. Those with the index -100 do not count; of probabilities the
+    highest is the label.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, classes)`): The scores.
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
+    """
+    return (logits.argmax(dim=1) == (labels.argmax(dim=1) if labels.is_floating_point() else labels)).sum()
+
+
 def aace_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,

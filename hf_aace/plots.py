@@ -36,10 +36,14 @@ _PANELS = (
         ),
     ),
     (
-        "Evaluation",
+        "Accuracy",
         "score",
         "linear",
-        (("eval_accuracy", "accuracy", GREEN, "-"), ("eval_macro_f1", "macro F1", PURPLE, "--")),
+        (
+            ("clean_accuracy", r"training, at $w$", ORANGE, "--"),
+            ("eval_accuracy", "evaluation", GREEN, "-."),
+            ("eval_macro_f1", "evaluation, macro F1", PURPLE, ":"),
+        ),
     ),
     ("Sharpness", r"loss at $w'$ less loss at $w$", "linear", (("sharpness", "sharpness", BLUE, "-"),)),
     ("Ascent loss", r"ascent loss at $w$", "linear", (("ascent_loss", "ascent loss", ORANGE, "-"),)),

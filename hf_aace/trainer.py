@@ -32,7 +32,7 @@ from .distributed import (
     reshard,
     sum_over_processes,
 )
-from .losses import aace_loss, check_classification, check_label_values, count_labels
+from .losses import aace_loss, check_classification, check_label_values, count_correct, count_labels
 from .model_card import describe_hardware, model_card_text
 from .perturbation import check_precision, frozen_running_statistics, perturbed, replayed_rng
 
@@ -81,11 +81,12 @@ class SharpnessAwareMixin:
     [`~transformers.TrainingArguments`] gives each of them its default. With `model` a string, the model is loaded by
     `AutoModelForImageClassification.from_pretrained`, in 32 bits.
 
-    Besides what `MyTrainer` logs, each training log holds, averaged over the steps since the last log (the first three over
+    Besides what `MyTrainer` logs, each training log holds, averaged over the steps since the last log (the first four over
     those that took an ascent pass) and over the processes:
 
     - `clean_loss`: the training loss at `w`, on the samples of the ascent pass: cross-entropy with the label smoothing
       of the arguments, or what `compute_loss_func` returns (not what an overridden `compute_loss` does),
+    - `clean_accuracy`: the share of these samples that the model classifies at `w` as their labels say,
     - `sharpness`: the training loss at `w'` (Trainer's own `loss`) minus `clean_loss`,
     - `ascent_loss`, `ascent_grad_norm`: the ascent loss at `w` and the norm of its gradient,
     - `perturbation_norm`: the distance from `w` to `w'`,
@@ -301,7 +302,7 @@ class SharpnessAwareMixin:
         use_backward = sharded or self._aace_uses_backward
         keep = len(samples) > 1 or self._aace_args.ascent_every > 1
         gradients = [None] * len(parameters)
-        losses = {"clean_loss": 0.0, "ascent_loss": 0.0}
+        losses = {"clean_loss": 0.0, "clean_accuracy": 0.0, "ascent_loss": 0.0}
         # The descent pass is to draw the same random numbers, and the run those that it would without an ascent pass.
         with (
             replayed_rng({p.device for p in parameters}),
@@ -313,11 +314,13 @@ class SharpnessAwareMixin:
                     model.set_requires_gradient_sync(index == len(samples) - 1)
                 with self.compute_loss_context_manager():
                     outputs = self.ascent_outputs(inner, inputs)
-                    ascent_loss = self._ascent_loss(self.ascent_logits(outputs), labels)
+                    logits = self.ascent_logits(outputs)
+                    ascent_loss = self._ascent_loss(logits, labels)
                 with torch.no_grad():
                     losses["clean_loss"] += self._clean_loss(outputs, labels) / count
+                    losses["clean_accuracy"] += count_correct(logits, labels) / count
                 losses["ascent_loss"] += ascent_loss.detach() / count
-                del outputs
+                del outputs, logits
                 ascent_loss = ascent_loss / share
                 if self.accelerator.scaler is not None:
                     ascent_loss = self.accelerator.scaler.scale(ascent_loss)
@@ -615,7 +618,7 @@ class _IntervalMetrics:
         if "clean_loss" in means:  # some steps of these took an ascent pass
             means["sharpness"] = means.pop("perturbed_loss", math.nan) - means["clean_loss"]
         means["skipped_perturbations"] = round(sums[names.index("skipped_perturbations")])
-        first = ["clean_loss", "sharpness", "ascent_loss"]
+        first = ["clean_loss", "clean_accuracy", "sharpness", "ascent_loss"]
         return {name: means[name] for name in first if name in means} | means
 
 

@@ -17,6 +17,7 @@ from hf_aace.trainer import PerturbationCallback
 
 OWN_KEYS = {
     "clean_loss",
+    "clean_accuracy",
     "sharpness",
     "ascent_loss",
     "ascent_grad_norm",

@@ -121,7 +121,7 @@ def check_equals_one_process(results, case, output_dir, atol=1e-6):
     for name in {"ascent_grad_norm", "perturbation_norm", "perturbation_consistency"} & expected.keys():
         assert logs[name] == pytest.approx(expected[name], rel=1e-4)
     if "uneven" not in case:  # there, the mean over the processes is not that over the samples
-        for name in ("clean_loss", "ascent_loss", "sharpness", "loss"):
+        for name in ("clean_loss", "clean_accuracy", "ascent_loss", "sharpness", "loss"):
             assert logs[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
 
 

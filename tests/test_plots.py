@@ -26,6 +26,7 @@ from hf_aace.toy import train_toy
 TRAINING = {"loss": 1.0, "grad_norm": 2.0, "learning_rate": 1e-3}
 AACE = {
     "clean_loss": 0.9,
+    "clean_accuracy": 0.7,
     "ascent_loss": 3.0,
     "sharpness": 0.1,
     "ascent_grad_norm": 2.0,
@@ -72,7 +73,7 @@ def test_aace_run_has_all_panels(drawn):
     figure, path = drawn(history(TRAINING | AACE, EVALUATION))
     assert lines(figure) == {
         "Loss": ["training, at $w'$", "training, at $w$", "evaluation"],
-        "Evaluation": ["accuracy", "macro F1"],
+        "Accuracy": ["training, at $w$", "evaluation", "evaluation, macro F1"],
         "Sharpness": ["sharpness"],
         "Ascent loss": ["ascent loss"],
         "Gradient of the ascent loss": ["gradient"],
@@ -86,7 +87,7 @@ def test_aace_run_has_all_panels(drawn):
 
 def test_plain_run_has_no_perturbation(drawn):
     figure, _ = drawn(history(TRAINING, EVALUATION))
-    assert lines(figure) == {"Loss": ["training", "evaluation"], "Evaluation": ["accuracy", "macro F1"]}
+    assert lines(figure) == {"Loss": ["training", "evaluation"], "Accuracy": ["evaluation", "evaluation, macro F1"]}
 
 
 def test_run_without_evaluation_has_none(drawn):

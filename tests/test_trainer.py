@@ -337,6 +337,23 @@ def test_logged_values_are_means_over_the_logging_interval(scope, tmp_path):
         assert logs[6][0][key] == pytest.approx(sum(log[key] for log in logs[1]) / 6, rel=1e-4, abs=1e-7), key
 
 
+@pytest.mark.parametrize("labels", ["indices", "ignored", "probabilities"])
+def test_clean_accuracy_is_that_at_the_unperturbed_weights(labels, tmp_path):
+    inputs = batch(32)
+    trainer = trainer_for_single_steps(convnext(), tmp_path, rho=5.0)
+    right = trainer.model(inputs["pixel_values"]).logits.argmax(1) == inputs["labels"]
+    expected = right.float().mean().item()
+    if labels == "ignored":
+        inputs["labels"][:8] = -100
+        expected = right[8:].float().mean().item()
+    if labels == "probabilities":
+        inputs["labels"] = 0.6 * F.one_hot(inputs["labels"], 10) + 0.04
+        trainer.compute_loss_func = lambda outputs, labels, **_: F.cross_entropy(outputs["logits"], labels)
+    trainer.training_step(trainer.model, inputs)
+    assert 0 < expected < 1
+    assert trainer._aace_metrics.pop()["clean_accuracy"] == pytest.approx(expected)
+
+
 def test_clean_loss_is_the_training_loss_that_compute_loss_func_computes(tmp_path):
     def focal(outputs, labels, num_items_in_batch=None):
         losses = F.cross_entropy(outputs["logits"], labels, reduction="none")
