@@ -154,7 +154,7 @@ searched finetune-vit-lora-noisy-scaled "aace:learning_rate=3e-3|1e-2|3e-2:$step
 searched finetune-vit-lora-clean-scaled "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 50
 
 # AACE's step on the normalisation layers alone: on the noisy ConvNeXt and ViT by the whole batch and by parts of it, beside SAM's;
-# and by a quarter in the others, at two values of rho.
+# and by a quarter in the others, at two values of rho, as in those two.
 on=perturb_modules=norm
 parts() {
   echo "$1:ascent_fraction=0.25,$1:ascent_fraction=0.125,$1:ascent_fraction=0.5:ascent_every=4"
@@ -165,17 +165,20 @@ quarter() {
 noisy="--label_noise 0.2 --train_size 400 --num_train_epochs 40 --seeds 16"
 searched convnext-noisy-norm "aace:learning_rate=1e-3|3e-3|1e-2:$on:rho=10|30|100|300" $noisy
 searched convnext-noisy-norm-parts "$(parts "aace:learning_rate=1e-3:$on:rho=10|30")" $noisy
+searched convnext-noisy-norm-rates "$(quarter '3e-4|1e-3|3e-3|1e-2')" $noisy
 searched convnext-noisy-norm-sam "sam:learning_rate=1e-3|3e-3:$on:rho=1|2|5|10|20" $noisy
 noisy="$vit --label_noise 0.2 --train_size 600 --num_train_epochs 80 --seeds 16"
 searched vit-noisy-norm "aace:learning_rate=3e-4:$on:rho=3|10|30|100" $noisy
 searched vit-noisy-norm-parts "$(parts "aace:learning_rate=3e-4:$on:rho=10|30")" $noisy
+searched vit-noisy-norm-rates "$(quarter '1e-4|3e-4|1e-3')" $noisy
 searched vit-noisy-norm-sam "sam:learning_rate=1e-4|3e-4:$on:rho=0.1|0.3|1|3" $noisy
-searched convnext-noisier-norm "$(quarter '3e-4|1e-3|3e-3')" --label_noise 0.4 --train_size 400 --num_train_epochs 40
+searched convnext-noisier-norm "$(quarter '3e-4|1e-3|3e-3'),aace:learning_rate=3e-4|1e-3|3e-3:$on:ascent_fraction=0.25:rho=100" --label_noise 0.4 --train_size 400 --num_train_epochs 40
 searched convnext-noisy-all-norm "$(quarter '1e-3|3e-3')" --label_noise 0.2 --num_train_epochs 30
 searched convnext-clean-norm "$(quarter '1e-3|3e-3|1e-2')" --train_size 200 --num_train_epochs 60
 searched convnext-clean-all-norm "$(quarter '1e-3|3e-3')" --num_train_epochs 20
 searched resnet-noisy-norm "$(quarter '3e-4|1e-3|3e-3|1e-2')" $resnet --label_noise 0.2 --train_size 400
 searched vit-noisier-norm "$(quarter '1e-4|3e-4')" $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80
+searched vit-noisy-all-norm "$(quarter '3e-4|1e-3')" $vit --label_noise 0.2 --num_train_epochs 30
 searched vit-clean-long-norm "$(quarter '3e-4|1e-3')" $vit --train_size 300 --num_train_epochs 160
 searched finetune-convnext-noisy-norm "$(quarter '3e-4|1e-3|3e-3')" $convnext_tuning --train_size 100 --label_noise 0.2
 searched finetune-convnext-clean-norm "$(quarter '1e-3|3e-3|1e-2')" $convnext_tuning --train_size 50

@@ -3,6 +3,7 @@
 Trials of what might be in the library, most of which did not earn its place, and of the paper's claims over several seeds.
 
     python notebooks/study/trials.py mechanisms    # ways to be spared the choice of rho
+    python notebooks/study/trials.py overfitting   # and one more, in twelve settings (two need those that study.sh makes)
     python notebooks/study/trials.py candidates    # ascent steps cheaper than a part of the batch
     python notebooks/study/trials.py reuse         # the one of them that did: a gradient that several steps use
     python notebooks/study/trials.py norm          # perturbing the normalisation layers only
@@ -37,6 +38,10 @@ from hf_aace.study import mean_and_error
 from hf_aace.trainer import AACETrainer
 
 
+TUNING = (
+    "--model_name_or_path runs/study/pretrained-convnext --dataset_name runs/study/digits-6-9 --augmentation none "
+    "--num_train_epochs 40"
+)
 SETTINGS = {
     "ConvNeXt, noisy": "--label_noise 0.2 --train_size 400 --num_train_epochs 40",
     "ConvNeXt, clean": "--train_size 200 --num_train_epochs 60",
@@ -48,6 +53,14 @@ SETTINGS = {
     "--num_train_epochs 80",
     "ViT, clean, 3e-4": "--model_name_or_path vit-tiny-digits --learning_rate 3e-4 --train_size 300 --num_train_epochs 160",
     "ViT, clean": "--model_name_or_path vit-tiny-digits --learning_rate 1e-3 --train_size 300 --num_train_epochs 80",
+    "ConvNeXt, 40 % wrong": "--label_noise 0.4 --train_size 400 --num_train_epochs 40",
+    "ConvNeXt, all, noisy": "--label_noise 0.2 --num_train_epochs 30",
+    "ConvNeXt, all, clean": "--num_train_epochs 20",
+    "ConvNeXt, tuned, noisy": f"{TUNING} --train_size 100 --label_noise 0.2",
+    "ConvNeXt, tuned, clean": f"{TUNING} --train_size 50",
+    "ResNet, noisy": "--model_name_or_path resnet-tiny-digits --label_noise 0.2 --train_size 400 --num_train_epochs 40",
+    "ViT, 40 % wrong": "--model_name_or_path vit-tiny-digits --label_noise 0.4 --train_size 600 --num_train_epochs 80",
+    "ViT, all, noisy": "--model_name_or_path vit-tiny-digits --label_noise 0.2 --num_train_epochs 30",
 }
 SAM = "--perturbation_loss cross_entropy --normalize_perturbation true"
 
@@ -63,6 +76,28 @@ class FollowLearningRate(TrainerCallback):
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         args.rho = max(self.rho * lr_scheduler.get_last_lr()[0] / args.learning_rate, 1e-9)
+
+
+class FollowOverfitting(TrainerCallback):
+    """
+    Lets each evaluation take the share of `rho` that overfitting asks for: 80 times the gap between the accuracies on training
+    and validation images, times the square of the error on the latter; averaged with what it was before, at most the whole,
+    and in the first half of the training less.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.rho, self.share = args.rho, None
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        training = [entry["clean_accuracy"] for entry in state.log_history if "clean_accuracy" in entry][-1]
+        error = 1 - metrics["eval_accuracy"]
+        share = 80 * max(0.0, training + error - 1) * error**2
+        self.share = share if self.share is None else (self.share + share) / 2
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        share = min(1.0, 2 * state.global_step / state.max_steps) * min(1.0, self.share or 0.0)
+        # Not 0, at which there would be no ascent pass, and so no accuracy on training images.
+        args.rho = max(self.rho * share, 1e-50)
 
 
 class During(TrainerCallback):
@@ -214,6 +249,27 @@ def mechanisms():
             yield setting, "rho 0.3 by confidence", ByConfidence, "--rho 0.3", seed, []
 
 
+def overfitting():
+    step = "--perturb_modules norm --ascent_fraction 0.25 --rho 50 --eval_strategy epoch"
+    for setting, rate, seeds in (  # the rates that validation images chose with it
+        ("ConvNeXt, noisy", "1e-2", 16),
+        ("ConvNeXt, 40 % wrong", "1e-3", 8),
+        ("ConvNeXt, all, noisy", "3e-3", 8),
+        ("ConvNeXt, clean", "1e-3", 8),
+        ("ConvNeXt, all, clean", "3e-3", 8),
+        ("ConvNeXt, tuned, noisy", "1e-3", 8),
+        ("ConvNeXt, tuned, clean", "3e-3", 8),
+        ("ResNet, noisy", "3e-3", 8),
+        ("ViT, noisy, 3e-4", "3e-4", 16),
+        ("ViT, 40 % wrong", "3e-4", 8),
+        ("ViT, all, noisy", "1e-3", 8),
+        ("ViT, clean, 3e-4", "3e-4", 8),
+    ):
+        for seed in range(seeds):
+            options = f"{step} --learning_rate {rate}"
+            yield setting, "rho by overfitting", AACETrainer, options, seed, [FollowOverfitting()]
+
+
 def candidates():
     setting, eighth = "ConvNeXt, noisy", "--rho 0.3 --ascent_fraction 0.125"
     for seed in range(8):
@@ -301,7 +357,7 @@ def train(setting, kind, options, seed, callbacks):
     )
     training_args.remove_unused_columns = False
     dataset = load_image_dataset(
-        "digits",
+        data_args.dataset_name,
         seed=seed,
         train_size=data_args.train_size,
         label_noise=data_args.label_noise,
@@ -316,7 +372,7 @@ def train(setting, kind, options, seed, callbacks):
         model=model,
         args=training_args,
         train_dataset=dataset["train"],
-        eval_dataset=dataset["test"],
+        eval_dataset=dataset["validation"],
         processing_class=processor,
         compute_metrics=compute_metrics_fn(["accuracy"]),
         callbacks=callbacks,
@@ -325,8 +381,8 @@ def train(setting, kind, options, seed, callbacks):
     trainer.train()
     row = {
         "seconds": time.process_time() - started,
-        "validation": trainer.evaluate(dataset["validation"])["eval_accuracy"],
-        "test": trainer.evaluate()["eval_accuracy"],
+        "validation": trainer.evaluate()["eval_accuracy"],
+        "test": trainer.evaluate(dataset["test"])["eval_accuracy"],
     }
     for callback in callbacks:
         if isinstance(callback, Travel):
@@ -353,7 +409,9 @@ def write_curves(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trials", choices=[f.__name__ for f in (mechanisms, candidates, reuse, norm, when, claims)])
+    parser.add_argument(
+        "trials", choices=[f.__name__ for f in (mechanisms, overfitting, candidates, reuse, norm, when, claims)]
+    )
     parser.add_argument("--shard", default="0/1", help="Which part of the runs to make, of how many.")
     options = parser.parse_args()
     shard, shards = map(int, options.shard.split("/"))
