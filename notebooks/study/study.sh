@@ -182,3 +182,19 @@ searched vit-noisy-all-norm "$(quarter '3e-4|1e-3')" $vit --label_noise 0.2 --nu
 searched vit-clean-long-norm "$(quarter '3e-4|1e-3')" $vit --train_size 300 --num_train_epochs 160
 searched finetune-convnext-noisy-norm "$(quarter '3e-4|1e-3|3e-3')" $convnext_tuning --train_size 100 --label_noise 0.2
 searched finetune-convnext-clean-norm "$(quarter '1e-3|3e-3|1e-2')" $convnext_tuning --train_size 50
+
+# What find-rho advises for it.
+norm="--perturb_modules norm --ascent_fraction 0.25 --rho 3,10,30,100"
+noisy="--label_noise 0.2 --train_size 400 --num_train_epochs 40"
+find_rho convnext-noisy-norm $noisy $norm
+find_rho convnext-noisy-1e-3-norm $noisy --learning_rate 1e-3 $norm
+find_rho convnext-clean-norm --train_size 200 --num_train_epochs 60 $norm
+find_rho convnext-clean-all-norm --num_train_epochs 20 $norm
+find_rho resnet-noisy-norm $resnet --label_noise 0.2 --train_size 400 --learning_rate 1e-3 $norm
+find_rho resnet-clean-norm $resnet --train_size 200 --learning_rate 3e-3 $norm
+find_rho vit-noisy-norm $vit --label_noise 0.2 --train_size 600 --num_train_epochs 80 --learning_rate 3e-4 $norm
+find_rho vit-noisy-all-norm $vit --label_noise 0.2 --num_train_epochs 30 --learning_rate 3e-4 $norm
+find_rho vit-clean-norm $vit --train_size 300 --num_train_epochs 80 --learning_rate 1e-3 $norm
+find_rho vit-clean-long-norm $vit --train_size 300 --num_train_epochs 160 --learning_rate 3e-4 $norm
+find_rho finetune-convnext-noisy-norm $convnext_tuning --train_size 100 --label_noise 0.2 $norm
+find_rho finetune-convnext-clean-norm $convnext_tuning --train_size 50 $norm
