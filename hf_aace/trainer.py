@@ -317,7 +317,7 @@ class SharpnessAwareMixin:
                     logits = self.ascent_logits(outputs)
                     ascent_loss = self._ascent_loss(logits, labels)
                 with torch.no_grad():
-                    losses["clean_loss"] += self._clean_loss(outputs, labels) / count
+                    losses["clean_loss"] += self._clean_loss(outputs, logits, labels) / count
                     losses["clean_accuracy"] += count_correct(logits, labels) / count
                 losses["ascent_loss"] += ascent_loss.detach() / count
                 del outputs, logits
@@ -383,13 +383,11 @@ class SharpnessAwareMixin:
             check_label_values(labels, logits.shape[1])  # a clearer error, if the labels are the reason
             raise
 
-    def _clean_loss(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    def _clean_loss(self, outputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The training loss at the present weights, summed over the samples."""
         if self.compute_loss_func is not None:
             return self.compute_loss_func(outputs, labels, num_items_in_batch=None) * count_labels(labels)
-        return F.cross_entropy(
-            self.ascent_logits(outputs), labels, reduction="sum", label_smoothing=self.args.label_smoothing_factor
-        )
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.args.label_smoothing_factor)
 
     def _perturbed_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters that `perturb_modules` matches; looked up anew, as callbacks may unfreeze some."""

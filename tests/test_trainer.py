@@ -333,7 +333,8 @@ def test_logged_values_are_means_over_the_logging_interval(scope, tmp_path):
         trainer.train()
         logs[every] = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs[1]) == 6 and len(logs[6]) == 1
-    for key in ("loss", "clean_loss", "sharpness", "ascent_loss", "ascent_grad_norm", "perturbation_norm", "rho"):
+    own = ("clean_loss", "clean_accuracy", "sharpness", "ascent_loss", "ascent_grad_norm", "perturbation_norm", "rho")
+    for key in ("loss", *own):
         assert logs[6][0][key] == pytest.approx(sum(log[key] for log in logs[1]) / 6, rel=1e-4, abs=1e-7), key
 
 

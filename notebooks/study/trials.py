@@ -3,7 +3,7 @@
 Trials of what might be in the library, most of which did not earn its place, and of the paper's claims over several seeds.
 
     python notebooks/study/trials.py mechanisms    # ways to be spared the choice of rho
-    python notebooks/study/trials.py overfitting   # and one more, in twelve settings (two need those that study.sh makes)
+    python notebooks/study/trials.py overfitting   # one more, in twelve settings (after `study.sh finetune-convnext-noisy`)
     python notebooks/study/trials.py candidates    # ascent steps cheaper than a part of the batch
     python notebooks/study/trials.py reuse         # the one of them that did: a gradient that several steps use
     python notebooks/study/trials.py norm          # perturbing the normalisation layers only
