@@ -2,6 +2,7 @@
 """The properties that sharpness-aware training promises, one section each, on one process."""
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from tiny import (
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_aace import AACEConfig, AACETrainer
@@ -414,6 +416,42 @@ def test_no_host_synchronisation_per_step(variant, scope, tmp_path):
     with HostReads() as reads:  # the counter does count
         float(torch.ones(()))
     assert len(reads.names) == 1
+
+
+class DeviceCrossings(TorchDispatchMode):
+    """Counts the operations that tensors of several devices take part in: the host waits for those copied to a GPU, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        devices = {t.device for t in tree_leaves((args, kwargs, outputs)) if isinstance(t, torch.Tensor)}
+        if len(devices) > 1:
+            self.names.append(str(function))
+        return outputs
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_step_stays_on_its_device(variant, scope, tmp_path, monkeypatch):
+    """On the meta device, which stands here for a GPU: it holds no values, so reading one is an error, too."""
+    trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.1, ascent_scope=scope, **VARIANTS[variant])
+    model = trainer.model.to("meta")
+    inputs = {key: value.to("meta") for key, value in batch().items()}
+    monkeypatch.setattr(trainer, "_prepare_inputs", dict)  # instead of moving them to the CPU
+    monkeypatch.setattr("hf_aace.trainer.replayed_rng", lambda devices: nullcontext())  # there is no generator for it
+    trainer._aace_first_step = False  # which reads the labels once, to check them
+    with DeviceCrossings() as crossings:
+        for _ in range(2):
+            trainer.training_step(model, inputs)
+    assert crossings.names == []
+    assert all(p.grad is not None for p in model.parameters())
+    with DeviceCrossings() as crossings:  # the counter does count
+        inputs["pixel_values"] * torch.ones(())
+        torch.ones(2).to("meta")
+    assert len(crossings.names) == 2
 
 
 # ---- 11. Finite -----------------------------------------------------------------------------------------------------
