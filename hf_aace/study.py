@@ -3,12 +3,15 @@
 
 import csv
 import itertools
+import json
+import math
 import os
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from scipy.stats import ttest_rel
@@ -52,8 +55,14 @@ class Candidate:
     @property
     def folder(self) -> str:
         """A name for its files, unlike that of any other candidate of a study."""
-        chosen = [f"{name}={value}" for name, value in self.options if name in self.varied]
         fixed = [part for part in self.method.split(":") if "|" not in part]
+        preset = PRESETS[fixed[0]]
+        chosen = [
+            f"{name}={value}"
+            for name, value in self.options
+            # A single `rho` for all methods is in none of their names.
+            if name in self.varied or (f"{name}={value}" not in fixed and preset.get(name) != value)
+        ]
         return re.sub(r"[^\w.=+-]+", "-", " ".join([*fixed, *chosen]))
 
     @property
@@ -263,6 +272,26 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     """The mean, and its standard error (NaN for a single value)."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return statistics.fmean(values), error
+
+
+def write_report(report: dict[str, Any], path: str | os.PathLike) -> None:
+    """
+    Writes numbers as JSON, which has no NaN: that of a single seed's standard error is `null`.
+
+    Args:
+        report (`dict`): What is to be written; dictionaries and lists of them, and numbers.
+        path (`str` or `os.PathLike`): The file.
+    """
+    text = json.dumps(_without_nan(report), indent=2, allow_nan=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _by(results: Iterable[Result], key) -> dict[Any, list[Result]]:

@@ -57,6 +57,7 @@ def test_each_candidate_has_a_folder_of_its_own():
         "aace:rho=.2:weight_decay=1",
     ]
     candidates = [candidate for method in methods for candidate in candidates_of(method)]
+    candidates += candidates_of("aace", ["0.3"]) + candidates_of("aace", ["0.4"])  # two studies of one folder
     # The same settings, written in two ways, may share their runs.
     assert len({candidate.folder for candidate in candidates}) == len({candidate.options for candidate in candidates})
 
@@ -215,6 +216,28 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path, monkeypatch
     assert (tmp_path / "study" / "trainer" / "seed-0" / "all_results.json").is_file()
 
 
+def test_options_of_a_file_are_those_of_every_run(tmp_path, monkeypatch, capsys):
+    """They come before what `compare` has otherwise, after what the command line says; and a file that was changed is told."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_aace.cli.compare.ProcessPoolExecutor", Here)
+    options = "validation_size: 0.5\neval_strategy: epoch\nmetrics: [macro_f1]\nlabel_noise: 0.4\n"
+    (tmp_path / "options.yaml").write_text(options)
+    argv = [*TINY, "--methods", "trainer", "--config", "options.yaml", "--label_noise", "0.1"]
+    assert main(argv) == 0
+    run = tmp_path / "study" / "trainer" / "seed-0"
+    options = json.loads((run / "train_options.json").read_text())
+    assert (options["validation_size"], options["label_noise"]) == (0.5, 0.1)
+    logs = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_loss" in log for log in logs[:-1])
+    (tmp_path / "options.yaml").write_text("validation_size: 0.4\n")
+    assert main(argv) == 1
+    assert "holds a study with other options" in capsys.readouterr().err
+    (tmp_path / "options.yaml").write_text("validation_sise: 0.4\n")
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert "Did you mean --validation_size?" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", "killed"])
 def test_a_study_that_is_stopped_leaves_no_process_behind(how, tmp_path):
@@ -258,6 +281,7 @@ def test_a_study_that_is_stopped_leaves_no_process_behind(how, tmp_path):
         (["--baseline", "sam", "--methods", "trainer"], "`baseline` must be one of the methods, trainer, got 'sam'"),
         (["--methods", "aace:ascent_fraction=2"], "`ascent_fraction` must lie in (0, 1], got 2.0"),
         (["--rho", "0.1,0.2", "--validation_size", "0"], "`validation_size` is 0"),
+        (["--streaming", "true"], "with `--validation_size 0`"),
     ],
 )
 def test_bad_input_is_told_before_the_first_run(argv, expected, tmp_path, monkeypatch, capsys):
@@ -309,7 +333,9 @@ def test_find_rho_trains_with_each_value_and_plainly(tmp_path, monkeypatch, caps
     monkeypatch.setattr("hf_aace.cli.compare.ProcessPoolExecutor", Here)
     argv = ["find-rho", "--max_steps", "2", "--train_size", "40", "--seeds", "1", "--jobs", "1", "--rho", "0.1,0.2"]
     assert main(argv) == 0
-    report = json.loads((tmp_path / "runs" / "find-rho" / "find_rho.json").read_text())
+    text = (tmp_path / "runs" / "find-rho" / "find_rho.json").read_text()
+    report = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert report["values"][0]["standard_error"] is None  # of one seed
     assert [row["rho"] for row in report["values"]] == [0, 0.1, 0.2]
     screen = capsys.readouterr().out
     assert report["text"] in screen
@@ -318,6 +344,11 @@ def test_find_rho_trains_with_each_value_and_plainly(tmp_path, monkeypatch, caps
         path = tmp_path / "runs" / "find-rho" / folder / "seed-0" / "all_results.json"
         assert row["accuracy"] == json.loads(path.read_text())["validation_accuracy"]
     assert (tmp_path / "runs" / "find-rho" / "rho.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_to_find_rho_takes_one_to_try(capsys):
+    assert main(["find-rho", "--rho", "0"]) == 1
+    assert "`rho` must have a value to compare with 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["compare", "find-rho"])

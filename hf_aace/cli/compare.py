@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..study import Candidate, Result, candidates_of, choose, rho_values, summarize, write_results
+from ..study import Candidate, Result, candidates_of, choose, rho_values, summarize, write_report, write_results
 from ..study_plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
 from . import main
-from .options import last_part
+from .options import config_as_options, last_part
 from .table import table
 from .train import train_parser
 
@@ -108,6 +108,10 @@ def study_parser(command: str, description: str) -> argparse.ArgumentParser:
         help="How many runs at a time, each in a process with its share of the CPU cores.",
     )
     parser.add_argument("--output_dir", default=f"runs/{command}", help="Where the runs, tables and pictures go.")
+    parser.add_argument(
+        "--config",
+        help="A YAML or JSON file with options of hf-aace train by name; the command line overrides it.",
+    )
     return parser
 
 
@@ -131,6 +135,8 @@ class Study:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(options, name)}.")
         self.folder, self._jobs = Path(options.output_dir), options.jobs
         self.seeds = list(range(options.first_seed, options.first_seed + options.seeds))
+        if options.config is not None:  # read here and now: the file may be another one when the study goes on
+            common = [*config_as_options(options.config), *common]
         self._common = common
         for candidate in candidates:
             # Bad options are to be told before the first run, not by the last one.
@@ -140,6 +146,11 @@ class Study:
             )
             if candidate.varied and data.validation_size == 0:
                 raise ValueError("`validation_size` is 0, but it takes validation images to choose between settings.")
+            if data.streaming and data.validation_size > 0:
+                raise ValueError(
+                    "`streaming` reads no images beforehand, so that none can be set apart to choose settings by. Leave it "
+                    "out, or compare methods of one setting each with `--validation_size 0`."
+                )
         self.title = f"{last_part(model.model_name_or_path)} on {last_part(data.dataset_name)}"
         record = self.folder / "study.json"
         begun_with = json.loads(record.read_text(encoding="utf-8"))["options"] if record.is_file() else common
@@ -247,7 +258,7 @@ def _report(study: Study, results: list[Result], baseline: str, command: list[st
     print(_comparison_table(rows))
     write_results(results, study.folder / "runs.csv")
     report = {"command": shlex.join(command), "baseline": baseline, "methods": rows}
-    (study.folder / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(report, study.folder / "summary.json")
     pictures = [study.folder / f"{name}.png" for name in ("accuracy", "time", "rho")]
     plot_accuracies(rows, results, study.title, pictures[0])
     plot_accuracy_by_time(rows, study.title, pictures[1])

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hf-aace find-rho`: which rho to train with, by a search on validation images."""
 
-import json
 import shlex
 
 from tqdm.auto import tqdm
 
-from ..study import Candidate, advise_rho, rho_values
+from ..study import Candidate, advise_rho, rho_values, write_report
 from ..study_plots import plot_accuracy_by_rho
 from .compare import Study, study_parser
 from .table import table
@@ -24,9 +23,11 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--rho", default="0.003,0.01,0.03,0.1,0.3", help="The values to try, separated by commas.")
     parser.set_defaults(seeds=3)
     options, common = parser.parse_known_args(argv)
-    values = rho_values(options.rho)
+    values = [value for value in rho_values(options.rho) if float(value) != 0]
+    if not values:
+        raise ValueError(f"`rho` must have a value to compare with 0, which is tried anyway, got {options.rho!r}.")
     plain = Candidate("trainer", (("rho", "0"),))
-    candidates = [plain, *(Candidate("aace", (("rho", value),), ("rho",)) for value in values if float(value) != 0)]
+    candidates = [plain, *(Candidate("aace", (("rho", value),), ("rho",)) for value in values)]
 
     study = Study(options, common, candidates)
     runs = [(candidate, seed) for seed in study.seeds for candidate in candidates]
@@ -42,7 +43,7 @@ def run(argv: list[str]) -> int:
     print(table(["rho", "accuracy"], lines))
     print(advice["text"])
     report = {"command": shlex.join(["hf-aace", "find-rho", *argv]), **advice}
-    (study.folder / "find_rho.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(report, study.folder / "find_rho.json")
     plot_accuracy_by_rho(results, study.title, study.folder / "rho.png")
     print(f"Numbers: {study.folder / 'find_rho.json'}\nPicture: {study.folder / 'rho.png'}")
     return 0

@@ -305,7 +305,12 @@ def command_parser(
     # Once without `--help`, which is to show the defaults for what else is given.
     known = [argument for argument in argv if argument not in ("-h", "--help")]
     config_path = parser.parse_known_args(known)[0].config
-    config = {} if config_path is None else _read_config(config_path, names)
+    config = {} if config_path is None else _read_config(config_path)
+    for key in config:
+        if key not in names:
+            raise ValueError(
+                f"The configuration file {config_path} has an unknown key, {key!r}.{_did_you_mean(str(key), names)}"
+            )
     # The defaults depend on what the configuration or the command line chooses.
     parser.set_defaults(**config)
     parser.set_defaults(**defaults(parser.parse_known_args(known)[0]) | config)
@@ -403,8 +408,22 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def _read_config(path: str, names: list[str]) -> dict[str, Any]:
-    """Reads a configuration file into defaults for a parser that has the options `names`."""
+def config_as_options(path: str) -> list[str]:
+    """
+    The options in a configuration file, as the command line would have them.
+
+    Args:
+        path (`str`): The file, in YAML or JSON.
+    """
+    argv = []
+    for name, value in _read_config(path).items():
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        argv += [f"--{name}", *map(str, values)]
+    return argv
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """Reads a configuration file into defaults for a parser."""
     text = Path(path).read_text(encoding="utf-8")
     try:
         config = json.loads(text) if Path(path).suffix == ".json" else yaml.load(text, Loader=_YamlLoader)
@@ -414,11 +433,6 @@ def _read_config(path: str, names: list[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise ValueError(f"The configuration file {path} must hold options as `name: value`, got {config!r}.")
-    for key in config:
-        if key not in names:
-            raise ValueError(
-                f"The configuration file {path} has an unknown key, {key!r}.{_did_you_mean(str(key), names)}"
-            )
     # The parser converts defaults that are strings as it converts the command line, so all scalars go to it as such.
     # A key without a value leaves the default.
     return {
