@@ -2,15 +2,17 @@
 """What works around defects of particular versions of other libraries; each with the condition for its removal."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from evaluate.evaluator import ImageClassificationEvaluator
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
@@ -30,16 +32,8 @@ def needs_conversion(model: nn.Module, checkpoint: str | None) -> bool:
     """
     if checkpoint is None or not isinstance(model, PreTrainedModel):
         return False
-    weights, index = (os.path.join(checkpoint, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    if os.path.isfile(weights):
-        with safe_open(weights, framework="pt") as file:
-            saved = set(file.keys())
-    elif os.path.isfile(index):
-        with open(index, encoding="utf-8") as file:
-            saved = set(json.load(file)["weight_map"])
-    else:
-        return False
-    return not saved <= set(model.state_dict())
+    names = [name for path in _weight_files(checkpoint) for name in _names(path)]
+    return not set(names) <= set(model.state_dict())
 
 
 def load_converted_weights(model: PreTrainedModel, checkpoint: str) -> None:
@@ -53,14 +47,45 @@ def load_converted_weights(model: PreTrainedModel, checkpoint: str) -> None:
     Raises:
         `RuntimeError`: If the checkpoint does not hold all the weights of the model.
     """
-    with torch.random.fork_rng(devices=[]):  # initialising the copy must not draw from the run's random numbers
-        loaded, report = type(model).from_pretrained(checkpoint, config=model.config, output_loading_info=True)
-    if report["missing_keys"] or report["mismatched_keys"]:
+    own = model.state_dict()
+    own_names = {id(tensor): name for name, tensor in own.items()}
+    as_saved = revert_weight_conversion(model, dict(own))
+    if all(id(tensor) in own_names for tensor in as_saved.values()):  # renamed only, as for every image classifier
+        files = [load_file(path) for path in _weight_files(checkpoint)]
+        loaded = {
+            own_names[id(as_saved[name])]: tensor
+            for file in files
+            for name, tensor in file.items()
+            if name in as_saved
+        }
+    else:
+        with torch.random.fork_rng(devices=[]):  # initialising the copy must not draw from the run's random numbers
+            copy, report = type(model).from_pretrained(
+                checkpoint, config=model.config, dtype=model.dtype, output_loading_info=True
+            )
+        loaded = {name: t for name, t in copy.state_dict().items() if name not in report["missing_keys"]}
+    # Of weights that are one tensor, a checkpoint holds one.
+    held = {own[name].data_ptr() for name in loaded}
+    if missing := sorted(name for name, tensor in own.items() if tensor.data_ptr() not in held):
         raise RuntimeError(
-            f"The checkpoint {checkpoint} lacks weights of {type(model).__name__}: "
-            f"{sorted(report['missing_keys']) + sorted(report['mismatched_keys'])}. Resume from another one."
+            f"The checkpoint {checkpoint} lacks weights of {type(model).__name__}: {missing}. Resume from another one."
         )
-    model.load_state_dict(loaded.state_dict())
+    model.load_state_dict(loaded, strict=False)
+
+
+def _weight_files(checkpoint: str) -> list[Path]:
+    """The files of a checkpoint that hold its weights, if they are safetensors."""
+    weights, index = (Path(checkpoint, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if weights.is_file():
+        return [weights]
+    if not index.is_file():
+        return []
+    return [weights.with_name(name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 # For FSDP2, accelerate 1.15 shards what `get_input_embeddings()` returns by itself. Of image classifiers some have none and

@@ -10,6 +10,8 @@ import pytest
 import torch
 from resumable_run import make_trainer
 from tiny import digits, identical, learning_curve, training_arguments, vit, weights
+from torch import nn
+from transformers import TrainerCallback, ViTForImageClassification
 
 from hf_aace import AACEConfig, AACETrainer
 
@@ -45,7 +47,33 @@ def test_killed_and_resumed_run_ends_as_one_never_killed(name, scope, every, tmp
     assert learning_curve(resumed)[-3:-1] == learning_curve(uninterrupted)[-3:-1]
 
 
-def test_best_vit_is_loaded_at_the_end(tmp_path):
+def bfloat16_in_its_configuration(model):
+    """As one loaded from a checkpoint of 16 bits and made `float()`."""
+    model.config.dtype = torch.bfloat16
+    return model
+
+
+def own_head(model):
+    model.classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(32, 10))
+    return model
+
+
+class OwnForImageClassification(ViTForImageClassification):
+    def __init__(self, config, something):
+        super().__init__(config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model,
+        bfloat16_in_its_configuration,
+        own_head,
+        lambda model: OwnForImageClassification(model.config, 1),
+    ],
+    ids=["vit", "bfloat16", "own head", "own class"],
+)
+def test_best_vit_is_loaded_at_the_end(change, tmp_path):
     """Trainer of transformers 5.23 would keep most of the last weights instead, silently."""
     arguments = training_arguments(
         AACEConfig,
@@ -59,11 +87,19 @@ def test_best_vit_is_loaded_at_the_end(tmp_path):
         metric_for_best_model="eval_loss",
         greater_is_better=True,  # so that the first checkpoint is the "best"
     )
-    trainer = AACETrainer(vit(), arguments, train_dataset=digits(), eval_dataset=digits(32))
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_save(self, args, state, control, model=None, **kwargs):
+            kept[f"{tmp_path}/checkpoint-{state.global_step}"] = weights(model)
+
+    trainer = AACETrainer(
+        change(vit()), arguments, train_dataset=digits(), eval_dataset=digits(32), callbacks=[Keep()]
+    )
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert best != str(tmp_path / "checkpoint-8")
-    assert identical(weights(trainer.model), weights(type(trainer.model).from_pretrained(best)))
+    assert identical(weights(trainer.model), kept[best])
 
 
 def test_checkpoint_that_lacks_weights_is_refused(tmp_path):
