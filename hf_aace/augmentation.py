@@ -166,12 +166,17 @@ class AugmentedTrainer(Trainer):
         if self._augmentation is not None:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             place = [seed, self.state.global_step, self.args.process_index]
+            plain = batches
             batches = [
                 self._augmentation(
                     self._prepare_inputs(batch), int(np.random.SeedSequence([*place, index]).generate_state(1)[0])
                 )
-                for index, batch in enumerate(batches)
+                for index, batch in enumerate(plain)
             ]
+            if num_items_in_batch is not None and batches and "labels" in batches[0]:
+                # Trainer counts the entries of labels, of which soft ones have more.
+                before, now = (each[0]["labels"].numel() for each in (plain, batches))
+                num_items_in_batch = num_items_in_batch * now // before
         return batches, num_items_in_batch
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labelled images as `datasets`: scikit-learn's digits, a folder, or the Hub; checked before training starts."""
 
+import glob
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,13 @@ _TEST_FRACTION = 0.2
 # Test images stay the same whatever the seed of a run, or the runs could not be compared.
 _SPLIT_SEED = 0
 TEST_SPLITS = ("test", "validation")
+# What folders that hold a split are called.
+_SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev"),
+}
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Files that hold many images, by their suffix, and what of `datasets` reads them.
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 
@@ -76,8 +86,8 @@ def load_image_dataset(
             is made.
 
     Returns:
-        `DatasetDict`: The splits `train` and `test`, and `validation` if `validation_size` asks for it, with the columns `image` ([`~datasets.Image`]) and `label`
-        ([`~datasets.ClassLabel`]). A data set without a labelled `test` or `validation` split has a fifth of its images
+        `DatasetDict`: The splits `train` and `test`, and `validation` if `validation_size` asks for it, with the columns
+        `image` ([`~datasets.Image`]) and `label` ([`~datasets.ClassLabel`]). A data set without a labelled `test` or `validation` split has a fifth of its images
         set apart as test images.
 
     Raises:
@@ -99,7 +109,13 @@ def load_image_dataset(
         splits = _train_and_test(name, splits)
     test = splits.pop("test")
     if validation_size > 0:
-        splits = _split(splits["train"], round(validation_size * len(splits["train"])), seed)
+        size = round(validation_size * len(splits["train"]))
+        if not 1 <= size <= len(splits["train"]) - len(np.unique(_labels(splits["train"]))):
+            raise ValueError(
+                f"`validation_size={validation_size}` of the {len(splits['train'])} training images are {size}: that must "
+                "be one at least, and leave one of each class to train on."
+            )
+        splits = _split(splits["train"], size, seed)
         splits["validation"] = splits.pop("test")
     if train_size is not None:
         splits["train"] = _take(splits["train"], train_size, seed)
@@ -164,12 +180,19 @@ def _is_saved(path: Path) -> bool:
 
 def _builder_of_folder(path: Path) -> str | None:
     """What of `datasets` reads the files in a folder, `None` if it is one of images or was saved by `datasets`."""
-    suffixes = {file.suffix.lower() for file in path.rglob("*")}
-    if _is_saved(path) or suffixes & PIL.Image.registered_extensions().keys():
+    if _is_saved(path):
         return None
+    images = PIL.Image.registered_extensions()
+    files = list(_files(path))
+    # One beside the files, a logo or a figure, makes no folder of images.
+    if any(file.name in _METADATA or (file.suffix.lower() in images and file.parent != path) for file in files):
+        return None
+    suffixes = {file.suffix.lower() for file in files}
     for suffix, builder in _BUILDERS.items():
         if suffix in suffixes:
             return builder
+    if suffixes & images.keys():
+        return None
     raise ValueError(
         f"The folder {str(path)!r} given as `dataset_name` holds no images. Put them into one sub-folder for each class. "
         f"(Nor is it a data set written by `save_to_disk`, nor does it hold files of {' or '.join(_BUILDERS)}.)"
@@ -180,7 +203,9 @@ def _load_folder(name: str) -> DatasetDict:
     if _is_saved(Path(name)):
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-    splits = load_dataset("imagefolder", data_dir=name)
+    folders = _split_folders(Path(name)) or {"train": Path(name)}
+    # Not `data_dir`: that also takes a class called `test`, or an image, for a split, and is many times as slow.
+    splits = load_dataset("imagefolder", data_files={split: _patterns(path) for split, path in folders.items()})
     # `imagefolder` leaves the labels out, of the column or altogether, where it finds no two classes at one depth. With
     # a metadata file there are columns of its own instead.
     if any(
@@ -193,6 +218,42 @@ def _load_folder(name: str) -> DatasetDict:
             f"them to train on and all at the same depth, but its images lie in: {first_few(folders)}."
         )
     return splits
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files in a folder, those behind links to folders too."""
+    for parent, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(parent, name) for name in names)
+
+
+def _patterns(folder: Path) -> list[str]:
+    """What matches all files in a folder; `**` itself goes behind no link."""
+    links = [
+        Path(parent, name)
+        for parent, names, _ in os.walk(folder, followlinks=True)
+        for name in names
+        if os.path.islink(os.path.join(parent, name))
+    ]
+    return [
+        f"{glob.escape(str(start))}/**"
+        for start in (folder, *links)
+        if any(names for _, _, names in os.walk(start))  # a pattern that matches nothing is an error
+    ]
+
+
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """The folders in which a folder of images has its splits, perhaps further down as in some archives; empty if it has none."""
+    # Hidden ones, and those that a Mac adds to archives, hold no images.
+    inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
+    found = {
+        split: path
+        for split, names in _SPLIT_FOLDERS.items()
+        for path in inside
+        # Of images alone it is a class of that name.
+        if path.name.lower() in names and any(p.is_dir() or p.name in _METADATA for p in path.iterdir())
+    }
+    below = [] if found else [splits for path in inside if (splits := _split_folders(path))]
+    return below[0] if len(below) == 1 else found
 
 
 def _image_and_label(
@@ -233,7 +294,13 @@ def _train_and_test(name: str, splits: DatasetDict) -> DatasetDict:
     # The test labels of a public competition are often withheld.
     labelled = [split for split in TEST_SPLITS if split in splits and _is_labelled(splits[split])]
     if not labelled:
-        return _split(train, round(_TEST_FRACTION * len(train)), _SPLIT_SEED)
+        size = max(1, round(_TEST_FRACTION * len(train)))
+        if len(train) - size < len(present):
+            raise ValueError(
+                f"The data set {name!r} has {len(train)} images of {len(present)} classes and no test split: too few to set "
+                "some apart for the test. Add some."
+            )
+        return _split(train, size, _SPLIT_SEED)
     test = splits[labelled[0]]
     unseen = np.setdiff1d(_labels(test), present)
     if len(unseen):
@@ -246,7 +313,7 @@ def _labels(dataset: Dataset) -> np.ndarray:
 
 
 def _is_labelled(dataset: Dataset) -> bool:
-    return all(label is not None and label >= 0 for label in dataset["label"])
+    return all(label is not None and (isinstance(label, str) or label >= 0) for label in dataset["label"])
 
 
 def _split(dataset: Dataset, test_size: int, seed: int) -> DatasetDict:

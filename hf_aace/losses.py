@@ -156,9 +156,10 @@ def aace_loss(
         losses = (labels.to(logits.dtype) * _loss_of_classes(logits, every_class, target)).sum(dim=1)
         return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
+    labels = labels.long()  # or 156, in 8 bits, would be -100
     counts = labels != ignore_index
     try:
-        losses = _loss_of_classes(logits, torch.where(counts, labels, 0).long().unsqueeze(1), target).squeeze(1)
+        losses = _loss_of_classes(logits, torch.where(counts, labels, 0).unsqueeze(1), target).squeeze(1)
     except (IndexError, RuntimeError):
         check_label_values(labels, logits.shape[1], ignore_index)  # a clearer error, if the labels are the reason
         raise

@@ -294,7 +294,7 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.training
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
     ]
     try:
         for layer in layers:

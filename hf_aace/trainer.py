@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainerCallback
 from transformers.modelcard import TrainingSummary
+from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
 
 from ._compat import load_converted_weights, needs_conversion, without_input_embeddings
@@ -99,11 +100,12 @@ class SharpnessAwareMixin:
             trained so; the message says what was found and how to mend it. Not with `rho=0`.
     """
 
-    def __init__(self, model: str | PreTrainedModel | nn.Module | None = None, *args, **kwargs):
-        if isinstance(model, str):
-            # The checkpoint may be in 16 bits, which cannot hold a perturbation.
-            model = AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32)
-        super().__init__(model, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        if isinstance(kwargs.get("model"), str):
+            kwargs["model"] = _load_model(kwargs["model"])
+        elif "model" not in kwargs and args and isinstance(args[0], str):
+            args = (_load_model(args[0]), *args[1:])
+        super().__init__(*args, **kwargs)
         self._aace_metrics = _IntervalMetrics()
         self._aace_window = []  # the micro-batches of the present optimizer step
         self._aace_perturbation = None  # what `ascent_scope="full_batch"` shares among them
@@ -111,6 +113,14 @@ class SharpnessAwareMixin:
         self._aace_first_step = True
         self._aace_uses_backward = False
         self._check_sharpness_aware()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(SharpnessAwareMixin):
+            raise TypeError(
+                f"{cls.__name__} would train plainly: put SharpnessAwareMixin before the Trainer class among its bases."
+            )
 
     @property
     def _aace_args(self) -> AACEArguments:
@@ -175,7 +185,8 @@ class SharpnessAwareMixin:
             `ValueError`: If `forward` needs what the batch does not hold.
         """
         label = self._aace_label_name
-        accepted = inspect.signature(self.model.forward).parameters
+        inner = unwrap_peft_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        accepted = inspect.signature(inner.forward).parameters
         anything = any(argument.kind is argument.VAR_KEYWORD for argument in accepted.values())
         demanded = {
             name
@@ -211,7 +222,7 @@ class SharpnessAwareMixin:
         if isinstance(outputs, torch.Tensor):
             return outputs
         if not isinstance(outputs, Mapping):
-            return outputs[0]
+            return outputs[1] if outputs[0] is None else outputs[0]  # some have a loss that is None without labels
         if "logits" not in outputs:
             raise ValueError(
                 f"The outputs of {type(self.model).__name__} hold no `logits`, only {sorted(outputs)}. Override "
@@ -228,7 +239,7 @@ class SharpnessAwareMixin:
         reshard(model)  # evaluation leaves some weights gathered: those are not the ones that the optimizer has
         parameters = self._perturbed_parameters()
         ascent = self._aace_kept
-        if new := ascent is None or not ascent.serves(self.state.global_step, args.ascent_every, parameters):
+        if new := ascent is None or not ascent.serves(self.state.global_step, args, parameters):
             ascent = self._ascend(model, window, parameters)
             self._aace_kept = ascent if args.ascent_every > 1 else None
         perturbation = perturbed(
@@ -259,6 +270,7 @@ class SharpnessAwareMixin:
     ) -> "_Ascent":
         """The ascent pass over the micro-batches of `window`."""
         if self._aace_first_step:
+            self._check_sharpness_aware()  # a callback may have raised a `rho` of 0
             self._check_no_step_inside_backward(parameters)
         buffers = [b.clone() for b in self.model.buffers()] if self._aace_first_step else []
         try:
@@ -281,6 +293,7 @@ class SharpnessAwareMixin:
         scaler = self.accelerator.scaler
         return _Ascent(
             step=self.state.global_step,
+            loss=self._aace_args.perturbation_loss,
             parameters=parameters,
             gradients=gradients,
             grad_scale=None if scaler is None else scaler.scale(torch.ones((), device=losses["ascent_loss"].device)),
@@ -290,17 +303,9 @@ class SharpnessAwareMixin:
         self, model: nn.Module, window: list[dict[str, torch.Tensor | Any]], parameters: list[nn.Parameter]
     ) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
         """The gradients of the mean ascent loss (times the fp16 loss scale), and the mean losses at these weights."""
-        samples = [self._ascent_samples(inputs) for inputs in window]
-        count = sum(count_labels(labels) for _, labels in samples)
         synced, sharded = self._perturbs_in_sync(), self.accelerator.is_fsdp2
-        # What the processes divide by, so that the mean over them is that over all their samples.
-        share = (
-            mean_over_processes(torch.as_tensor(count, dtype=torch.float32, device=self.args.device))
-            if synced
-            else count
-        )
         use_backward = sharded or self._aace_uses_backward
-        keep = len(samples) > 1 or self._aace_args.ascent_every > 1
+        keep = len(window) > 1 or self._aace_args.ascent_every > 1
         gradients = [None] * len(parameters)
         losses = {"clean_loss": 0.0, "clean_accuracy": 0.0, "ascent_loss": 0.0}
         # The descent pass is to draw the same random numbers, and the run those that it would without an ascent pass.
@@ -309,6 +314,10 @@ class SharpnessAwareMixin:
             outside_ddp(model) as inner,
             _gradients_set_aside(self.model) if use_backward else nullcontext(),
         ):
+            samples = [self._ascent_samples(inputs) for inputs in window]
+            count = share = sum(count_labels(labels) for _, labels in samples)
+            if synced:  # what the processes divide by, so that the mean over them is that over all their samples
+                share = mean_over_processes(torch.as_tensor(count, dtype=torch.float32, device=self.args.device))
             for index, (inputs, labels) in enumerate(samples):
                 if sharded:
                     model.set_requires_gradient_sync(index == len(samples) - 1)
@@ -355,6 +364,11 @@ class SharpnessAwareMixin:
     def _ascent_samples(self, inputs: dict[str, torch.Tensor | Any]) -> tuple[dict[str, Any], torch.Tensor]:
         """The samples of one micro-batch for the ascent pass, on the device, and their labels."""
         inputs, name = self._prepare_inputs(inputs), self._aace_label_name
+        if not isinstance(inputs, Mapping):
+            raise ValueError(
+                f"Sharpness-aware training needs batches that are dictionaries, got a {type(inputs).__name__}. Let the "
+                f"`data_collator` return one, with the labels under `{name}`."
+            )
         labels = inputs.get(name)
         if not isinstance(labels, torch.Tensor):
             others = sorted(key for key in inputs if key != name)
@@ -367,7 +381,11 @@ class SharpnessAwareMixin:
             batch = labels.shape[0]
             used = max(1, round(fraction * batch))
             inputs = {key: _first(value, used, batch) for key, value in inputs.items()}
-        return inputs, inputs[name]
+        labels = inputs[name]
+        if labels.is_floating_point():
+            return inputs, labels
+        # As models flatten them; and -100 is no class, which in 8 bits it might look like.
+        return inputs, (labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels).long()
 
     def _ascent_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The ascent loss, summed over the samples."""
@@ -386,7 +404,9 @@ class SharpnessAwareMixin:
     def _clean_loss(self, outputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The training loss at the present weights, summed over the samples."""
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=None) * count_labels(labels)
+            # As Trainer counts them: of probabilities every entry.
+            items = labels.numel() if labels.is_floating_point() else count_labels(labels)
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=items) * count_labels(labels)
         return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.args.label_smoothing_factor)
 
     def _perturbed_parameters(self) -> list[nn.Parameter]:
@@ -430,7 +450,9 @@ class SharpnessAwareMixin:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and (metrics := self._aace_metrics.pop()):
-            if self._perturbs_in_sync():  # each process counted what they skipped together
+            if (
+                self._perturbs_in_sync() and "skipped_perturbations" in metrics
+            ):  # each counted what they skipped together
                 metrics["skipped_perturbations"] //= self.args.world_size
             logs = {**logs, **metrics, "rho": self._aace_args.rho}
         super().log(logs, *args, **kwargs)
@@ -573,14 +595,15 @@ class _Ascent:
     """What an ascent pass gave, and when."""
 
     step: int
+    loss: str
     parameters: list[nn.Parameter]
     gradients: list[torch.Tensor | None]
     grad_scale: torch.Tensor | None
 
-    def serves(self, step: int, every: int, parameters: list[nn.Parameter]) -> bool:
-        """Whether this later step is to reuse it, as one of the `every` from its own on."""
+    def serves(self, step: int, args: AACEArguments, parameters: list[nn.Parameter]) -> bool:
+        """Whether this later step is to reuse it, as one of the `ascent_every` from its own on. Callbacks may have changed the rest."""
         same = len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters))
-        return 0 < step - self.step < every and same
+        return 0 < step - self.step < args.ascent_every and self.loss == args.perturbation_loss and same
 
 
 class _IntervalMetrics:
@@ -615,7 +638,8 @@ class _IntervalMetrics:
         }
         if "clean_loss" in means:  # some steps of these took an ascent pass
             means["sharpness"] = means.pop("perturbed_loss", math.nan) - means["clean_loss"]
-        means["skipped_perturbations"] = round(sums[names.index("skipped_perturbations")])
+        if "skipped_perturbations" in means:
+            means["skipped_perturbations"] = round(sums[names.index("skipped_perturbations")])
         first = ["clean_loss", "clean_accuracy", "sharpness", "ascent_loss"]
         return {name: means[name] for name in first if name in means} | means
 
@@ -634,14 +658,21 @@ def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
             p.grad = grad
 
 
+def _load_model(name: str) -> PreTrainedModel:
+    # The checkpoint may be in 16 bits, which cannot hold a perturbation.
+    return AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)
+
+
 def _first(data: Any, used: int, batch: int) -> Any:
     """The first `used` samples of whatever in `data` has one entry for each of the `batch` samples."""
     if isinstance(data, Mapping):
         return {key: _first(value, used, batch) for key, value in data.items()}
+    if isinstance(data, torch.Tensor):
+        return data[:used] if data.dim() > 0 and data.shape[0] == batch else data
     if isinstance(data, (tuple, list)):
-        return type(data)(_first(value, used, batch) for value in data)
-    if isinstance(data, torch.Tensor) and data.dim() > 0 and data.shape[0] == batch:
-        return data[:used]
+        parts = type(data)(_first(value, used, batch) for value in data)
+        whole = all(part is value for part, value in zip(parts, data, strict=True))
+        return data[:used] if whole and len(data) == batch else parts
     return data
 
 

@@ -41,28 +41,31 @@ class TrainingLoss:
     ) -> torch.Tensor:
         """
         Args:
-            outputs (`ModelOutput` or `tuple`):
-                What the model returned: `logits` of shape `(batch, classes)`, or they come first.
+            outputs (`ModelOutput`, `tuple` or `torch.Tensor`):
+                What the model returned: `logits` of shape `(batch, classes)`, or a tuple in which they come first, or
+                they themselves.
             labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`):
                 Class indices, of which -100 does not count, or probabilities of the classes.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                The number of labels of all micro-batches and processes that make up an optimizer step. Defaults to that of
-                these.
+                The number of labels of all micro-batches and processes that make up an optimizer step, as Trainer counts
+                them: of probabilities, one for each class of each image. Defaults to that of these.
 
         Returns:
-            `torch.Tensor`: The sum of the losses over that number, a scalar.
+            `torch.Tensor`: The sum of the losses over the number of images, a scalar.
         """
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        logits = outputs
+        if not isinstance(outputs, torch.Tensor):
+            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if self._weights is not None:
             self._weights = self._weights.to(logits.device)  # moved once
         total = F.cross_entropy(
             logits.float(), labels, weight=self._weights, reduction="sum", label_smoothing=self._label_smoothing
         )
         if num_items_in_batch is None:
-            num_items_in_batch = len(labels) if labels.is_floating_point() else (labels != -100).sum()
+            num_items_in_batch = labels.numel() if labels.is_floating_point() else (labels != -100).sum()
         elif isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
+        return total / (num_items_in_batch / labels.shape[1] if labels.is_floating_point() else num_items_in_batch)
 
 
 def balanced_class_weights(labels: Sequence[int], num_classes: int) -> list[float]:
@@ -70,7 +73,7 @@ def balanced_class_weights(labels: Sequence[int], num_classes: int) -> list[floa
     Weights with which every class counts as much as any other, however many images it has.
 
     Args:
-        labels (`Sequence[int]`): The labels of the training images.
+        labels (`Sequence[int]`): The labels of the training images. Those that are -100 do not count.
         num_classes (`int`): The number of classes.
 
     Returns:
@@ -79,6 +82,7 @@ def balanced_class_weights(labels: Sequence[int], num_classes: int) -> list[floa
         occur.
     """
     labels = np.asarray(labels)
+    labels = labels[labels != -100]
     present = np.unique(labels)
     weights = np.ones(num_classes)
     weights[present] = compute_class_weight("balanced", classes=present, y=labels)

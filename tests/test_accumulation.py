@@ -10,6 +10,7 @@ from tiny import (
     convnext,
     digits,
     identical,
+    resnet,
     trainer_for_single_steps,
     training_arguments,
     vit,
@@ -164,3 +165,15 @@ def test_full_batch_ascent_sees_the_dropout_masks_of_the_descent(tmp_path):
 def test_full_batch_keeps_no_copy_of_the_weights_after_the_step(tmp_path):
     trainer = train(convnext(), tmp_path, digits(64), batch_size=8, accumulate=4, steps=2)
     assert trainer._aace_perturbation is None
+
+
+def test_full_batch_counts_each_batch_once_whatever_mode_a_callback_leaves(tmp_path):
+    """One that evaluates between micro-batches, say: BatchNorm is not to see the perturbed weights."""
+
+    class Evaluate(TrainerCallback):
+        def on_substep_end(self, args, state, control, model=None, **kwargs):
+            model.eval()
+
+    trainer = train(resnet(), tmp_path, digits(32), batch_size=8, accumulate=2, steps=3, callbacks=[Evaluate()])
+    counts = {int(b) for name, b in trainer.model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {2 * 3}

@@ -150,6 +150,17 @@ def test_compute_loss_func_with_class_weights(accumulate, tmp_path):
     )
 
 
+def test_compute_loss_func_that_needs_the_number_of_labels(tmp_path):
+    """Trainer gives it one whenever a batch has labels, so it may rely on that."""
+
+    def mean(outputs, labels, num_items_in_batch):
+        return F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    _, _, real = check_goes_on_working(convnext, tmp_path, compute_loss_func=mean, gradient_accumulation_steps=2)
+    log = next(log for log in real.state.log_history if "loss" in log)
+    assert log["loss"] - log["clean_loss"] == pytest.approx(log["sharpness"], abs=1e-4) and 0 < log["sharpness"] < 1
+
+
 def test_overridden_compute_loss(tmp_path):
     class Weighted(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -191,7 +202,42 @@ def test_models_without_loss_kwargs(tmp_path):
     check_goes_on_working(Linear, tmp_path, gradient_accumulation_steps=2)
 
 
-def test_what_a_batch_holds_for_an_overridden_compute_loss_is_kept_from_the_model(tmp_path):
+def test_models_whose_loss_is_none_without_labels(tmp_path):
+    class Pair(Linear):
+        def forward(self, pixel_values, labels=None):
+            loss, logits = super().forward(pixel_values, labels) if labels is not None else (None, None)
+            return loss, super().forward(pixel_values)[0] if logits is None else logits
+
+    check_goes_on_working(Pair, tmp_path)
+
+
+def test_random_changes_of_a_batch_on_the_device_are_the_same_in_both_passes(tmp_path):
+    """Or the perturbation would be by other images, and the run draw other numbers than a plain one."""
+
+    class Noisy(Trainer):
+        def _prepare_inputs(self, inputs):
+            inputs = super()._prepare_inputs(inputs)
+            return {**inputs, "pixel_values": inputs["pixel_values"] + torch.randn_like(inputs["pixel_values"])}
+
+    class Ours(AACETrainer, Noisy):
+        pass
+
+    check_goes_on_working(vit, tmp_path, trainer=Noisy, ours=Ours)
+
+
+def compiled():
+    return torch.compile(Linear(), backend="eager")
+
+
+def adapted():
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(Linear(), peft.LoraConfig(target_modules=["linear"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("make_model", [Linear, compiled, adapted])
+def test_what_a_batch_holds_for_an_overridden_compute_loss_is_kept_from_the_model(make_model, tmp_path):
+    """Also where the model is inside another, whose `forward` takes anything."""
+
     class Weighted(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             sample_weights, labels = inputs.pop("sample_weights"), inputs.pop("labels")
@@ -205,7 +251,13 @@ def test_what_a_batch_holds_for_an_overridden_compute_loss_is_kept_from_the_mode
     def with_weights(rows):
         return default_data_collator(rows) | {"sample_weights": torch.linspace(0, 1, len(rows))}
 
-    check_goes_on_working(Linear, tmp_path, trainer=Weighted, ours=Ours, data_collator=with_weights)
+    kwargs = {"data_collator": with_weights, "remove_unused_columns": False, "label_names": ["labels"]}
+
+    def seeded():
+        torch.manual_seed(0)
+        return make_model()
+
+    check_goes_on_working(seeded, tmp_path, trainer=Weighted, ours=Ours, **kwargs)
 
 
 def test_a_model_that_is_called_otherwise_than_by_the_names_of_the_batch(tmp_path):

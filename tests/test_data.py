@@ -161,6 +161,67 @@ def test_folder_with_train_and_test_keeps_them(tmp_path):
     assert labels(dataset["test"]).tolist() == [0, 1, 1]
 
 
+def test_names_that_look_like_splits_are_classes_where_they_hold_images(tmp_path):
+    """And so do names of files; none is left out for that."""
+    folder = tmp_path / "vehicles [old]"
+    write_images(folder, {"train": 5, "val": 5, "car": 5})
+    (folder / "car" / "0.png").rename(folder / "car" / "test_0.png")
+    dataset = load_image_dataset(str(folder), seed=0)
+    assert dataset["train"].features["label"].names == ["car", "train", "val"]
+    assert len(dataset["train"]) + len(dataset["test"]) == 15
+
+
+def test_splits_lie_in_a_folder_of_their_own_as_in_an_archive(tmp_path):
+    write_images(tmp_path / "pets" / "pets", {f"{split}/{name}": 3 for split in ("Train", "val") for name in "ab"})
+    (tmp_path / "pets" / "__MACOSX").mkdir()
+    (tmp_path / "pets" / "LICENSE").write_text("Free.")
+    dataset = load_image_dataset(str(tmp_path / "pets"), seed=0)
+    assert (len(dataset["train"]), len(dataset["test"])) == (6, 6)
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    write_images(tmp_path / "elsewhere", {"a": 5, "b": 5})
+    (tmp_path / "linked").mkdir()
+    for name in "ab":
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "elsewhere" / name)
+    dataset = load_image_dataset(str(tmp_path / "linked"), seed=0)
+    assert (len(dataset["train"]), len(dataset["test"])) == (8, 2)
+    assert dataset["train"].features["label"].names == ["a", "b"]
+
+
+def test_labels_of_a_metadata_file_are_classes(tmp_path):
+    folder = write_images(tmp_path, {"images": 10})
+    rows = ["file_name,label", *(f"images/{i}.png,{'cat' if i % 2 else 'dog'}" for i in range(10))]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    dataset = load_image_dataset(folder, seed=0)
+    assert dataset["train"].features["label"].names == ["cat", "dog"]
+    assert (len(dataset["train"]), len(dataset["test"])) == (8, 2)
+
+
+def test_a_picture_beside_parquet_files_is_none_of_the_images(tmp_path):
+    Dataset.from_dict(
+        {"image": [PIL.Image.new("L", (8, 8))] * 10, "label": [0, 1] * 5},
+        features=Features(image=Image(), label=ClassLabel(names=["a", "b"])),
+    ).to_parquet(tmp_path / "data" / "train.parquet")
+    PIL.Image.new("L", (8, 8)).save(tmp_path / "data" / "logo.png")
+    dataset = load_image_dataset(str(tmp_path / "data"), seed=0)
+    assert len(dataset["train"]) + len(dataset["test"]) == 10
+
+
+def test_too_few_images_to_set_some_apart_are_refused(tmp_path):
+    folder = write_images(tmp_path, {"a": 1, "b": 1})
+    with pytest.raises(ValueError, match="2 images of 2 classes and no test split: too few"):
+        load_image_dataset(folder, seed=0)
+    dataset = load_image_dataset(write_images(tmp_path, {"a": 2, "b": 1}), seed=0)
+    assert (len(dataset["train"]), len(dataset["test"])) == (2, 1)
+
+
+@pytest.mark.parametrize("size", [0.0001, 0.999])
+def test_validation_images_that_would_be_none_or_all_are_refused(size):
+    with pytest.raises(ValueError, match=f"`validation_size={size}` of the 1297 training images are"):
+        load_image_dataset("digits", seed=0, validation_size=size)
+
+
 def test_a_class_of_one_image_is_trained_on(tmp_path):
     dataset = load_image_dataset(write_images(tmp_path, {"often": 30, "once": 1}), seed=0)
     once = dataset["train"].features["label"].str2int("once")

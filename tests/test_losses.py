@@ -126,6 +126,13 @@ def test_ignored_samples_do_not_count():
     assert (aace_loss(logits, labels, reduction="none")[~counted] == 0).all()
 
 
+def test_labels_of_8_bits_are_the_classes_that_they_say():
+    """156 is -100 in 8 bits, which would be left out."""
+    logits = torch.randn(2, 200)
+    labels = torch.tensor([156, 3])
+    assert torch.equal(aace_loss(logits, labels.to(torch.uint8)), aace_loss(logits, labels))
+
+
 def test_half_precision_logits_are_computed_in_32_bits():
     logits, labels = torch.randn(6, 4).bfloat16(), torch.randint(4, (6,))
     loss = aace_loss(logits, labels)

@@ -114,6 +114,35 @@ def test_mixin_over_a_trainer_and_arguments_of_ones_own(tmp_path):
     assert log["loss"] == pytest.approx(2 * log["clean_loss"], rel=0.1)
 
 
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+def test_mixin_over_a_trainer_with_a_constructor_of_its_own(how, tmp_path):
+    """Whose first argument need not be the model; one given by its path is loaded all the same."""
+
+    class MyTrainer(Trainer):
+        def __init__(self, class_weights, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.class_weights = class_weights
+
+    class Mine(SharpnessAwareMixin, MyTrainer):
+        pass
+
+    vit().save_pretrained(tmp_path / "vit")
+    arguments = training_arguments(AACEConfig, tmp_path)
+    if how == "positional":
+        trainer = Mine("heavy", model=str(tmp_path / "vit"), args=arguments)
+    else:
+        trainer = Mine(class_weights="heavy", args=arguments, model=str(tmp_path / "vit"))
+    assert trainer.class_weights == "heavy" and identical(weights(trainer.model), weights(vit()))
+
+
+def test_mixin_behind_the_trainer_is_refused(tmp_path):
+    """Its methods would never be called: that would train plainly, without a word."""
+    with pytest.raises(TypeError, match="Late would train plainly: put SharpnessAwareMixin before"):
+
+        class Late(Trainer, SharpnessAwareMixin):
+            pass
+
+
 # ---- What the settings do -------------------------------------------------------------------------------------------
 
 
@@ -237,6 +266,22 @@ def test_other_parameters_take_a_new_ascent_pass(tmp_path, monkeypatch):
     arguments = training_arguments(AACEConfig, tmp_path, max_steps=4, ascent_every=4, rho=0.1)
     AACETrainer(convnext(), arguments, train_dataset=digits(), callbacks=[Unfreeze()]).train()
     assert len(sizes) == 2
+
+
+def test_another_loss_takes_a_new_ascent_pass(tmp_path, monkeypatch):
+    """The gradient of the one is to be descended, that of the other climbed."""
+    sizes = ascents(monkeypatch)
+
+    class Switch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            args.perturbation_loss = "aace" if state.global_step < 1 else "cross_entropy"
+
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=4, ascent_every=4, rho=0.01, logging_steps=1)
+    trainer = AACETrainer(convnext(), arguments, train_dataset=digits(), callbacks=[Switch()])
+    trainer.train()
+    assert len(sizes) == 1
+    assert ["sharpness" in log for log in trainer.state.log_history[:4]] == [True, True, False, False]
+    assert all(log["sharpness"] > 0 for log in trainer.state.log_history[:2])
 
 
 def test_perturb_modules_moves_what_matches_and_nothing_else(tmp_path):
@@ -451,6 +496,27 @@ def test_batches_that_are_no_classification_are_refused(model, change, message, 
     assert identical(weights(model), before)
 
 
+def test_batches_that_are_no_dictionaries_are_refused(tmp_path):
+    trainer = trainer_for_single_steps(convnext(), tmp_path)
+    with pytest.raises(ValueError, match=r"dictionaries, got a tuple\. Let the `data_collator` .* under `labels`"):
+        trainer.training_step(trainer.model, tuple(batch().values()))
+
+
+def test_what_rho_0_allows_is_refused_when_a_callback_raises_it(tmp_path):
+    """As at the start, before any weight moves by it."""
+
+    class Raise(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            args.rho = 0.1 if state.global_step == 2 else 0.0
+
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=4, rho=0.0)
+    trainer = AACETrainer(vit(), arguments, train_dataset=digits(), callbacks=[Raise()])
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="DataParallel over 2 GPUs"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize("loss", ["aace", "cross_entropy"])
 def test_labels_out_of_range_are_refused_in_later_steps_too(loss, tmp_path):
     trainer = trainer_for_single_steps(convnext(), tmp_path, perturbation_loss=loss)
@@ -489,6 +555,30 @@ def test_hooks_that_run_inside_backward_are_refused(tmp_path):
         trainer.training_step(trainer.model, batch())
 
 
+def test_labels_in_a_column_are_those_in_a_row(tmp_path):
+    """Models flatten them, so that plain training takes them too."""
+    trainer = trainer_for_single_steps(vit(), tmp_path, rho=0.1)
+    moved = []
+    for inputs in (batch(), batch() | {"labels": batch()["labels"].unsqueeze(1)}):
+        with trainer.perturbed_weights(trainer.model, inputs):
+            moved.append(weights(trainer.model))
+    assert identical(*moved)
+
+
+def test_lists_of_images_are_cut_by_ascent_fraction(tmp_path):
+    class OfLists(AACETrainer):
+        def ascent_outputs(self, model, inputs):
+            return model(torch.stack(inputs["images"]))
+
+    trainer = trainer_for_single_steps(convnext(), tmp_path, OfLists, rho=0.1, ascent_fraction=0.25)
+    whole = batch(16)
+    with trainer.perturbed_weights(trainer.model, {"images": list(whole["pixel_values"]), "labels": whole["labels"]}):
+        moved = weights(trainer.model)
+    reference = trainer_for_single_steps(convnext(), tmp_path, rho=0.1)
+    with reference.perturbed_weights(reference.model, batch(4)):
+        assert identical(weights(reference.model), moved)
+
+
 def test_inputs_that_are_not_copied_keep_their_labels(tmp_path):
     """A Trainer of one's own may prepare its inputs beforehand."""
 
@@ -500,6 +590,23 @@ def test_inputs_that_are_not_copied_keep_their_labels(tmp_path):
     inputs = batch()
     trainer.training_step(trainer.model, inputs)
     assert set(inputs) == {"pixel_values", "labels"}
+
+
+def test_a_loss_logged_within_a_step_is_no_error(tmp_path):
+    """With one perturbation for several micro-batches there is nothing to add to it in the later ones."""
+
+    class Logs(AACETrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            self.log({"loss": float(loss.detach())})
+            return loss
+
+    options = {"max_steps": 2, "gradient_accumulation_steps": 2, "ascent_scope": "full_batch", "logging_steps": 1}
+    trainer = Logs(convnext(), training_arguments(AACEConfig, tmp_path, **options), train_dataset=digits())
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logged) == 2 * (2 + 1)
+    assert all(log["skipped_perturbations"] == 0 for log in logged if "perturbation_norm" in log)
 
 
 def test_logs_of_a_second_training_are_its_own(tmp_path):

@@ -51,7 +51,9 @@ def test_it_is_the_formula(smoothing, class_weights, soft, items):
     labels = torch.rand(12, 4, generator=torch.Generator().manual_seed(1)).softmax(1) if soft else LABELS
     expected = by_hand(LOGITS, labels, class_weights or [1] * 4, smoothing) / (items or (12 if soft else 11))
     loss = TrainingLoss(class_weights, smoothing)
-    for outputs in ({"logits": LOGITS}, (LOGITS, None)):
+    if soft and items is not None:
+        items = items * 4  # Trainer counts every entry of the labels
+    for outputs in ({"logits": LOGITS}, (LOGITS, None), LOGITS):
         torch.testing.assert_close(loss(outputs, labels, items).double(), expected.double(), rtol=1e-5, atol=1e-6)
 
 
@@ -67,6 +69,39 @@ def test_one_hot_soft_labels_are_hard_ones():
     hard, loss = LABELS[:10], TrainingLoss(WEIGHTS, 0.1)
     soft = torch.nn.functional.one_hot(hard, 4).float()
     torch.testing.assert_close(loss({"logits": LOGITS[:10]}, soft), loss({"logits": LOGITS[:10]}, hard))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_soft_labels_of_a_collator_train_as_hard_ones(accumulate, tmp_path):
+    """Where they come from does not matter: the mean is over images."""
+
+    def soften(rows):
+        labels = torch.nn.functional.one_hot(torch.tensor([row["labels"] for row in rows]), 10).float()
+        return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}
+
+    ends = []
+    for collate in (None, soften):
+        arguments = training_arguments(
+            AACEConfig,
+            tmp_path,
+            max_steps=4,
+            rho=0.1,
+            optim="sgd",
+            gradient_accumulation_steps=accumulate,
+            logging_steps=1,
+        )
+        trainer = AACETrainer(
+            vit(), arguments, train_dataset=digits(128), compute_loss_func=TrainingLoss(), data_collator=collate
+        )
+        trainer.train()
+        ends.append((weights(trainer.model), [log["sharpness"] for log in trainer.state.log_history[:4]]))
+    for name in ends[0][0]:
+        torch.testing.assert_close(ends[0][0][name], ends[1][0][name], rtol=0, atol=1e-6)
+    assert ends[0][1] == pytest.approx(ends[1][1], abs=1e-5)
+
+
+def test_balanced_weights_leave_out_what_has_no_label():
+    assert balanced_class_weights([0, 1, 1, -100], 2) == balanced_class_weights([0, 1, 1], 2)
 
 
 def test_balanced_weights_give_every_class_the_same_say():
