@@ -3,7 +3,10 @@
 
 import glob
 import os
+import re
+import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetsError
 from sklearn.datasets import load_digits
 from transformers.utils import logging
 
@@ -32,11 +36,14 @@ _TEST_FRACTION = 0.2
 # Test images stay the same whatever the seed of a run, or the runs could not be compared.
 _SPLIT_SEED = 0
 TEST_SPLITS = ("test", "validation")
-# What folders that hold a split are called.
-_SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "eval", "evaluation"),
-    "validation": ("validation", "valid", "val", "dev"),
+# What folders that hold a split are called, as a word in their name: `test`, `test_set`, `val2017`.
+_SPLIT_WORDS = {
+    split: re.compile(rf"(?:^|[^a-z])(?:{words})(?:$|[^a-z])", re.IGNORECASE)
+    for split, words in {
+        "train": "train|training",
+        "test": "test|testing|eval|evaluation",
+        "validation": "validation|valid|val|dev",
+    }.items()
 }
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Files that hold many images, by their suffix, and what of `datasets` reads them.
@@ -153,11 +160,13 @@ def load_splits(name: str, streaming: bool = False) -> DatasetDict | IterableDat
             raise ValueError(
                 f"`dataset_name` is the file {name!r}, but a file must be of {' or '.join(_BUILDERS)}. Give a folder."
             )
-        return load_dataset(builder, data_files=name, **options)
+        with _explained(name):
+            return load_dataset(builder, data_files=name, **options)
     if path.is_dir():
         builder = _builder_of_folder(path)
         if builder is not None:
-            return load_dataset(builder, data_dir=name, **options)
+            with _explained(name):
+                return load_dataset(builder, data_dir=name, **options)
         if streaming:
             raise ValueError(
                 f"`streaming` is for data sets on the Hub and for files of {' or '.join(_BUILDERS)}. The folder {name!r} is "
@@ -173,6 +182,17 @@ def load_splits(name: str, streaming: bool = False) -> DatasetDict | IterableDat
         ) from error
 
 
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Context manager that makes one sentence of what reading local files raises."""
+    try:
+        yield
+    except (DatasetsError, ValueError, tarfile.TarError) as error:
+        cause = error.__cause__ or error  # `datasets` says itself only that it failed
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise ValueError(f"The data set {name!r} cannot be read: {reason}") from error
+
+
 def _is_saved(path: Path) -> bool:
     """Whether `save_to_disk` has written the folder."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
@@ -184,10 +204,11 @@ def _builder_of_folder(path: Path) -> str | None:
         return None
     images = PIL.Image.registered_extensions()
     files = list(_files(path))
-    # One beside the files, a logo or a figure, makes no folder of images.
-    if any(file.name in _METADATA or (file.suffix.lower() in images and file.parent != path) for file in files):
-        return None
     suffixes = {file.suffix.lower() for file in files}
+    # One beside the files, or in a folder `assets`, is a logo or a figure; but images of two classes are in two folders.
+    folders = {file.parent for file in files if file.suffix.lower() in images} - {path}
+    if len(folders) > 1 or any(file.name in _METADATA for file in files):
+        return None
     for suffix, builder in _BUILDERS.items():
         if suffix in suffixes:
             return builder
@@ -212,25 +233,35 @@ def _load_folder(name: str) -> DatasetDict:
         set(split.column_names) <= {"image", "label"} and not ("label" in split.column_names and _is_labelled(split))
         for split in splits.values()
     ):
-        folders = sorted({str(Path(path).parent) for path in _paths(splits)})
+        places = sorted({str(Path(path).parent) for path in _paths(splits)})
         raise ValueError(
             f"The folder {name!r} given as `dataset_name` must have one sub-folder for each class, at least two of "
-            f"them to train on and all at the same depth, but its images lie in: {first_few(folders)}."
+            f"them to train on and all at the same depth, but its images lie in: {first_few(places)}."
         )
+    if all(set(split.column_names) == {"image", "label"} for split in splits.values()):
+        _check_folders(name, folders, splits)
     return splits
 
 
 def _files(folder: Path) -> Iterator[Path]:
     """All files in a folder, those behind links to folders too."""
-    for parent, _, names in os.walk(folder, followlinks=True):
+    for parent, _, names in _walk(folder):
         yield from (Path(parent, name) for name in names)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` that follows links to folders, but not to those that it is in."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = Path(parent).resolve()
+        folders[:] = [name for name in folders if not here.is_relative_to(Path(parent, name).resolve())]
+        yield parent, folders, names
 
 
 def _patterns(folder: Path) -> list[str]:
     """What matches all files in a folder; `**` itself goes behind no link."""
     links = [
         Path(parent, name)
-        for parent, names, _ in os.walk(folder, followlinks=True)
+        for parent, names, _ in _walk(folder)
         for name in names
         if os.path.islink(os.path.join(parent, name))
     ]
@@ -243,17 +274,46 @@ def _patterns(folder: Path) -> list[str]:
 
 def _split_folders(folder: Path) -> dict[str, Path]:
     """The folders in which a folder of images has its splits, perhaps further down as in some archives; empty if it has none."""
+    _, names, _ = next(_walk(folder))
     # Hidden ones, and those that a Mac adds to archives, hold no images.
-    inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
+    inside = [folder / name for name in sorted(names) if not name.startswith((".", "__"))]
     found = {
         split: path
-        for split, names in _SPLIT_FOLDERS.items()
+        for split, words in _SPLIT_WORDS.items()
         for path in inside
         # Of images alone it is a class of that name.
-        if path.name.lower() in names and any(p.is_dir() or p.name in _METADATA for p in path.iterdir())
+        if words.search(path.name) and any(p.is_dir() or p.name in _METADATA for p in path.iterdir())
     }
     below = [] if found else [splits for path in inside if (splits := _split_folders(path))]
     return below[0] if len(below) == 1 else found
+
+
+def _check_folders(name: str, folders: dict[str, Path], splits: DatasetDict) -> None:
+    """Warns of folders that are not read, and of classes that may be splits under another name."""
+    where = next(iter(folders.values()))
+    beside = set() if where == Path(name) else {path.name for path in where.parent.iterdir() if path.is_dir()}
+    if left_out := sorted(beside - {path.name for path in folders.values()}):
+        logger.warning(
+            f"Of {name!r} the folders {', '.join(path.name for path in folders.values())} are read, as the splits "
+            f"{', '.join(folders)}, and not: {first_few(left_out)}."
+        )
+    for split in splits.values():
+        places = {}
+        for path in _paths(DatasetDict(train=split)):
+            places.setdefault(Path(path).parent.name, set()).add(str(Path(path).parent))
+        if all(any(words.search(label) for words in _SPLIT_WORDS.values()) for label in places):
+            raise ValueError(
+                f"The classes of the folder {name!r} would be {', '.join(sorted(places))}. Put the folders of the classes "
+                "into those of the splits, not the other way round."
+            )
+        for label, several in places.items():
+            if len(several) > 1:
+                logger.warning(
+                    f"The images of the class {label!r} of {name!r} lie in several folders, which are read as one: "
+                    f"{first_few(sorted(several))}. Splits have `train`, `test` or `validation` as a word in the names of "
+                    "their folders."
+                )
+                break
 
 
 def _image_and_label(

@@ -59,5 +59,11 @@ def classify(
 
 @torch.inference_mode()
 def _probabilities(model: PreTrainedModel, samples: list[dict[str, torch.Tensor]]) -> np.ndarray:
+    shapes = sorted({tuple(sample["pixel_values"].shape[1:]) for sample in samples})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"The image processor leaves images of several sizes, such as {shapes[0]} and {shapes[-1]}: set `do_resize` in the "
+            "model's preprocessor_config.json, or classify them one at a time (`batch_size` 1)."
+        )
     inputs = {name: torch.cat([sample[name] for sample in samples]).to(model.device) for name in samples[0]}
     return model(**inputs).logits.float().softmax(dim=-1).cpu().numpy()

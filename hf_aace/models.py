@@ -151,6 +151,11 @@ def load_classifier(
     Raises:
         `ValueError`: If there is no such model, it is no image classifier, or it lacks trained weights, its head say.
     """
+    if model_name_or_path in BUILTIN_MODELS:
+        raise ValueError(
+            f"`model_name_or_path` is {model_name_or_path!r}, a model to train that knows nothing yet: give the folder of a "
+            "run of `hf-aace train`."
+        )
     if Path(model_name_or_path, "adapter_config.json").is_file():
         raise ValueError(
             f"The folder {model_name_or_path!r} given as `model_name_or_path` holds an adapter, which does not know the "
@@ -198,9 +203,8 @@ def _unnamed(id2label: dict[int, str]) -> bool:
     return all(name == f"LABEL_{index}" for index, name in id2label.items())
 
 
-def model_classes(model: PreTrainedModel) -> list[str] | None:
+def model_classes(id2label: dict[int, str]) -> list[str] | None:
     """The names of a classifier's classes in the order of their numbers, or `None` if they have none of their own."""
-    id2label = model.config.id2label
     return None if _unnamed(id2label) else [id2label[index] for index in range(len(id2label))]
 
 

@@ -145,6 +145,7 @@ def plot_costs(rows: list[dict[str, Any]], title: str, path: str | os.PathLike) 
 
 # Beyond these numbers of classes, counts or names would not be legible.
 _MAX_COUNTS, _MAX_NAMES = 20, 60
+_LONGEST_NAME = 24
 
 
 def plot_confusion_matrix(matrix: list[list[int]], classes: list[str], path: str | os.PathLike) -> None:
@@ -170,9 +171,11 @@ def plot_confusion_matrix(matrix: list[list[int]], classes: list[str], path: str
             colour = "white" if shares[row, column] > 0.6 else "black" if count else "0.7"
             axes.text(column, row, f"{count}", ha="center", va="center", color=colour, fontsize="small")
     if len(classes) <= _MAX_NAMES:
-        names = [textwrap.shorten(str(name), 24, placeholder="...") for name in classes]
-        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize="small")
-        axes.set_yticks(range(len(classes)), names, fontsize="small")
+        names = [
+            name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..." for name in map(str, classes)
+        ]
+        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize="small", parse_math=False)
+        axes.set_yticks(range(len(classes)), names, fontsize="small", parse_math=False)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title("Confusion matrix", loc="left", fontweight="bold")
@@ -204,7 +207,7 @@ def plot_image_grid(images: list[PIL.Image.Image], captions: list[str], title: s
         shown.thumbnail((300, 300))
         axes.imshow(np.asarray(shown), interpolation="nearest")
         lines = [textwrap.fill(line, 32, max_lines=2, placeholder=" ...") for line in caption.splitlines()]
-        axes.set_title("\n".join(lines), fontsize="small")
+        axes.set_title("\n".join(lines), fontsize="small", parse_math=False)
         axes.set_axis_off()
     figure.savefig(path, dpi=150)
 
@@ -252,8 +255,8 @@ _PAPER = {
 # Key in the log, title, label of the y axis, its scale. Where a plain run logs `loss`, others log `clean_loss` for the same.
 _DYNAMICS = (
     ("clean_loss", r"Training loss at $w$", "nats", "log"),
-    ("eval_loss", "Test loss", "nats", "linear"),
-    ("eval_accuracy", "Test accuracy", "accuracy", "linear"),
+    ("eval_loss", "Evaluation loss", "nats", "linear"),
+    ("eval_accuracy", "Evaluation accuracy", "accuracy", "linear"),
     ("ascent_loss", r"Ascent loss at $w$", "nats", "linear"),
     ("ascent_grad_norm", "Ascent gradient", "nats / weight", "log"),
     ("grad_norm", "Descent gradient", "nats / weight", "log"),

@@ -106,7 +106,7 @@ def plot_accuracy_by_rho(results: list[Result], title: str, path: str | os.PathL
         if result.validation is not None and (rho == 0 or "rho" in result.candidate.varied):
             others = [f"{name}={options[name]}" for name in result.candidate.varied if name != "rho"]
             name = ":".join([*(part for part in result.candidate.method.split(":") if "|" not in part), *others])
-            points.setdefault(name, {}).setdefault(rho, []).append(100 * result.validation)
+            points.setdefault(name, {}).setdefault(rho, {})[result.seed] = 100 * result.validation
     if not any(rho > 0 for line in points.values() for rho in line):
         return False
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
@@ -114,7 +114,9 @@ def plot_accuracy_by_rho(results: list[Result], title: str, path: str | os.PathL
     markers = itertools.cycle("osD^vP*Xhd<>")
     dashes = itertools.cycle(["--", ":", "-.", (0, (9, 3)), (0, (1, 4)), (0, (9, 3, 1, 3, 1, 3))])
     for name, line in points.items():
-        means = {rho: mean_and_error(accuracies) for rho, accuracies in sorted(line.items())}
+        # The chosen one has more seeds than the others, which would make it another comparison.
+        shared = set.intersection(*map(set, line.values()))
+        means = {rho: mean_and_error([own[seed] for seed in shared]) for rho, own in sorted(line.items())}
         colour = _method_colour(name)
         if set(line) == {0}:
             mean, error = means[0]

@@ -149,6 +149,8 @@ def test_command_leaves_numbers_and_a_picture(tmp_path, capsys):
         (["--model_name_or_path", "bert"], "`model_name_or_path` is 'bert', from which no image classifier"),
         (["--model_name_or_path", "vit", "--config_overrides", '{"width": 3}'], "no field 'width'"),
         (["--config_overrides", "{width"], "`config_overrides` must be a JSON object, got '{width'"),
+        (["--config_overrides", "[1]"], "`config_overrides` must be a JSON object, got '[1]'"),
+        (["--warmup", "-1"], "`warmup` must be at least 0, got -1"),
         (["--fractions", "0.5", "2"], "`ascent_fraction` must lie in (0, 1], got 2.0"),
         (["--ascent_every", "1", "0"], "`ascent_every` must be"),
         (["--perturb_modules", "norm("], "`perturb_modules` must be a regular expression"),

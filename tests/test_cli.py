@@ -121,6 +121,16 @@ def test_a_run_that_logs_nothing_still_ends_well(capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "Picture: none, since nothing was logged"
 
 
+def test_nothing_of_an_earlier_run_in_the_folder_is_taken_for_results(capsys):
+    assert main([*TINY, "--validation_size", "0.1", "--output_dir", "here"]) == 0
+    quiet = ["--logging_strategy", "no", "--eval_strategy", "no", "--prediction_loss_only", "true"]
+    assert main([*TINY, *quiet, "--output_dir", "here"]) == 0
+    results = json.loads(Path("here/all_results.json").read_text())
+    assert "eval_loss" in results
+    assert not any(name.startswith("validation_") or "accuracy" in name for name in results)
+    assert not Path("here/validation_results.json").exists() and not Path("here/training_curves.png").exists()
+
+
 def test_with_validation_images_the_test_images_are_for_the_end(tmp_path, capsys):
     assert main([*TINY, "--validation_size", "0.1", "--output_dir", "here"]) == 0
     results = json.loads(Path("here/all_results.json").read_text())
@@ -197,6 +207,12 @@ def test_a_checkpoint_of_another_run_is_not_resumed_from(capsys):
 def test_resuming_from_nothing_is_refused(capsys):
     assert main([*TINY, "--resume_from_checkpoint", "true"]) == 1
     assert "No valid checkpoint found" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_no_checkpoint(run, capsys):
+    """It has a state, but neither optimizer nor schedule, which would begin anew without a word."""
+    error = message(capsys, *TINY, "--resume_from_checkpoint", str(run))
+    assert "which is no checkpoint" in error and f"The newest that is whole is {run / 'checkpoint-'}" in error
 
 
 # ---- A disk that fills -----------------------------------------------------
@@ -318,6 +334,14 @@ def test_only_the_head_is_trained_if_the_backbone_is_frozen(run):
     [
         (["--lora", "true", "--freeze_backbone", "true"], "leave out `freeze_backbone`"),
         (["--dtype", "bfloat16"], "`dtype=bfloat16` needs mixed precision"),
+        (["--gradient_accumulation_steps", "0"], "`gradient_accumulation_steps` must be at least 1, got 0"),
+        (
+            ["--metric_for_best_model", "none", "--load_best_model_at_end", "true"],
+            "set to 'eval_none', which is not found",
+        ),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "`lr_scheduler_type=SchedulerType.WARMUP_STABLE_DECAY`"),
+        (["--streaming", "true"], "The digits are in memory anyway"),
+        (["--num_processes", "2"], "`num_processes` needs `accelerate_config`"),
         (["--dtype", "bfloat16", "--bf16", "true", "--use_cpu", "true"], "parameters to perturb must be float32"),
     ],
 )
@@ -429,12 +453,27 @@ def message(capsys, *argv):
         ("- rho", "must hold options as `name: value`, got ['rho']"),
         ("", "must hold options as `name: value`, got None"),
         ("rho: -1", "`rho` must be a finite number >= 0, got -1.0"),
-        ("aace_target: adaptve", "`aace_target` must be one of"),
     ],
 )
 def test_bad_configuration_file_is_told(tmp_path, capsys, content, expected):
     (tmp_path / "run.yaml").write_text(content)
     assert expected in message(capsys, "train", "--config", "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("class_weights: balance", "--class-weights: invalid choice: 'balance'"),
+        ("aace_target: adaptve", "--aace-target: invalid choice: 'adaptve'"),
+        ("rho: [1, 2]", "unrecognized arguments: 2"),
+        ("learning_rate: fast", "invalid float value: 'fast'"),
+    ],
+)
+def test_values_of_a_configuration_file_are_checked_as_those_of_the_command_line(content, expected, capsys):
+    Path("run.yaml").write_text(content)
+    with pytest.raises(SystemExit):
+        main(["train", "--config", "run.yaml"])
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "run.json"])

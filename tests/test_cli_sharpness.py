@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -199,4 +200,43 @@ def test_other_classes_than_the_models_are_refused(runs, tmp_path, capsys):
         for index in range(5):
             PIL.Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / "pets" / name / f"{index}.png")
     message = said(capsys, "sharpness", str(runs / "sam"), "--dataset_name", "pets", "--train_size", "4")
-    assert "has 10 classes" in message and "has 2" in message
+    assert "does not know these classes of the data: cat, dog" in message
+
+
+def test_classes_in_another_order_are_the_same(runs, tmp_path):
+    """Their names say what they are, not their numbers."""
+    digits = load_image_dataset("digits", seed=0, train_size=60)["train"]
+    names = [str(name) for name in reversed(range(10))]
+    turned = {"image": digits["image"][:], "label": [9 - label for label in digits["label"]]}
+    features = Features(image=Image(), label=ClassLabel(names=names))
+    for name, data in {"same": digits, "turned": Dataset.from_dict(turned, features=features)}.items():
+        DatasetDict(train=data, test=data).save_to_disk(name)
+        data = ["--dataset_name", name, "--train_size", "60", "--label_noise", "0"]
+        assert main(["sharpness", str(runs / "sam"), *data, *QUICK, "--output_dir", f"of-{name}"]) == 0
+    losses = [
+        json.loads((tmp_path / f"of-{name}" / "sharpness.json").read_text())["runs"]["SAM, rho 0.1"][0][
+            "cross_entropy"
+        ]
+        for name in ("same", "turned")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_streamed_images_are_to_be_named(runs, tmp_path, capsys):
+    """Which were read of them, no other reading can tell."""
+    shutil.copytree(runs / "sam", tmp_path / "streamed")
+    options = json.loads((runs / "sam" / "train_options.json").read_text())
+    (tmp_path / "streamed" / "train_options.json").write_text(json.dumps(options | {"streaming": True}))
+    assert "streamed its images. Say by `--dataset_name`" in said(capsys, "sharpness", "streamed")
+
+
+def test_measures_of_an_earlier_run_in_the_folder_are_not_drawn(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs / "sam", tmp_path / "again")
+    assert main(["sharpness", "again", *QUICK, "--checkpoints", "true"]) == 0
+    drawn = []
+    monkeypatch.setattr("hf_aace.cli.plot.plot_dynamics", lambda histories, *args, **kwargs: drawn.append(histories))
+    assert main(["plot", "again", "--figures", "dynamics"]) == 0
+    for path in (tmp_path / "again").rglob("*.safetensors"):
+        path.touch()  # trained anew
+    assert main(["plot", "again", "--figures", "dynamics"]) == 0
+    assert [any("worst_case_rise" in entry for entry in each["SAM, rho 0.1"][0]) for each in drawn] == [True, False]

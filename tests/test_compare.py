@@ -220,7 +220,7 @@ def test_options_of_a_file_are_those_of_every_run(tmp_path, monkeypatch, capsys)
     """They come before what `compare` has otherwise, after what the command line says; and a file that was changed is told."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_aace.cli.compare.ProcessPoolExecutor", Here)
-    options = "validation_size: 0.5\neval_strategy: epoch\nmetrics: [macro_f1]\nlabel_noise: 0.4\n"
+    options = "validation_size: 0.5\neval_strategy: epoch\nmetrics: [accuracy, macro_f1]\nlabel_noise: 0.4\n"
     (tmp_path / "options.yaml").write_text(options)
     argv = [*TINY, "--methods", "trainer", "--config", "options.yaml", "--label_noise", "0.1"]
     assert main(argv) == 0
@@ -281,7 +281,9 @@ def test_a_study_that_is_stopped_leaves_no_process_behind(how, tmp_path):
         (["--baseline", "sam", "--methods", "trainer"], "`baseline` must be one of the methods, trainer, got 'sam'"),
         (["--methods", "aace:ascent_fraction=2"], "`ascent_fraction` must lie in (0, 1], got 2.0"),
         (["--rho", "0.1,0.2", "--validation_size", "0"], "`validation_size` is 0"),
-        (["--streaming", "true"], "with `--validation_size 0`"),
+        (["--streaming", "true", "--dataset_name", "x"], "with `--validation_size 0`"),
+        (["--seed", "1"], "`seed` is another one for each run"),
+        (["--metrics", "macro_f1"], "`metrics` must have `accuracy`"),
     ],
 )
 def test_bad_input_is_told_before_the_first_run(argv, expected, tmp_path, monkeypatch, capsys):

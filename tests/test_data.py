@@ -31,6 +31,13 @@ def write_images(folder, counts, suffix=".png", seed=0):
     return str(folder)
 
 
+@pytest.fixture
+def warnings(monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_aace.data.logger.warning", said.append)
+    return said
+
+
 def labels(dataset):
     return np.array(dataset["label"][:])
 
@@ -177,6 +184,38 @@ def test_splits_lie_in_a_folder_of_their_own_as_in_an_archive(tmp_path):
     (tmp_path / "pets" / "LICENSE").write_text("Free.")
     dataset = load_image_dataset(str(tmp_path / "pets"), seed=0)
     assert (len(dataset["train"]), len(dataset["test"])) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("training_set", "test_set"), ("seg_train", "seg_test"), ("train2017", "val2017"), ("Train 80", "Test 20")],
+)
+def test_splits_are_known_by_a_word_in_their_name(train, test, tmp_path, warnings):
+    write_images(tmp_path, {f"{split}/{name}": count for split, count in ((train, 6), (test, 3)) for name in "ab"})
+    write_images(tmp_path, {"seg_pred": 4})
+    dataset = load_image_dataset(str(tmp_path), seed=0)
+    assert (len(dataset["train"]), len(dataset["test"])) == (12, 6)
+    assert "not: seg_pred." in warnings[0], "what is left out is said"
+
+
+def test_classes_in_several_places_are_one_and_said_to_be(tmp_path, warnings):
+    """They may be splits that are called otherwise, whose test images would be trained on."""
+    folder = write_images(tmp_path, {f"{place}/{name}": 3 for place in ("uno", "due") for name in "ab"})
+    assert len(load_image_dataset(folder, seed=0)["train"]) == 10
+    assert "The images of the class 'a'" in warnings[0]
+
+
+def test_splits_below_the_classes_are_refused(tmp_path):
+    folder = write_images(tmp_path, {f"{name}/{split}": 3 for split in ("train", "test") for name in "ab"})
+    with pytest.raises(ValueError, match="would be test, train"):
+        load_image_dataset(folder, seed=0)
+
+
+def test_links_to_folders_above_are_not_followed(tmp_path):
+    folder = write_images(tmp_path / "images", {"a": 5, "b": 5})
+    (tmp_path / "images" / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "images" / "up").symlink_to(tmp_path)
+    assert len(load_image_dataset(folder, seed=0)["train"]) == 8
 
 
 def test_links_to_folders_are_followed(tmp_path):

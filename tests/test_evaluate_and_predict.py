@@ -102,6 +102,10 @@ def test_a_run_is_evaluated_on_the_data_that_it_was_trained_on(capsys):
     assert (results["dataset"], results["images"]) == ("images", 24)
     assert "broken.png" in message(capsys, *argv, "--skip_corrupt_images", "false")
 
+    save_model("model/checkpoint-1", COLOURS)  # of this run
+    assert main(["evaluate", "--model_name_or_path", "model/checkpoint-1", "--output_dir", "checkpoint"]) == 0
+    assert json.loads(Path("checkpoint/evaluation.json").read_text())["dataset"] == "images"
+
     rows = {"picture": [PIL.Image.new("L", (8, 8))] * 6, "colour": [0, 1, 2] * 2}
     features = datasets.Features(picture=datasets.Image(), colour=datasets.ClassLabel(names=COLOURS))
     datasets.Dataset.from_dict(rows, features=features).save_to_disk("saved")
@@ -139,6 +143,8 @@ def test_a_perfect_model_has_no_mistakes_to_draw(monkeypatch):
             yield np.eye(3)[truth[Path(image["path"]).parent.name]]
 
     monkeypatch.setattr("hf_aace.cli.evaluate.classify", perfect)
+    Path("out").mkdir()
+    Path("out/mistakes.png").write_bytes(b"of an earlier call")
     argv = ["evaluate", "--model_name_or_path", "model", "--dataset_name", "images", "--output_dir", "out"]
     assert main(argv) == 0
     assert json.loads(Path("out/evaluation.json").read_text())["accuracy"] == 1
@@ -245,6 +251,7 @@ def test_images_are_read_when_they_are_needed():
             "no trained weights for classifier.bias, classifier.weight",
         ),
         (["evaluate", "--model_name_or_path", "adapter"], "holds an adapter"),
+        (["evaluate", "--model_name_or_path", "vit-tiny-digits"], "a model to train that knows nothing yet"),
         (["evaluate", "--model_name_or_path", "model", "--metrics", "nonsense"], "no metric 'nonsense'"),
     ],
 )

@@ -128,6 +128,16 @@ def test_confusion_matrix_shows_counts_while_they_are_legible(tmp_path, saved):
     assert not large.texts
 
 
+def test_names_of_classes_are_written_as_they_are(tmp_path, saved):
+    """Long ones are cut, in one word too; and money is no mathematics."""
+    names = ["american_pit_bull_terrier", "$5 & $10", "5$_$"]
+    plot_confusion_matrix(np.eye(3, dtype=int).tolist(), names, tmp_path / "matrix.png")
+    (axes, *_) = saved[0].axes
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert shown == ["american_pit_bull_ter...", "$5 & $10", "5$_$"]
+    plot_image_grid([PIL.Image.new("L", (8, 8))], ["5$_$"], "Mistakes", tmp_path / "grid.png")
+
+
 def test_image_grid_has_every_image_under_its_caption(tmp_path, saved):
     images = [PIL.Image.new(mode, size) for mode, size in (("L", (8, 8)), ("RGBA", (900, 30)), ("1", (5, 7)))]
     plot_image_grid(images, ["one", "two\nlines", "x" * 40], "Title", tmp_path / "grid.png")
@@ -178,7 +188,7 @@ def test_dynamics_show_what_the_groups_logged(saved, tmp_path):
     FIGURES["dynamics"]([tmp_path / "a.png"])
     lines = {axes.get_title(loc="left"): [line.get_label() for line in axes.lines] for axes in saved[-1].axes}
     assert lines["Training loss at $w$"] == ["Trainer", "AACE"], "a plain run's `loss` is that at w"
-    assert lines["Test accuracy"] == ["Trainer", "AACE"]
+    assert lines["Evaluation accuracy"] == ["Trainer", "AACE"]
     assert lines["Perturbation norm"] == ["AACE"]
     assert "Direction of ascent" not in lines
 

@@ -114,6 +114,8 @@ def run(argv: list[str]) -> int:
     for name in ("batch_size", "rounds"):
         if getattr(options, name) < 2:
             raise ValueError(f"`{name}` must be at least 2, got {getattr(options, name)}.")
+    if options.warmup < 0:
+        raise ValueError(f"`warmup` must be at least 0, got {options.warmup}.")
     on_gpu = pick_device(options.device).type == "cuda"
     try:
         overrides = json.loads(options.config_overrides or "{}")
@@ -121,6 +123,8 @@ def run(argv: list[str]) -> int:
         raise ValueError(
             f"`config_overrides` must be a JSON object, got {options.config_overrides!r}: {error}"
         ) from error
+    if not isinstance(overrides, dict):
+        raise ValueError(f"`config_overrides` must be a JSON object, got {options.config_overrides!r}.")
     for fraction in options.fractions:
         AACEArguments(ascent_fraction=fraction).check_aace_arguments()
     for every in options.ascent_every:

@@ -26,7 +26,7 @@ from .train import train_parser
 
 
 # For every run unless the user says otherwise: the curves are not needed, and checkpoints would fill the disk.
-_DEFAULTS = ["--eval_strategy", "no", "--save_strategy", "no", "--validation_size", "0.2"]
+_DEFAULTS = ["--eval_strategy", "no", "--save_strategy", "no", "--validation_size", "0.2", "--metrics", "accuracy"]
 
 
 def run(argv: list[str]) -> int:
@@ -105,7 +105,7 @@ def study_parser(command: str, description: str) -> argparse.ArgumentParser:
         "--jobs",
         type=int,
         default=1 if torch.cuda.is_available() else os.cpu_count(),
-        help="How many runs at a time, each in a process with its share of the CPU cores.",
+        help="How many runs at a time, each in a process with its share of the CPU cores (or OMP_NUM_THREADS of them).",
     )
     parser.add_argument("--output_dir", default=f"runs/{command}", help="Where the runs, tables and pictures go.")
     parser.add_argument(
@@ -137,6 +137,8 @@ class Study:
         self.seeds = list(range(options.first_seed, options.first_seed + options.seeds))
         if options.config is not None:  # read here and now: the file may be another one when the study goes on
             common = [*config_as_options(options.config), *common]
+        if "--seed" in common:
+            raise ValueError("`seed` is another one for each run: say by `first_seed` and `seeds` which.")
         self._common = common
         for candidate in candidates:
             # Bad options are to be told before the first run, not by the last one.
@@ -146,6 +148,8 @@ class Study:
             )
             if candidate.varied and data.validation_size == 0:
                 raise ValueError("`validation_size` is 0, but it takes validation images to choose between settings.")
+            if "accuracy" not in data.metrics:
+                raise ValueError(f"`metrics` must have `accuracy`, which the study is about, got {data.metrics}.")
             if data.streaming and data.validation_size > 0:
                 raise ValueError(
                     "`streaming` reads no images beforehand, so that none can be set apart to choose settings by. Leave it "
@@ -213,7 +217,7 @@ class Study:
 
     def _argv(self, candidate: Candidate, seed: int) -> list[str]:
         own = [part for name, value in candidate.options for part in (f"--{name}", value)]
-        last = ["--seed", str(seed), "--output_dir", str(self._folder(candidate, seed)), "--metrics", "accuracy"]
+        last = ["--seed", str(seed), "--output_dir", str(self._folder(candidate, seed))]
         return [*_DEFAULTS, *self._common, *own, *last, "--disable_tqdm", "true"]
 
     def _result(self, candidate: Candidate, seed: int) -> Result | None:
@@ -234,7 +238,8 @@ def _by_option(argv: list[str]) -> list[list[str]]:
 
 
 def _begin_process(jobs: int) -> None:
-    torch.set_num_threads(max(1, os.cpu_count() // jobs))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // jobs))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

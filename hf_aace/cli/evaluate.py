@@ -18,10 +18,9 @@ from .._compat import image_classification_evaluator
 from ..data import load_image_dataset
 from ..inference import classify
 from ..metrics import load_metric
-from ..models import load_classifier, model_classes
+from ..models import load_classifier
 from ..plots import plot_confusion_matrix, plot_image_grid
 from .options import (
-    TRAIN_OPTIONS_NAME,
     ImagesArguments,
     PretrainedArguments,
     command_parser,
@@ -29,6 +28,7 @@ from .options import (
     pick_device,
     required,
 )
+from .runs import in_the_classes_of, train_options
 
 
 @dataclass
@@ -82,8 +82,7 @@ class EvaluationArguments(ImagesArguments):
 
 def _defaults(chosen: argparse.Namespace) -> dict[str, Any]:
     """The data that a run of `hf-aace train` was trained on, unless others are chosen."""
-    trained = Path(chosen.model_name_or_path or "", TRAIN_OPTIONS_NAME)
-    options = json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else {}
+    options = train_options(Path(chosen.model_name_or_path)) if chosen.model_name_or_path else {}
     if chosen.dataset_name not in (ImagesArguments.dataset_name, options.get("dataset_name")):
         return {}
     return {option.name: options[option.name] for option in fields(ImagesArguments) if option.name in options}
@@ -123,7 +122,7 @@ def run(argv: list[str]) -> int:
         skip_corrupt_images=options.skip_corrupt_images,
     )
     data = concatenate_datasets([splits["train"], splits["test"]]) if options.split == "all" else splits[options.split]
-    data = _in_the_classes_of(model, data)
+    data = in_the_classes_of(model.config.id2label, data)
 
     pipe = _Pipeline(model.to(device), processor, options.batch_size, len(data))
     results = image_classification_evaluator().compute(
@@ -151,6 +150,7 @@ def run(argv: list[str]) -> int:
     }
     (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     plot_confusion_matrix(matrix, classes, folder / "confusion_matrix.png")
+    (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier call
     if mistakes:
         plot_image_grid(
             [data[row["row"]]["image"] for row in mistakes],
@@ -187,29 +187,6 @@ class _Pipeline:
                 raise answer
             self.probabilities.append(answer)
         return [[{"label": int(p.argmax()), "score": float(p.max())}] for p in self.probabilities]
-
-
-def _in_the_classes_of(model: PreTrainedModel, data: Dataset) -> Dataset:
-    """The data with the model's numbers of the classes."""
-    names, known = data.features["label"].names, model_classes(model)
-    if known is None:  # the model's classes have no names
-        if len(names) != model.config.num_labels:
-            raise ValueError(
-                f"The model has {model.config.num_labels} classes without names, the data {len(names)}: nothing says which "
-                "is which. Set `id2label` in the model's configuration."
-            )
-        return data
-    if names == known:
-        return data
-    labels = np.array(data["label"][:])
-    unknown = [names[label] for label in np.unique(labels) if names[label] not in known]
-    if unknown:
-        raise ValueError(
-            f"The model does not know these classes of the data: {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}. It "
-            f"knows {', '.join(known[:5])}{', ...' * (len(known) > 5)}. Evaluate it on images of its own classes."
-        )
-    number = {index: known.index(name) for index, name in enumerate(names) if name in known}
-    return data.remove_columns("label").add_column("label", np.array([number[label] for label in labels]))
 
 
 def _worst_mistakes(

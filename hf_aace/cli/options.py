@@ -311,6 +311,8 @@ def command_parser(
             raise ValueError(
                 f"The configuration file {config_path} has an unknown key, {key!r}.{_did_you_mean(str(key), names)}"
             )
+    if config_path is not None:
+        parser.parse_args(config_as_options(config_path))  # of what is no choice, or has too many values, it tells
     # The defaults depend on what the configuration or the command line chooses.
     parser.set_defaults(**config)
     parser.set_defaults(**defaults(parser.parse_known_args(known)[0]) | config)

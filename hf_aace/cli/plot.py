@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 from ..landscape import loss_path, loss_surface
 from ..plots import plot_dynamics, plot_landscapes, plot_paths
 from .runs import Run, RunArguments, open_runs
-from .sharpness import MEASURES_NAME
+from .sharpness import MEASURES_NAME, weights_key
 
 
 _FIGURES = ("dynamics", "contour", "surface", "path")
@@ -139,5 +139,8 @@ def _history(run: Run) -> list[dict[str, Any]]:
     """What was logged, and what was measured of its checkpoints."""
     measures = run.folder / MEASURES_NAME
     entries = json.loads(measures.read_text(encoding="utf-8"))["measures"] if measures.is_file() else []
+    # Not what an earlier run left in the folder.
+    written = {weights_key(each)[1] for each in (run, *run.checkpoints())}
+    entries = [entry for entry in entries if entry.get("weights_written_ns") in written]
     # A single one is no course.
     return run.log_history() + [entry for entry in entries if "epoch" in entry and len(entries) > 1]

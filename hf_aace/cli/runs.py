@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
+from datasets import Dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
 from ..data import load_image_dataset
 from ..images import image_transform
+from ..models import model_classes
 from .options import TRAIN_OPTIONS_NAME, last_part, pick_device
 
 
@@ -122,11 +125,7 @@ class Run:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"There is no folder {folder!r}. Give the `output_dir` of `hf-aace train`.")
-        places = [self.folder / TRAIN_OPTIONS_NAME]
-        if self.folder.name.startswith("checkpoint-"):
-            places.append(self.folder.parent / TRAIN_OPTIONS_NAME)
-        found = [place for place in places if place.is_file()]
-        self.options: dict[str, Any] = json.loads(found[0].read_text(encoding="utf-8")) if found else {}
+        self.options = train_options(self.folder)
         self.name = _method_name(self.options) if self.options else last_part(folder)
 
     def checkpoints(self) -> list["Run"]:
@@ -155,8 +154,8 @@ class Run:
         The images and labels that the arguments ask for, prepared by the run's own image processor.
 
         Raises:
-            `ValueError`: If the run does not say which data it was trained on and the arguments do not either, or the model has
-                not as many classes as the data.
+            `ValueError`: If the run does not say which data it was trained on and the arguments do not either, or the model does
+                not know the classes of the data.
         """
         options = {
             name: self.options.get(name) if getattr(args, name) is None else getattr(args, name)
@@ -168,6 +167,11 @@ class Run:
                 f"The folder {str(self.folder)!r} has no {TRAIN_OPTIONS_NAME} that says which data the run was trained on. "
                 "Give it by `--dataset_name` (and `--train_size`, `--label_noise`, `--data_seed`)."
             )
+        if self.options.get("streaming") and args.dataset_name is None:
+            raise ValueError(
+                f"The run in {str(self.folder)!r} streamed its images. Say by `--dataset_name` (and `--train_size`) which to "
+                "look at."
+            )
         seed = self.options.get("seed", 42) if args.data_seed is None else args.data_seed
         dataset = load_image_dataset(
             options["dataset_name"],
@@ -177,17 +181,52 @@ class Run:
             **{name: self.options[name] for name in others if name in self.options},
         )[args.split]
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        classes = dataset.features["label"].num_classes
-        if len(config.get("id2label", {})) != classes:
-            raise ValueError(
-                f"The model in {str(self.folder)!r} has {len(config.get('id2label', {}))} classes, the data set "
-                f"{options['dataset_name']!r} has {classes}. Give the data set that it was trained on by `--dataset_name`."
-            )
+        id2label = {int(index): name for index, name in config.get("id2label", {}).items()}
+        dataset = in_the_classes_of(id2label, dataset)
         if len(dataset) > args.max_samples:
             dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
         dataset = dataset.with_transform(image_transform(AutoImageProcessor.from_pretrained(self.folder)))
         parts = [dataset[start : start + args.batch_size] for start in range(0, len(dataset), args.batch_size)]
         return [{"pixel_values": p["pixel_values"], "labels": torch.tensor(p["labels"])} for p in parts]
+
+
+def in_the_classes_of(id2label: dict[int, str], data: Dataset) -> Dataset:
+    """
+    The data with a model's numbers of the classes.
+
+    Args:
+        id2label (`dict[int, str]`): The model's names of the classes.
+        data (`Dataset`): The images, with a column `label`.
+
+    Raises:
+        `ValueError`: If the model does not know a class of the data.
+    """
+    names, known = data.features["label"].names, model_classes(id2label)
+    if known is None:  # the model's classes have no names
+        if len(names) != len(id2label):
+            raise ValueError(
+                f"The model has {len(id2label)} classes without names, the data {len(names)}: nothing says which "
+                "is which. Set `id2label` in the model's configuration."
+            )
+        return data
+    if names == known:
+        return data
+    labels = np.array(data["label"][:])
+    unknown = [names[label] for label in np.unique(labels) if names[label] not in known]
+    if unknown:
+        raise ValueError(
+            f"The model does not know these classes of the data: {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}. It "
+            f"knows {', '.join(known[:5])}{', ...' * (len(known) > 5)}. Evaluate it on images of its own classes."
+        )
+    number = {index: known.index(name) for index, name in enumerate(names) if name in known}
+    return data.remove_columns("label").add_column("label", np.array([number[label] for label in labels]))
+
+
+def train_options(folder: Path) -> dict[str, Any]:
+    """What is in the `train_options.json` of a run, or, for a checkpoint, in that of the folder above; empty if none."""
+    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    found = [path for place in places if (path := place / TRAIN_OPTIONS_NAME).is_file()]
+    return json.loads(found[0].read_text(encoding="utf-8")) if found else {}
 
 
 def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, list[Run]]:

@@ -105,12 +105,12 @@ def run(argv: list[str]) -> int:
             known, entries = _measures_of(each, run_args, settings), []
             parts = [*(each.checkpoints() if options.checkpoints else []), each]
             for part in parts:
-                entries.append(known.get(_key(part)) or _measure(part, run_args, settings))
+                entries.append(known.get(weights_key(part)) or _measure(part, run_args, settings))
                 # For `hf-aace plot`, and not to be measured again if it is interrupted.
                 content = {"settings": settings, "data": _data(run_args), "measures": entries}
                 _write(each.folder / MEASURES_NAME, content)
             measured.setdefault(name, []).append(entries[-1])
-            reused = sum(_key(part) in known for part in parts)
+            reused = sum(weights_key(part) in known for part in parts)
             print(
                 f"{each.folder}: {name}, {len(entries)} measured{f', {reused} of them before' * (reused > 0)}.",
                 flush=True,
@@ -138,8 +138,8 @@ def _data(args: RunArguments) -> dict[str, Any]:
     return {name: value for name, value in asdict(args).items() if name != "names"}
 
 
-def _key(run: Run) -> tuple[str, int]:
-    """The folder, and when its weights were written."""
+def weights_key(run: Run) -> tuple[str, int]:
+    """What tells the weights of a run or checkpoint from others: its folder, and when they were written."""
     return str(run.folder), max((path.stat().st_mtime_ns for path in run.folder.glob("*.safetensors")), default=0)
 
 
@@ -164,7 +164,7 @@ def _measure(run: Run, args: RunArguments, settings: dict[str, Any]) -> dict[str
     if (run.folder / "trainer_state.json").is_file():
         state = json.loads((run.folder / "trainer_state.json").read_text(encoding="utf-8"))
         when = {"epoch": state["epoch"], "step": state["global_step"]}
-    folder, written = _key(run)
+    folder, written = weights_key(run)
     return {"run": folder, "weights_written_ns": written, **when, "samples": len(measures["margins"]), **measures}
 
 

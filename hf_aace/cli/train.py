@@ -150,6 +150,12 @@ def run(argv: list[str]) -> int:
     model_args, data_args, _, training_args, *_ = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
+    if options.num_processes is not None and options.accelerate_config is None:
+        raise ValueError("`num_processes` needs `accelerate_config`, `ddp` say, which starts them. Or use `torchrun`.")
+    if training_args.gradient_accumulation_steps < 1:
+        raise ValueError(
+            f"`gradient_accumulation_steps` must be at least 1, got {training_args.gradient_accumulation_steps}."
+        )
     with training_args.main_process_first(desc="loading the data set"):
         dataset = _load_data(data_args, training_args)
     trainer, dataset = _prepare(dataset, model_args, data_args, training_args)
@@ -228,8 +234,15 @@ def _train_and_save(trainer: AACETrainer, model_args: ModelArguments, argv: list
         raise KeyboardInterrupt(f"\nInterrupted. {how}") from interrupt
     except Exception as error:
         _raise_if_save_failed(error, trainer, started, argv)
+        if isinstance(error, KeyError) and "metric_for_best_model" in str(error):
+            raise ValueError(error.args[0]) from error
+        if isinstance(error, TypeError) and "_schedule" in str(error):
+            raise ValueError(
+                f"The learning-rate schedule cannot be made of `lr_scheduler_type={trainer.args.lr_scheduler_type}` and "
+                f"`lr_scheduler_kwargs={trainer.args.lr_scheduler_kwargs}`: {error}."
+            ) from error
         raise
-    # Unlike the time on the clock, it does not depend on what else the machine is doing.
+    # It depends less than the time on the clock on what else the machine is doing.
     result.metrics["train_processor_seconds"] = time.process_time() - processor_started
     if model_args.lora:
         _merge_adapters(trainer)
@@ -243,6 +256,9 @@ def _train_and_save(trainer: AACETrainer, model_args: ModelArguments, argv: list
             f"The trained model could not be saved: {_first_line(error)}. {resume}".replace("\n", " ")
         ) from error
     trainer.save_state()
+    if trainer.is_world_process_zero():  # those of an earlier run here, which ours would be added to
+        for name in ("all_results.json", "validation_results.json", "eval_results.json", "training_curves.png"):
+            Path(trainer.args.output_dir, name).unlink(missing_ok=True)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     return result.metrics
@@ -259,7 +275,7 @@ def _evaluate(
     metrics = dict(prediction.metrics)
     trainer.log({name: value for name, value in metrics.items() if isinstance(value, float)})  # for the model card
     trainer.log_metrics("eval", metrics)
-    if "confusion_matrix" in options.metrics:
+    if "confusion_matrix" in options.metrics and prediction.predictions is not None:  # not with `prediction_loss_only`
         metrics |= _confusion_matrix(prediction, trainer.model.config.num_labels)
     trainer.save_metrics("eval", metrics)
     return metrics
@@ -292,6 +308,8 @@ def _load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict
         )
     if training_args.max_steps <= 0:
         raise ValueError("`streaming` needs `max_steps`, as the number of images is not known: say how long to train.")
+    if options.dataset_name == "digits":
+        raise ValueError("The digits are in memory anyway: leave out `streaming`, or name another data set.")
     for name, off in (("label_noise", 0), ("validation_size", 0), ("class_weights", "none")):
         if getattr(options, name) != off:
             raise ValueError(
@@ -398,7 +416,9 @@ def _resume_from(value: str | None, output_dir: str) -> str | None:
         if not whole:
             raise ValueError(f"`resume_from_checkpoint`: No valid checkpoint found in {output_dir}. Leave it out.")
         return str(whole[-1])
-    if not _is_whole(Path(value)):
+    # A finished run has a state too, but no optimizer: it would begin anew.
+    if not _is_whole(Path(value)) or Path(value, "all_results.json").is_file():
+        whole = whole or [path for path in _checkpoints(value) if _is_whole(path)]
         hint = f" The newest that is whole is {whole[-1]}." if whole else ""
         raise ValueError(f"`resume_from_checkpoint` is {value!r}, which is no checkpoint, or not a whole one.{hint}")
     return value
