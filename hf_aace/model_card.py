@@ -89,7 +89,7 @@ def describe_hardware(device: torch.device, processes: int) -> str:
     return (
         f"{processes} x {name}"
         if processes > 1 or device.type != "cpu"
-        else f"a CPU with {torch.get_num_threads()} threads"
+        else f"a CPU with {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     )
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pictures: of a training run, of what steps cost, of what a classifier confuses, and of runs side by side."""
 
+import itertools
 import math
 import os
 import textwrap
@@ -229,6 +230,7 @@ def _decorate(axes: Axes, title: str, unit: str) -> None:
 # ---- Runs side by side, for a paper ------------------------------------------
 
 _COLUMN = 3.4  # inches, of one column of a page in two
+_TITLE_WIDTH = 20  # characters, of a panel of half a column
 
 # Readable in gray too: the lines of each group differ in dashes and markers, the fillings in their lightness.
 _GROUP_STYLES = (
@@ -348,7 +350,7 @@ def plot_sharpness(
         for axes, (key, title, unit) in zip(grid, shown, strict=True):
             for position, (runs, (colour, _, marker)) in enumerate(zip(rows.values(), _styles(rows), strict=True)):
                 values = np.array([run[key] for run in runs])
-                error = _standard_error(values)
+                error = _standard_error(values) if len(values) > 1 else None
                 axes.bar(position, values.mean(), yerr=error, color=colour, alpha=0.35, edgecolor=colour, capsize=3)
                 offsets = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else [0]
                 axes.plot(
@@ -378,8 +380,10 @@ def plot_margins(
             share = np.histogram(values, bins)[0] / len(values)
             axes.stairs(100 * share, bins, color=colour, linestyle=dashes, linewidth=1.2, label=name)
         axes.axvline(0, color="0.6", linewidth=0.6)
-        _decorate_for_paper(axes, "", "margin: true logit less the greatest other", "samples (%)")
-        axes.legend(frameon=False)
+        _decorate_for_paper(axes, "", "margin: logit of the label less the greatest other", "samples (%)")
+        figure.legend(
+            loc="outside upper center", frameon=False, handlelength=3, ncols=1 if width < 5 else len(margins)
+        )
         _save(figure, paths)
 
 
@@ -395,14 +399,16 @@ def plot_paths(curves: Mapping[str, LossPath], paths: Iterable[str | os.PathLike
     with rc_context(_PAPER):
         figure, (axes,) = _panels(1, width)
         # The first style is the model at 0, which all the lines have in common.
-        for (name, curve), (colour, dashes, marker) in zip(curves.items(), _styles(curves, skip=1), strict=True):
+        for (name, curve), (colour, dashes, marker) in zip(
+            curves.items(), itertools.cycle(_GROUP_STYLES[1:]), strict=False
+        ):
             every = max(1, len(curve.position) // 8)
             axes.plot(*curve, color=colour, linestyle=dashes, marker=marker, markevery=every, label=name)
         for end in (0, 1):
             axes.axvline(end, color="0.6", linewidth=0.6)
         _log_scale(axes)
         _decorate_for_paper(axes, "", "position on the line", "cross-entropy (nats)")
-        axes.legend(frameon=False)
+        figure.legend(loc="outside upper center", frameon=False, handlelength=3)  # the names are long
         _save(figure, paths)
 
 
@@ -448,7 +454,7 @@ def plot_landscapes(
                 )
                 axes.plot(0, 0, marker="+", color="white", markersize=6)
                 axes.set_aspect("equal")
-                _decorate_for_paper(axes, name, unit, unit)
+                _decorate_for_paper(axes, textwrap.fill(name, _TITLE_WIDTH), unit, unit)
                 axes.grid(False)
             else:
                 drawn = axes.plot_surface(
@@ -465,7 +471,7 @@ def plot_landscapes(
                 axes.zaxis.set_major_locator(MaxNLocator(4, integer=True))
                 axes.tick_params(axis="x", pad=-3)
                 axes.tick_params(axis="y", pad=-3)
-                axes.set_title(name, pad=0)
+                axes.set_title(textwrap.fill(name, _TITLE_WIDTH), pad=0)
                 axes.set_xlabel(unit, labelpad=-8, fontsize=6.5)
                 axes.set_ylabel(unit, labelpad=-8, fontsize=6.5)
                 axes.set_box_aspect((4, 4, 3), zoom=0.85)
@@ -521,6 +527,7 @@ def plot_toy(runs: Mapping[str, ToyRun], paths: Iterable[str | os.PathLike], *, 
                 linewidth=0.6,
                 marker="x",
                 markevery=[1],
+                zorder=3,  # not hidden by the end of another way
             )
             every = max(1, len(run.weights) // 8)
             if run.ascent_grad_norm.any():
@@ -546,8 +553,11 @@ def _panels(count: int, width: float, ratio: float = 0.82, projection: str | Non
     return figure, [figure.add_subplot(rows, columns, i + 1, projection=projection) for i in range(count)]
 
 
-def _styles(groups: Mapping[str, Any], skip: int = 0) -> list[tuple]:
-    return [_GROUP_STYLES[(i + skip) % len(_GROUP_STYLES)] for i in range(len(groups))]
+def _styles(groups: Iterable[str]) -> list[tuple]:
+    """A style for each group: the first for plain training, the others, in order, for what it is compared with."""
+    plain = next((name for name in groups if name.lower().startswith(("trainer", "plain"))), None)
+    others = itertools.cycle(_GROUP_STYLES[1:])
+    return [_GROUP_STYLES[0] if name == plain else next(others) for name in groups]
 
 
 def _decorate_for_paper(axes: Axes, title: str, x: str, y: str) -> None:
@@ -574,11 +584,13 @@ def _legend_above(figure: Figure, groups: Mapping[str, Any]) -> None:
     lines = [
         Line2D([], [], color=colour, linestyle=dashes, marker=marker) for colour, dashes, marker in _styles(groups)
     ]
+    # In inches at this size of letters: 0.055 for one, 0.5 for a line with its margins.
+    columns = int(figure.get_figwidth() / (0.055 * max(map(len, groups)) + 0.5))
     figure.legend(
         lines,
         list(groups),
         loc="outside upper center",
-        ncols=3 if figure.get_figwidth() < 5 else 6,
+        ncols=max(1, min(columns, len(groups))),
         frameon=False,
         handlelength=3,
     )

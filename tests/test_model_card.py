@@ -33,7 +33,7 @@ def test_card_has_settings_results_cost_and_citation(tmp_path):
     accuracy = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry][-1]
     assert f"| Accuracy | {accuracy:.4g} |" in written.text
     speed = next(entry for entry in trainer.state.log_history if "train_runtime" in entry)["train_samples_per_second"]
-    assert f"on a CPU with 1 threads ({speed:.4g} samples a second)" in written.text
+    assert f"on a CPU with 1 thread ({speed:.4g} samples a second)" in written.text
     assert 'pipeline("image-classification", model="mine")' in written.text
     assert "ratchatorn2024aace" in written.text and "foret2021sam" not in written.text
     assert {"hf_aace", "sharpness-aware-minimization", "generated_from_trainer"} <= set(written.data.tags)

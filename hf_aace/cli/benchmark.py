@@ -151,7 +151,8 @@ def run(argv: list[str]) -> int:
         peers=options.peers,
     )
     rows = summarize(measurements, options.batch_size)
-    hardware = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    hardware = torch.cuda.get_device_name() if on_gpu else f"CPU, {threads} thread{'s' * (threads > 1)}"
     title = f"{last_part(options.model_name_or_path)}, {parameters / 1e6:.1f} M parameters, batch {options.batch_size}, {hardware}"
     print(title)
     print(_cost_table(rows))
