@@ -527,6 +527,9 @@ def plot_toy(runs: Mapping[str, ToyRun], paths: Iterable[str | os.PathLike], *, 
                 linewidth=0.6,
                 marker="x",
                 markevery=[1],
+                markersize=6,
+                markeredgewidth=1.2,
+                markeredgecolor="white",
                 zorder=3,  # not hidden by the end of another way
             )
             every = max(1, len(run.weights) // 8)
