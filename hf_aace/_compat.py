@@ -80,7 +80,10 @@ def _weight_files(checkpoint: str) -> list[Path]:
         return [weights]
     if not index.is_file():
         return []
-    return [weights.with_name(name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [
+        weights.with_name(name)
+        for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    ]
 
 
 def _names(path: Path) -> list[str]:

@@ -450,9 +450,8 @@ class SharpnessAwareMixin:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and (metrics := self._aace_metrics.pop()):
-            if (
-                self._perturbs_in_sync() and "skipped_perturbations" in metrics
-            ):  # each counted what they skipped together
+            # Each process counted what they skipped together.
+            if self._perturbs_in_sync() and "skipped_perturbations" in metrics:
                 metrics["skipped_perturbations"] //= self.args.world_size
             logs = {**logs, **metrics, "rho": self._aace_args.rho}
         super().log(logs, *args, **kwargs)

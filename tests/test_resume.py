@@ -11,9 +11,15 @@ import torch
 from resumable_run import make_trainer
 from tiny import digits, identical, learning_curve, training_arguments, vit, weights
 from torch import nn
-from transformers import TrainerCallback, ViTForImageClassification
+from transformers import (
+    MixtralConfig,
+    MixtralForSequenceClassification,
+    TrainerCallback,
+    ViTForImageClassification,
+)
 
 from hf_aace import AACEConfig, AACETrainer
+from hf_aace._compat import load_converted_weights, needs_conversion
 
 
 @pytest.mark.parametrize(
@@ -100,6 +106,37 @@ def test_best_vit_is_loaded_at_the_end(change, tmp_path):
     best = trainer.state.best_model_checkpoint
     assert best != str(tmp_path / "checkpoint-8")
     assert identical(weights(trainer.model), kept[best])
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "9KB"])
+@pytest.mark.parametrize("kind", ["renamed", "merged"])
+def test_weights_saved_under_other_names_are_found(kind, max_shard_size, tmp_path):
+    """Renamed only (ViT), or merged from several (the experts of a mixture), in one file or in several."""
+
+    def make():
+        if kind == "renamed":
+            return vit()
+        config = MixtralConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+            num_labels=3,
+        )
+        return MixtralForSequenceClassification(config)
+
+    saved, other = make(), make()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    saved.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is (max_shard_size == "9KB")
+    assert needs_conversion(other, str(tmp_path))
+    load_converted_weights(other, str(tmp_path))
+    assert identical(weights(other), weights(saved))
 
 
 def test_checkpoint_that_lacks_weights_is_refused(tmp_path):
