@@ -8,6 +8,7 @@ import math
 import os
 import re
 import statistics
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,7 +64,10 @@ class Candidate:
             # A single `rho` for all methods is in none of their names.
             if name in self.varied or (f"{name}={value}" not in fixed and preset.get(name) != value)
         ]
-        return re.sub(r"[^\w.=+-]+", "-", " ".join([*fixed, *chosen]))
+        name = " ".join([*fixed, *chosen])
+        # `norm.` and `norm$` are two regular expressions, though no names of folders.
+        suffix = f"-{zlib.crc32(name.encode()):x}" if re.search(r"[^\w.=+ -]", name) else ""
+        return re.sub(r"[^\w.=+-]+", "-", name) + suffix
 
     @property
     def choice(self) -> str:

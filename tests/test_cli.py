@@ -121,6 +121,11 @@ def test_a_run_that_logs_nothing_still_ends_well(capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "Picture: none, since nothing was logged"
 
 
+def test_a_training_that_came_to_grief_says_so(capsys):
+    assert main([*TINY, "--learning_rate", "1e30", "--max_grad_norm", "0"]) == 0
+    assert "the loss on the test images is no number" in capsys.readouterr().err
+
+
 def test_nothing_of_an_earlier_run_in_the_folder_is_taken_for_results(capsys):
     assert main([*TINY, "--validation_size", "0.1", "--output_dir", "here"]) == 0
     quiet = ["--logging_strategy", "no", "--eval_strategy", "no", "--prediction_loss_only", "true"]

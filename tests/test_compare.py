@@ -55,6 +55,8 @@ def test_each_candidate_has_a_folder_of_its_own():
         "aace:rho=0.1|0.2",
         "aace:rho=0.2|0.3:weight_decay=1|2",
         "aace:rho=.2:weight_decay=1",
+        "aace:perturb_modules=norm$",
+        "aace:perturb_modules=norm?",
     ]
     candidates = [candidate for method in methods for candidate in candidates_of(method)]
     candidates += candidates_of("aace", ["0.3"]) + candidates_of("aace", ["0.4"])  # two studies of one folder
@@ -184,6 +186,9 @@ def test_a_study_is_made_told_and_not_made_twice(tmp_path, monkeypatch, capsys):
     again = json.loads((lost / "all_results.json").read_text())
     assert again["eval_accuracy"] == results["eval_accuracy"]
     assert (kept / "all_results.json").stat().st_mtime_ns == before
+
+    # However an option is written.
+    assert main([("--train_size=40" if part == "--train_size" else part) for part in argv if part != "40"]) == 0
 
     # Other options would mix two studies in one folder.
     assert main([*argv, "--label_noise", "0.5"]) == 1

@@ -232,7 +232,8 @@ class Study:
 
 
 def _by_option(argv: list[str]) -> list[list[str]]:
-    """Options with their values, sorted by name: the order on the command line does not matter."""
+    """Options with their values, sorted by name: neither their order matters nor how they are written."""
+    argv = [word for part in argv for word in (part.split("=", 1) if part.startswith("--") else [part])]
     starts = [index for index, part in enumerate(argv) if part.startswith("--")]
     return sorted((argv[start:end] for start, end in pairwise([*starts, len(argv)])), key=lambda option: option[0])
 

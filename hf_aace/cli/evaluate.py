@@ -2,7 +2,6 @@
 """`hf-aace evaluate`: how good a trained classifier is, and where it errs."""
 
 import argparse
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from ..inference import classify
 from ..metrics import load_metric
 from ..models import load_classifier
 from ..plots import plot_confusion_matrix, plot_image_grid
+from ..study import write_report
 from .options import (
     ImagesArguments,
     PretrainedArguments,
@@ -148,7 +148,7 @@ def run(argv: list[str]) -> int:
         "confusion_matrix": matrix,
         "worst_mistakes": [{key: value for key, value in row.items() if key != "row"} for row in mistakes],
     }
-    (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(report, folder / "evaluation.json")
     plot_confusion_matrix(matrix, classes, folder / "confusion_matrix.png")
     (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier call
     if mistakes:

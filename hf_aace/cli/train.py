@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -169,6 +170,12 @@ def run(argv: list[str]) -> int:
         _push(trainer, card)
     if trainer.is_world_process_zero():
         print(_summary(metrics, train_metrics["train_runtime"], training_args.output_dir, picture if drawn else None))
+        if not math.isfinite(metrics.get("eval_loss", 0.0)):
+            print(
+                "hf-aace: the loss on the test images is no number, so the training came to grief. Try a smaller "
+                "`learning_rate` or `rho`.",
+                file=sys.stderr,
+            )
         if training_args.push_to_hub:
             print(f"Pushed:  {trainer.hub_model_id}")
     return 0
