@@ -42,7 +42,8 @@ def losses_and_gradient_norms(model: nn.Module, batches: Batches) -> dict[str, f
         model (`nn.Module`):
             A classifier that returns logits of shape `(batch, classes)`, as a tensor, as `outputs.logits` or as
             `outputs[0]`. It is evaluated in `eval()` mode: no dropout, BatchNorm by its running statistics. The gradients
-            are those of the parameters that require one.
+            are those of the parameters that require one. Load anew what was trained in mixed precision: accelerate has
+            left the `forward` of the trainer's model in 16 bits, which are too few for small differences.
         batches (iterable of mappings):
             The data set in batches with `labels`, each time the same: a list, or a `DataLoader` that neither shuffles nor
             augments. Labels of -100 do not count. What else a batch holds goes to the model.

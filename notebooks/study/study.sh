@@ -3,10 +3,12 @@
 # stopped, and goes on where it was. In runs/study/NAME are the tables and pictures; its runs.csv is NAME.csv here.
 set -euo pipefail
 
+made=
 study() {
   local name=$1
   shift
   if [[ ${ONLY:-$name} == "$name" ]]; then
+    made=yes
     hf-aace compare --output_dir "runs/study/$name" "$@"
   fi
 }
@@ -16,6 +18,7 @@ find_rho() {
   local name=find-rho-$1
   shift
   if [[ ${ONLY:-$name} == "$name" ]]; then
+    made=yes
     hf-aace find-rho --output_dir "runs/study/$name" "$@"
   fi
 }
@@ -25,10 +28,10 @@ noisy="--label_noise 0.2 --train_size 400 --num_train_epochs 40"
 study convnext-noisy $noisy --seeds 16 --methods \
   'trainer,sam:rho=0.05|0.1|0.2|0.5|1,aace:rho=0.01|0.03|0.1|0.3|1,aace:ascent_fraction=0.125:rho=0.03|0.1|0.3|1'
 further='trainer,trainer:learning_rate=1e-3|3e-3|1e-2:weight_decay=0|0.1,trainer:num_train_epochs=80'
-further+=',trainer:label_smoothing_factor=0.1,asam:rho=0.5|1|2,aace,aace:label_smoothing_factor=0.1:rho=0.03|0.1|0.3'
+further+=',trainer:label_smoothing_factor=0.1,asam:rho=0.5|1|2|5|10,aace,aace:label_smoothing_factor=0.1:rho=0.03|0.1|0.3'
 further+=',aace:ascent_fraction=0.25:rho=0.03|0.1|0.3,aace:ascent_fraction=0.0625:rho=0.03|0.1|0.3|1'
 further+=',aace:aace_target=uniform:rho=0.03|0.1|0.3,aace:aace_target=random:rho=0.03|0.1|0.3'
-further+=',aace:normalize_perturbation=true:rho=0.05|0.1|0.2,aace:adaptive_perturbation=true:rho=3|10|30'
+further+=',aace:normalize_perturbation=true:rho=0.05|0.1|0.2|0.5|1|2,aace:adaptive_perturbation=true:rho=3|10|30'
 study convnext-noisy-more $noisy --seeds 8 --methods "$further"
 study convnext-noisy-tuned $noisy --seeds 16 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2' --methods \
   'trainer:learning_rate=1e-4|3e-4|1e-3|3e-3|1e-2,trainer:learning_rate=3e-4:num_train_epochs=80,sam:learning_rate=3e-4|1e-3|3e-3|1e-2:rho=0.1|0.2|0.5|1,aace:learning_rate=3e-4|1e-3|3e-3|1e-2:rho=0.1|0.3|1'
@@ -134,16 +137,16 @@ vit="--model_name_or_path vit-tiny-digits"
 tuning="--dataset_name runs/study/digits-6-9 --augmentation none --num_train_epochs 40 --learning_rate 1e-3"
 convnext_tuning="--model_name_or_path runs/study/pretrained-convnext $tuning"
 lora_tuning="--model_name_or_path runs/study/pretrained-vit $tuning --lora true"
-searched convnext-noisy-scaled "aace:learning_rate=3e-4|1e-3|3e-3|1e-2:$step:rho=3|10|30,asam:learning_rate=3e-4|1e-3|3e-3|1e-2:rho=0.5|1|2" \
+searched convnext-noisy-scaled "aace:learning_rate=3e-4|1e-3|3e-3|1e-2:$step:rho=3|10|30,asam:learning_rate=3e-4|1e-3|3e-3|1e-2:rho=0.5|1|2|5|10|20" \
   --label_noise 0.2 --train_size 400 --num_train_epochs 40 --seeds 16
-searched convnext-noisier-scaled "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10,aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=30|100,asam:learning_rate=3e-4|1e-3|3e-3:rho=0.5|1|2" \
+searched convnext-noisier-scaled "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10,aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=30|100,asam:learning_rate=3e-4|1e-3|3e-3:rho=0.5|1|2|5|10|20" \
   --label_noise 0.4 --train_size 400 --num_train_epochs 40
 searched convnext-noisy-all-scaled "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" --label_noise 0.2 --num_train_epochs 30
 searched convnext-clean-scaled "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" --train_size 200 --num_train_epochs 60
 searched convnext-clean-all-scaled "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" --num_train_epochs 20
 searched resnet-noisy-scaled "aace:learning_rate=3e-4|1e-3|3e-3|1e-2:$step:rho=10" $resnet --label_noise 0.2 --train_size 400
 searched resnet-clean-scaled "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" $resnet --train_size 200
-searched vit-noisy-scaled "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=3|10|30,asam:learning_rate=1e-4|3e-4|1e-3:rho=0.05|0.1|0.2|0.5|1|2" \
+searched vit-noisy-scaled "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=3|10|30,asam:learning_rate=1e-4|3e-4|1e-3:rho=0.05|0.1|0.2|0.5|1|2|5|10" \
   $vit --label_noise 0.2 --train_size 600 --num_train_epochs 80 --seeds 16
 searched vit-noisier-scaled "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=10" $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80
 searched vit-noisy-all-scaled "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" $vit --label_noise 0.2 --num_train_epochs 30
@@ -171,7 +174,12 @@ noisy="$vit --label_noise 0.2 --train_size 600 --num_train_epochs 80 --seeds 16"
 searched vit-noisy-norm "aace:learning_rate=3e-4:$on:rho=3|10|30|100" $noisy
 searched vit-noisy-norm-parts "$(parts "aace:learning_rate=3e-4:$on:rho=10|30")" $noisy
 searched vit-noisy-norm-rates "$(quarter '1e-4|3e-4|1e-3')" $noisy
-searched vit-noisy-norm-sam "sam:learning_rate=1e-4|3e-4:$on:rho=0.1|0.3|1|3" $noisy
+searched vit-noisy-norm-sam "sam:learning_rate=1e-4|3e-4:$on:rho=0.1|0.3|1|3|10|30" $noisy
+searched convnext-noisy-norm-scaled "aace:learning_rate=1e-3:$on:$step:ascent_fraction=0.25:rho=10|30|100" \
+  --label_noise 0.2 --train_size 400 --num_train_epochs 40
+searched convnext-noisier-norm-sam "sam:learning_rate=3e-4|1e-3|3e-3:$on:rho=1|2|5|10|20" --label_noise 0.4 --train_size 400 --num_train_epochs 40
+searched resnet-noisy-norm-sam "sam:learning_rate=3e-4|1e-3|3e-3:$on:rho=1|3|10|30" $resnet --label_noise 0.2 --train_size 400
+searched vit-noisier-norm-sam "sam:learning_rate=1e-4|3e-4:$on:rho=1|3|10|30" $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80
 searched convnext-noisier-norm "$(quarter '3e-4|1e-3|3e-3'),aace:learning_rate=3e-4|1e-3|3e-3:$on:ascent_fraction=0.25:rho=100" --label_noise 0.4 --train_size 400 --num_train_epochs 40
 searched convnext-noisy-all-norm "$(quarter '1e-3|3e-3')" --label_noise 0.2 --num_train_epochs 30
 searched convnext-clean-norm "$(quarter '1e-3|3e-3|1e-2')" --train_size 200 --num_train_epochs 60
@@ -198,3 +206,8 @@ find_rho vit-clean-norm $vit --train_size 300 --num_train_epochs 80 --learning_r
 find_rho vit-clean-long-norm $vit --train_size 300 --num_train_epochs 160 --learning_rate 3e-4 $norm
 find_rho finetune-convnext-noisy-norm $convnext_tuning --train_size 100 --label_noise 0.2 $norm
 find_rho finetune-convnext-clean-norm $convnext_tuning --train_size 50 $norm
+
+if [[ -z $made ]]; then
+  echo "There is no study '$ONLY'. In this file are their names." >&2
+  exit 1
+fi
