@@ -143,6 +143,8 @@ class AugmentedTrainer(Trainer):
     Each batch is changed once, when it is on the device, before the step. Both passes of a step of sharpness-aware training
     see the same batch, so put [`SharpnessAwareMixin`] before this class, as [`AugmentedAACETrainer`] does. The changes depend on
     the seed of the arguments, the step, and the number of the process only: a resumed run makes those that the whole one made.
+    Where they make labels soft, `num_items_in_batch` is the number of all entries of the labels, as Trainer counts those of a
+    collator that makes them so.
 
     Args:
         augmentation (`Callable[[dict, int], dict]`, *optional*):
