@@ -90,6 +90,8 @@ study vit-clean-rates $vit --train_size 300 --num_train_epochs 80 --learning_rat
   'trainer,trainer:learning_rate=3e-4|1e-3|3e-3,trainer:num_train_epochs=160:learning_rate=3e-4|1e-3,sam:learning_rate=3e-4|1e-3:rho=0.01|0.02|0.05,aace,aace:learning_rate=3e-4|1e-3|3e-3:rho=0.001|0.003|0.01'
 study vit-clean-long $vit --train_size 300 --num_train_epochs 160 --learning_rate 1e-3 --baseline 'trainer:learning_rate=1e-4|3e-4|1e-3' --methods \
   'trainer:learning_rate=1e-4|3e-4|1e-3,trainer:learning_rate=3e-4:num_train_epochs=320,aace:learning_rate=3e-4:rho=0|0.001|0.003|0.01,aace:learning_rate=3e-4,sam:learning_rate=3e-4:rho=0.005|0.01|0.02'
+study vit-clean-long-tuned $vit --search_seeds 4 --train_size 300 --num_train_epochs 160 --methods \
+  'sam:learning_rate=1e-4|3e-4|1e-3:rho=0.005|0.01|0.02,aace:learning_rate=1e-4|3e-4|1e-3:rho=0.001|0.003|0.01'
 find_rho vit-clean-long --model_name_or_path vit-tiny-digits --train_size 300 --num_train_epochs 160 --learning_rate 3e-4
 
 # Fine-tuning: from the digits 0 to 5 to the digits 6 to 9.
