@@ -94,8 +94,8 @@ def load_image_dataset(
 
     Returns:
         `DatasetDict`: The splits `train` and `test`, and `validation` if `validation_size` asks for it, with the columns
-        `image` ([`~datasets.Image`]) and `label` ([`~datasets.ClassLabel`]). A data set without a labelled `test` or `validation` split has a fifth of its images
-        set apart as test images.
+        `image` ([`~datasets.Image`]) and `label` ([`~datasets.ClassLabel`]). A data set without a labelled `test` or
+        `validation` split has a fifth of its images set apart as test images.
 
     Raises:
         `ValueError`: If an argument is out of range, or the data set cannot be found, lacks images, labels or classes,
@@ -272,11 +272,15 @@ def _patterns(folder: Path) -> list[str]:
     ]
 
 
+def _sub_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, but for hidden ones and those that a Mac adds to archives, which hold no images."""
+    _, names, _ = next(_walk(folder))
+    return [folder / name for name in sorted(names) if not name.startswith((".", "__"))]
+
+
 def _split_folders(folder: Path) -> dict[str, Path]:
     """The folders in which a folder of images has its splits, perhaps further down as in some archives; empty if it has none."""
-    _, names, _ = next(_walk(folder))
-    # Hidden ones, and those that a Mac adds to archives, hold no images.
-    inside = [folder / name for name in sorted(names) if not name.startswith((".", "__"))]
+    inside = _sub_folders(folder)
     found = {
         split: path
         for split, words in _SPLIT_WORDS.items()
@@ -291,8 +295,8 @@ def _split_folders(folder: Path) -> dict[str, Path]:
 def _check_folders(name: str, folders: dict[str, Path], splits: DatasetDict) -> None:
     """Warns of folders that are not read, and of classes that may be splits under another name."""
     where = next(iter(folders.values()))
-    beside = set() if where == Path(name) else {path.name for path in where.parent.iterdir() if path.is_dir()}
-    if left_out := sorted(beside - {path.name for path in folders.values()}):
+    beside = [] if where == Path(name) else _sub_folders(where.parent)
+    if left_out := [path.name for path in beside if path not in folders.values()]:
         logger.warning(
             f"Of {name!r} the folders {', '.join(path.name for path in folders.values())} are read, as the splits "
             f"{', '.join(folders)}, and not: {first_few(left_out)}."

@@ -280,22 +280,22 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def write_report(report: dict[str, Any], path: str | os.PathLike) -> None:
     """
-    Writes numbers as JSON, which has no NaN: that of a single seed's standard error is `null`.
+    Writes numbers as JSON, which has neither NaN nor infinity: what is not finite, as a single seed's standard error, is `null`.
 
     Args:
         report (`dict`): What is to be written; dictionaries and lists of them, and numbers.
         path (`str` or `os.PathLike`): The file.
     """
-    text = json.dumps(_without_nan(report), indent=2, allow_nan=False)
+    text = json.dumps(_finite(report), indent=2, allow_nan=False)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-def _without_nan(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _by(results: Iterable[Result], key) -> dict[Any, list[Result]]:

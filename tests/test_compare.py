@@ -25,6 +25,7 @@ from hf_aace.study import (
     choose,
     read_results,
     summarize,
+    write_report,
     write_results,
 )
 
@@ -101,6 +102,13 @@ def test_results_are_read_as_they_were_written(tmp_path):
     write_results(runs, tmp_path / "runs.csv")
     assert read_results(tmp_path / "runs.csv") == runs
     assert summarize(read_results(tmp_path / "runs.csv"), "trainer") == summarize(runs, "trainer")
+
+
+def test_a_report_is_json_whatever_the_numbers(tmp_path):
+    """Or a study of hours would end in an error, or in a file that other programs cannot read."""
+    write_report({"ratio": float("inf"), "rows": [{"error": float("nan"), "mean": 0.5}]}, tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"ratio": None, "rows": [{"error": None, "mean": 0.5}]}
 
 
 def test_summary_is_paired_over_the_seeds_that_both_have():
@@ -288,6 +296,7 @@ def test_a_study_that_is_stopped_leaves_no_process_behind(how, tmp_path):
         (["--rho", "0.1,0.2", "--validation_size", "0"], "`validation_size` is 0"),
         (["--streaming", "true", "--dataset_name", "x"], "with `--validation_size 0`"),
         (["--seed", "1"], "`seed` is another one for each run"),
+        (["--seed=1"], "`seed` is another one for each run"),
         (["--metrics", "macro_f1"], "`metrics` must have `accuracy`"),
     ],
 )

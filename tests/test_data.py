@@ -178,12 +178,14 @@ def test_names_that_look_like_splits_are_classes_where_they_hold_images(tmp_path
     assert len(dataset["train"]) + len(dataset["test"]) == 15
 
 
-def test_splits_lie_in_a_folder_of_their_own_as_in_an_archive(tmp_path):
+def test_splits_lie_in_a_folder_of_their_own_as_in_an_archive(tmp_path, warnings):
     write_images(tmp_path / "pets" / "pets", {f"{split}/{name}": 3 for split in ("Train", "val") for name in "ab"})
-    (tmp_path / "pets" / "__MACOSX").mkdir()
+    for folder in ("pets", "pets/pets"):
+        (tmp_path / folder / "__MACOSX").mkdir()
     (tmp_path / "pets" / "LICENSE").write_text("Free.")
     dataset = load_image_dataset(str(tmp_path / "pets"), seed=0)
     assert (len(dataset["train"]), len(dataset["test"])) == (6, 6)
+    assert not warnings, "nothing is left out that could hold images"
 
 
 @pytest.mark.parametrize(

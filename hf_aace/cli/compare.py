@@ -137,7 +137,7 @@ class Study:
         self.seeds = list(range(options.first_seed, options.first_seed + options.seeds))
         if options.config is not None:  # read here and now: the file may be another one when the study goes on
             common = [*config_as_options(options.config), *common]
-        if "--seed" in common:
+        if any(option == "--seed" for option, *_ in _by_option(common)):
             raise ValueError("`seed` is another one for each run: say by `first_seed` and `seeds` which.")
         self._common = common
         for candidate in candidates:
