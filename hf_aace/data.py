@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 from transformers.utils import logging
 
 from .columns import find_columns, unseen_classes, untyped_images, with_classes
-from .images import find_corrupt, first_few
+from .images import IMAGE_SUFFIXES, find_corrupt, first_few
 
 
 logger = logging.get_logger(__name__)
@@ -202,17 +202,16 @@ def _builder_of_folder(path: Path) -> str | None:
     """What of `datasets` reads the files in a folder, `None` if it is one of images or was saved by `datasets`."""
     if _is_saved(path):
         return None
-    images = PIL.Image.registered_extensions()
     files = list(_files(path))
     suffixes = {file.suffix.lower() for file in files}
     # One beside the files, or in a folder `assets`, is a logo or a figure; but images of two classes are in two folders.
-    folders = {file.parent for file in files if file.suffix.lower() in images} - {path}
+    folders = {file.parent for file in files if file.suffix.lower() in IMAGE_SUFFIXES} - {path}
     if len(folders) > 1 or any(file.name in _METADATA for file in files):
         return None
     for suffix, builder in _BUILDERS.items():
         if suffix in suffixes:
             return builder
-    if suffixes & images.keys():
+    if suffixes & IMAGE_SUFFIXES:
         return None
     raise ValueError(
         f"The folder {str(path)!r} given as `dataset_name` holds no images. Put them into one sub-folder for each class. "

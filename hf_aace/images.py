@@ -18,6 +18,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# What Pillow reads: two that it has too, it only writes.
+IMAGE_SUFFIXES = frozenset(PIL.Image.registered_extensions()) - {".pdf", ".palm"}
+
 # JPEG is decoded at a fraction of its size only where this many times what the model takes is left: the processor then
 # still averages over pixels, and the result is close to that of the whole image.
 _DRAFT_MARGIN = 2

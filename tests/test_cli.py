@@ -18,6 +18,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, pipeline
 
@@ -90,6 +91,14 @@ def test_options_are_there_that_load_the_data_again(run):
         "rho": 0.01,
         "seed": 42,
     }.items() <= options.items()
+
+
+def test_the_model_card_says_what_was_changed_in_the_data(run):
+    argv = [*TINY, "--label_noise", "0.1", "--mixup", "0.2", "--output_dir", "mixed"]
+    assert main(argv) == 0
+    for folder, changes in ((run, "train_size=40"), (Path("mixed"), "train_size=40, label_noise=0.1, mixup=0.2")):
+        card = ModelCard.load(folder / "README.md")
+        assert f"on the data set digits with {changes}." in " ".join(card.text.split())
 
 
 def test_state_and_picture_are_there(run):
@@ -346,6 +355,7 @@ def test_only_the_head_is_trained_if_the_backbone_is_frozen(run):
         ),
         (["--lr_scheduler_type", "warmup_stable_decay"], "`lr_scheduler_type=SchedulerType.WARMUP_STABLE_DECAY`"),
         (["--streaming", "true"], "The digits are in memory anyway"),
+        (["--do_train", "false"], "training is what this command does"),
         (["--num_processes", "2"], "`num_processes` needs `accelerate_config`"),
         (["--dtype", "bfloat16", "--bf16", "true", "--use_cpu", "true"], "parameters to perturb must be float32"),
     ],

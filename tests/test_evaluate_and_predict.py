@@ -195,7 +195,8 @@ def test_unreadable_images_are_named_and_do_not_stop_it(capsys):
     save_model("model", COLOURS)
     save_images("images", count=2)
     Path("images/black/broken.jpg").write_bytes(b"\xff\xd8\xff no image")
-    Path("images/notes.txt").write_text("not an image, and not taken for one")
+    for name in ("notes.txt", "scan.pdf"):  # Pillow writes pdf, but does not read it
+        Path("images", name).write_text("not an image, and not taken for one")
     assert main(["predict", "--model_name_or_path", "model", "--images", "images"]) == 0
     captured = capsys.readouterr()
     assert "cannot read black/broken.jpg" in captured.err

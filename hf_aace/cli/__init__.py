@@ -11,6 +11,9 @@ import sys
 from importlib.metadata import version
 
 
+# peft loads it, and it warns of the lack of 4-bit kernels, which no command uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 # Each is a module here of that name, with a function `run` that takes the rest of the command line.
 _COMMANDS = {
     "train": "train a model; without options, a small ConvNeXt on scans of digits (see hf-aace train --help)",
@@ -50,8 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments, rest = parser.parse_known_args(argv)
     rank = int(os.environ.get("RANK", 0))  # of this process, if there are several
-    # peft loads it, and it warns of the lack of 4-bit kernels, which no command uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if arguments.command in _COMMANDS:
             return importlib.import_module(f".{arguments.command.replace('-', '_')}", __package__).run(rest)

@@ -239,6 +239,8 @@ def _by_option(argv: list[str]) -> list[list[str]]:
 
 
 def _begin_process(jobs: int) -> None:
+    # Of its own one would leave a semaphore behind when it is terminated, of which Python then warns.
+    tqdm.set_lock(threading.RLock())
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, os.cpu_count() // jobs))
     threading.Thread(target=_end_with_parent, daemon=True).start()

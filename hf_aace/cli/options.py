@@ -333,6 +333,7 @@ def _recipe(model_name_or_path: str, dataset_name: str, streaming: bool = False)
         "save_strategy": "epoch",
         "save_total_limit": 2,
         "report_to": "none",
+        "do_train": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),  # elsewhere it only warns
     }

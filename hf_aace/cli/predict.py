@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 from datasets.utils import tqdm
 
+from ..images import IMAGE_SUFFIXES
 from ..inference import classify
 from ..models import load_classifier
 from .options import PretrainedArguments, command_parser, pick_device, required
@@ -112,8 +112,7 @@ def _find_images(name: str) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     if not path.is_dir():
         raise ValueError(f"`images` must be a folder or an image, but there is no {name!r}.")
-    extensions = PIL.Image.registered_extensions()
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     if not found:
         raise ValueError(f"The folder {name!r} given as `images` holds no images.")
     return path, found

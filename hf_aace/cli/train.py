@@ -151,6 +151,10 @@ def run(argv: list[str]) -> int:
     model_args, data_args, _, training_args, *_ = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
+    if not training_args.do_train:
+        raise ValueError(
+            "`do_train` is false, but training is what this command does. See `hf-aace evaluate`, `predict`."
+        )
     if options.num_processes is not None and options.accelerate_config is None:
         raise ValueError("`num_processes` needs `accelerate_config`, `ddp` say, which starts them. Or use `torchrun`.")
     if training_args.gradient_accumulation_steps < 1:
@@ -377,10 +381,13 @@ def _merge_adapters(trainer: AACETrainer) -> None:
 
 def _card(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
     """What Trainer cannot know for the model card. Of local folders only the names."""
+    names = ("train_size", "label_noise", "class_weights", "augmentation", "mixup", "cutmix")
+    changes = [f"{name}={value}" for name in names if (value := getattr(data_args, name)) not in (None, 0, "none")]
+    how = f" with {', '.join(changes)}" if changes else ""
     tags = ["image-classification", "vision"] + ["lora"] * model_args.lora
-    card = {"tasks": "image-classification", "dataset": last_part(data_args.dataset_name), "tags": tags}
+    card = {"tasks": "image-classification", "dataset": last_part(data_args.dataset_name) + how, "tags": tags}
     if data_args.dataset_name != "digits" and not Path(data_args.dataset_name).exists():
-        card |= {"dataset": data_args.dataset_name, "dataset_tags": data_args.dataset_name}
+        card |= {"dataset": data_args.dataset_name + how, "dataset_tags": data_args.dataset_name}
     return card
 
 
