@@ -394,7 +394,10 @@ class SharpnessAwareMixin:
             check_label_values(labels, logits.shape[1])
             self._check_soft_labels_are_trained_on(labels)
         if self._aace_args.perturbation_loss == "aace":
-            return aace_loss(logits, labels, target=self._aace_args.aace_target, reduction="sum")
+            target = self._aace_args.aace_target
+            # A target that is drawn must not shift the dropout masks of the next micro-batch.
+            with replayed_rng({logits.device}) if target == "random" else nullcontext():
+                return aace_loss(logits, labels, target=target, reduction="sum")
         try:
             return F.cross_entropy(logits, labels, reduction="sum")
         except IndexError:

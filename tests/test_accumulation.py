@@ -138,7 +138,9 @@ def test_a_stop_in_the_middle_of_an_accumulation_leaves_clean_weights(tmp_path):
     assert identical(weights(trainer.model), stop.left)
 
 
-def test_full_batch_ascent_sees_the_dropout_masks_of_the_descent(tmp_path):
+@pytest.mark.parametrize("target", ["adaptive", "random"])
+def test_full_batch_ascent_sees_the_dropout_masks_of_the_descent(target, tmp_path):
+    """Also where the ascent loss of a micro-batch draws numbers itself."""
     masks = []
 
     class Model(nn.Module):
@@ -156,7 +158,7 @@ def test_full_batch_ascent_sees_the_dropout_masks_of_the_descent(tmp_path):
                 else logits
             )
 
-    train(Model(), tmp_path, digits(32), batch_size=8, accumulate=3, steps=1)
+    train(Model(), tmp_path, digits(32), batch_size=8, accumulate=3, steps=1, aace_target=target)
     assert len(masks) == 6 and len({tuple(mask.tolist()) for mask in masks}) == 3
     for ascent, descent in zip(masks[:3], masks[3:], strict=True):
         assert torch.equal(ascent, descent)
