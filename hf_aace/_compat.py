@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from evaluate.evaluator import ImageClassificationEvaluator
+from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -30,26 +30,26 @@ def needs_conversion(model: nn.Module, checkpoint: str | None) -> bool:
         model (`nn.Module`): The model that the checkpoint is to be loaded into.
         checkpoint (`str`, *optional*): Directory of the checkpoint.
     """
-    if checkpoint is None or not isinstance(model, PreTrainedModel):
+    if checkpoint is None or not isinstance(_inside_compiled(model), PreTrainedModel):
         return False
     names = [name for path in _weight_files(checkpoint) for name in _names(path)]
     return not set(names) <= set(model.state_dict())
 
 
-def load_converted_weights(model: PreTrainedModel, checkpoint: str) -> None:
+def load_converted_weights(model: nn.Module, checkpoint: str) -> None:
     """
     Loads the weights of a checkpoint in place, converted as `from_pretrained` converts them.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The model to load into.
+        model ([`~transformers.PreTrainedModel`]): The model to load into, perhaps compiled by `torch.compile`.
         checkpoint (`str`): Directory of the checkpoint.
 
     Raises:
         `RuntimeError`: If the checkpoint does not hold all the weights of the model.
     """
-    own = model.state_dict()
+    inner, own = _inside_compiled(model), model.state_dict()
     own_names = {id(tensor): name for name, tensor in own.items()}
-    as_saved = revert_weight_conversion(model, dict(own))
+    as_saved = revert_weight_conversion(inner, dict(own))
     if all(id(tensor) in own_names for tensor in as_saved.values()):  # renamed only, as for every image classifier
         files = [load_file(path) for path in _weight_files(checkpoint)]
         loaded = {
@@ -60,17 +60,21 @@ def load_converted_weights(model: PreTrainedModel, checkpoint: str) -> None:
         }
     else:
         with torch.random.fork_rng(devices=[]):  # initialising the copy must not draw from the run's random numbers
-            copy, report = type(model).from_pretrained(
-                checkpoint, config=model.config, dtype=model.dtype, output_loading_info=True
+            copy, report = type(inner).from_pretrained(
+                checkpoint, config=inner.config, dtype=inner.dtype, output_loading_info=True
             )
         loaded = {name: t for name, t in copy.state_dict().items() if name not in report["missing_keys"]}
     # Of weights that are one tensor, a checkpoint holds one.
     held = {own[name].data_ptr() for name in loaded}
     if missing := sorted(name for name, tensor in own.items() if tensor.data_ptr() not in held):
         raise RuntimeError(
-            f"The checkpoint {checkpoint} lacks weights of {type(model).__name__}: {missing}. Resume from another one."
+            f"The checkpoint {checkpoint} lacks weights of {type(inner).__name__}: {missing}. Resume from another one."
         )
     model.load_state_dict(loaded, strict=False)
+
+
+def _inside_compiled(model: nn.Module) -> nn.Module:
+    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def _weight_files(checkpoint: str) -> list[Path]:
@@ -119,11 +123,12 @@ def without_input_embeddings(model: nn.Module) -> Iterator[None]:
 # a pipeline of. Use `evaluate.evaluator("image-classification")` when the oldest supported evaluate does without.
 
 
-class _ImageClassificationEvaluator(ImageClassificationEvaluator):
-    def prepare_pipeline(self, model_or_pipeline, *args, **kwargs):
-        return model_or_pipeline
-
-
-def image_classification_evaluator() -> ImageClassificationEvaluator:
+def image_classification_evaluator():
     """The evaluator for image classification, which takes pipelines only."""
-    return _ImageClassificationEvaluator()
+    from evaluate.evaluator import ImageClassificationEvaluator  # slow to import, and the trainer does without
+
+    class OfPipelines(ImageClassificationEvaluator):
+        def prepare_pipeline(self, model_or_pipeline, *args, **kwargs):
+            return model_or_pipeline
+
+    return OfPipelines()

@@ -4,6 +4,7 @@
 import math
 import re
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal, get_args, get_type_hints
 
 from transformers import TrainingArguments
@@ -90,6 +91,11 @@ class AACEArguments:
         Raises:
             `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.
         """
+        for name in ("rho", "ascent_fraction", "perturb_every", "ascent_every"):
+            if not isinstance(
+                value := getattr(self, name), Real
+            ):  # YAML reads `1e-2` as a string, `1.0e-2` as a number
+                raise ValueError(f"`{name}` must be a number, got {value!r}. (In a YAML file write 1e-2 as 0.01.)")
         if not (math.isfinite(self.rho) and self.rho >= 0):
             raise ValueError(f"`rho` must be a finite number >= 0, got {self.rho}. Use 0 for plain training.")
         if not 0 < self.ascent_fraction <= 1:

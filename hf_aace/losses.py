@@ -101,6 +101,7 @@ def aace_loss(
     target: str = "adaptive",
     ignore_index: int = -100,
     reduction: str = "mean",
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     r"""
     The Adaptive Adversarial Cross-Entropy loss of Ratchatorn & Tanaka,
@@ -121,11 +122,13 @@ def aace_loss(
             expectation over the label, `sum_c labels[c] * loss(c)`.
         target (`str`, *optional*, defaults to `"adaptive"`):
             The adversarial target over the wrong classes: `"adaptive"` (the model's own probabilities), `"uniform"`,
-            or `"random"` (one wrong class for each sample, drawn from torch's global generator).
+            or `"random"` (one wrong class for each sample).
         ignore_index (`int`, *optional*, defaults to `-100`):
             Samples with this class index do not count.
         reduction (`str`, *optional*, defaults to `"mean"`):
             `"mean"` over the samples that count (NaN if there is none, as in PyTorch), `"sum"`, or `"none"`.
+        generator (`torch.Generator`, *optional*):
+            What random targets are drawn from, on the device of the logits. Defaults to torch's global generator.
 
     Returns:
         `torch.Tensor`: The loss, a scalar, or of shape `(batch,)` for `reduction="none"` (0 where ignored).
@@ -153,13 +156,14 @@ def aace_loss(
 
     if labels.is_floating_point():
         every_class = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
-        losses = (labels.to(logits.dtype) * _loss_of_classes(logits, every_class, target)).sum(dim=1)
+        losses = (labels.to(logits.dtype) * _loss_of_classes(logits, every_class, target, generator)).sum(dim=1)
         return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
     labels = labels.long()  # or 156, in 8 bits, would be -100
     counts = labels != ignore_index
     try:
-        losses = _loss_of_classes(logits, torch.where(counts, labels, 0).unsqueeze(1), target).squeeze(1)
+        classes = torch.where(counts, labels, 0).unsqueeze(1)
+        losses = _loss_of_classes(logits, classes, target, generator).squeeze(1)
     except (IndexError, RuntimeError):
         check_label_values(labels, logits.shape[1], ignore_index)  # a clearer error, if the labels are the reason
         raise
@@ -169,7 +173,9 @@ def aace_loss(
     return losses.sum() / counts.sum() if reduction == "mean" else losses.sum()
 
 
-def _loss_of_classes(logits: torch.Tensor, classes: torch.Tensor, target: str) -> torch.Tensor:
+def _loss_of_classes(
+    logits: torch.Tensor, classes: torch.Tensor, target: str, generator: torch.Generator | None
+) -> torch.Tensor:
     """The loss that each sample would have if its true class were `classes`, both of shape `(batch, n)`."""
     true_logits = logits.gather(1, classes)
     if target == "adaptive":
@@ -179,7 +185,7 @@ def _loss_of_classes(logits: torch.Tensor, classes: torch.Tensor, target: str) -
     log_normalizer = logits.logsumexp(dim=1, keepdim=True)
     if target == "uniform":
         return log_normalizer - (logits.sum(dim=1, keepdim=True) - true_logits) / others - math.log(others)
-    drawn = torch.randint(others, classes.shape, device=logits.device)
+    drawn = torch.randint(others, classes.shape, device=logits.device, generator=generator)
     drawn = drawn + (drawn >= classes)  # any class but the true one
     return log_normalizer - logits.gather(1, drawn)
 

@@ -277,7 +277,8 @@ def check_precision(parameters: Iterable[torch.Tensor]) -> None:
             raise ValueError(
                 f"The parameters to perturb must be float32 (or float64), got {parameter.dtype}: its rounding would "
                 "swallow the perturbation. Load the model with `dtype=torch.float32` and train with `bf16=True` or "
-                "`fp16=True` for mixed precision."
+                "`fp16=True` for mixed precision. (`bf16_full_eval` and `fp16_full_eval` cast it, too, if it is evaluated "
+                "before it is trained.)"
             )
 
 
@@ -303,6 +304,53 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
+
+
+@contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """
+    Context manager after which the buffers of a model are what they were before it, but for those of BatchNorm: the vectors
+    of spectral normalisation, say, or moving averages, which a forward pass updates.
+
+    Args:
+        model (`nn.Module`): The model.
+    """
+    kept = [
+        (module._buffers, name, buffer, buffer.clone(), buffer._version)
+        for module in model.modules()
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers, name, buffer, before, version in kept:
+                if buffer._version != version:
+                    buffer.copy_(before)
+                buffers[name] = buffer  # the model may have put another in its place
+
+
+@contextmanager
+def in_training(model: nn.Module, but: Sequence[nn.Module]) -> Iterator[None]:
+    """
+    Context manager inside which a model is in training mode, and after which every module has the mode of before.
+
+    Args:
+        model (`nn.Module`): The model.
+        but (sequence of `nn.Module`): Modules of it that are in evaluation mode, without what is in them.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        for module in but:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            if module.training != training:
+                module.training = training
 
 
 @contextmanager

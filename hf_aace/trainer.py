@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -35,7 +36,14 @@ from .distributed import (
 )
 from .losses import aace_loss, check_classification, check_label_values, count_correct, count_labels
 from .model_card import describe_hardware, model_card_text
-from .perturbation import check_precision, frozen_running_statistics, perturbed, replayed_rng
+from .perturbation import (
+    check_precision,
+    frozen_running_statistics,
+    in_training,
+    perturbed,
+    replayed_rng,
+    unchanged_buffers,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -103,8 +111,10 @@ class SharpnessAwareMixin:
     def __init__(self, *args, **kwargs):
         if isinstance(kwargs.get("model"), str):
             kwargs["model"] = _load_model(kwargs["model"])
-        elif "model" not in kwargs and args and isinstance(args[0], str):
-            args = (_load_model(args[0]), *args[1:])
+        elif args and isinstance(args[0], str):
+            first = next(iter(inspect.signature(super().__init__).parameters.values()))
+            if first.name == "model" or first.kind is first.VAR_POSITIONAL:  # else a string of a Trainer of one's own
+                args = (_load_model(args[0]), *args[1:])
         super().__init__(*args, **kwargs)
         self._aace_metrics = _IntervalMetrics()
         self._aace_window = []  # the micro-batches of the present optimizer step
@@ -112,6 +122,9 @@ class SharpnessAwareMixin:
         self._aace_kept = None  # the ascent gradient, for the steps that reuse it
         self._aace_first_step = True
         self._aace_uses_backward = False
+        self._aace_evaluating = []  # the modules that the last descent pass had in evaluation mode
+        self._aace_statistics = []  # those of BatchNorm that wait for the first descent pass
+        self._aace_draws = 0
         self._check_sharpness_aware()
 
     def __init_subclass__(cls, **kwargs):
@@ -138,6 +151,12 @@ class SharpnessAwareMixin:
             except BaseException:
                 reshard(model)  # or FSDP2 might go on with the perturbed weights that it gathered
                 raise
+        # What the descent does not train, BatchNorm that `compute_loss` freezes, say, the next ascent is not to train either.
+        self._aace_evaluating = [module for module in model.modules() if not module.training]
+        for layer, buffer, updated in self._aace_statistics:
+            if layer.training:
+                buffer.copy_(updated)
+        self._aace_statistics = []
         if self.accelerator.sync_gradients:  # the last micro-batch of the optimizer step
             self._aace_perturbation = None
         if self._aace_kept is None or self._aace_kept.step == self.state.global_step:
@@ -161,10 +180,16 @@ class SharpnessAwareMixin:
         args = self._aace_args
         if args.rho == 0 or self.state.global_step % args.perturb_every != 0:
             return nullcontext()
-        if args.ascent_scope == "micro_batch":
+        if args.ascent_scope == "micro_batch" or len(self._aace_window) < 2:
             return self._perturbation(model, [inputs])
+        if not any(inputs is batch for batch in self._aace_window):
+            raise ValueError(
+                '`ascent_scope="full_batch"` takes its ascent from the batches as `get_batch_samples` returned them, but '
+                "`training_step` got another: change batches in the `get_batch_samples` of a class behind "
+                'SharpnessAwareMixin, or in the data collator, or set `ascent_scope="micro_batch"`.'
+            )
         if self._aace_perturbation is None:
-            self._aace_perturbation = self._perturbation(model, self._aace_window or [inputs])
+            self._aace_perturbation = self._perturbation(model, self._aace_window)
         return self._aace_perturbation
 
     def ascent_outputs(self, model: nn.Module, inputs: Mapping[str, torch.Tensor | Any]) -> Any:
@@ -185,7 +210,7 @@ class SharpnessAwareMixin:
             `ValueError`: If `forward` needs what the batch does not hold.
         """
         label = self._aace_label_name
-        inner = unwrap_peft_model(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        inner = unwrap_peft_model(self._unwrapped_model())
         accepted = inspect.signature(inner.forward).parameters
         anything = any(argument.kind is argument.VAR_KEYWORD for argument in accepted.values())
         demanded = {
@@ -233,7 +258,6 @@ class SharpnessAwareMixin:
     def _perturbation(self, model: nn.Module, window: list[dict[str, torch.Tensor | Any]]) -> perturbed:
         """The perturbation by the gradient of the mean ascent loss over the micro-batches of `window`, or by an earlier one."""
         args = self._aace_args
-        model.train()
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self.optimizer.train()  # a schedule-free one moves the weights here: before we look at them
         reshard(model)  # evaluation leaves some weights gathered: those are not the ones that the optimizer has
@@ -288,6 +312,12 @@ class SharpnessAwareMixin:
             for buffer, before in zip(self.model.buffers(), buffers, strict=False):  # no copies after the first step
                 buffer.copy_(before)  # BatchNorm counts each batch once
             gradients, losses = self._ascent_pass(model, window, parameters)
+        if self._aace_first_step:
+            # Which layers the descent pass trains is not known yet, so their statistics wait for it.
+            layers = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            self._aace_statistics = [(layer, b, b.clone()) for layer in layers for b in layer.buffers()]
+            for buffer, before in zip(self.model.buffers(), buffers, strict=False):
+                buffer.copy_(before)
         self._aace_first_step = False
         self._aace_metrics.add(losses)
         scaler = self.accelerator.scaler
@@ -310,8 +340,10 @@ class SharpnessAwareMixin:
         losses = {"clean_loss": 0.0, "clean_accuracy": 0.0, "ascent_loss": 0.0}
         # The descent pass is to draw the same random numbers, and the run those that it would without an ascent pass.
         with (
-            replayed_rng({p.device for p in parameters}),
+            replayed_rng({p.device for p in self.model.parameters()}),
             outside_ddp(model) as inner,
+            unchanged_buffers(self.model),
+            in_training(model, but=self._aace_evaluating),
             _gradients_set_aside(self.model) if use_backward else nullcontext(),
         ):
             samples = [self._ascent_samples(inputs) for inputs in window]
@@ -322,14 +354,10 @@ class SharpnessAwareMixin:
                 if sharded:
                     model.set_requires_gradient_sync(index == len(samples) - 1)
                 with self.compute_loss_context_manager():
-                    outputs = self.ascent_outputs(inner, inputs)
+                    outputs = self.ascent_outputs(inner, _copy(inputs))
                     logits = self.ascent_logits(outputs)
                     ascent_loss = self._ascent_loss(logits, labels)
-                with torch.no_grad():
-                    losses["clean_loss"] += self._clean_loss(outputs, logits, labels) / count
-                    losses["clean_accuracy"] += count_correct(logits, labels) / count
                 losses["ascent_loss"] += ascent_loss.detach() / count
-                del outputs, logits
                 ascent_loss = ascent_loss / share
                 if self.accelerator.scaler is not None:
                     ascent_loss = self.accelerator.scaler.scale(ascent_loss)
@@ -342,6 +370,12 @@ class SharpnessAwareMixin:
                     # Unless they are used up before the next pass, copies: what a CUDA graph
                     # (`torch_compile_mode="reduce-overhead"`) returned lasts no longer.
                     gradients = _sum(gradients, new) if keep else new
+                with (
+                    torch.no_grad()
+                ):  # now that the gradient is there: a `compute_loss_func` may change the logits in place
+                    losses["clean_accuracy"] += count_correct(logits, labels) / count
+                    losses["clean_loss"] += self._clean_loss(outputs, logits, labels) / count
+                del outputs, logits
             if use_backward:
                 gradients = [p.grad for p in parameters]
         if sharded and self._aace_args.ascent_scope == "full_batch":
@@ -352,6 +386,9 @@ class SharpnessAwareMixin:
             gradients = average_gradients(gradients, parameters)
         return gradients, losses
 
+    def _unwrapped_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
     def _perturbs_in_sync(self) -> bool:
         """Whether all processes perturb by one gradient."""
         return self.args.world_size > 1 and (self._aace_args.sync_ascent or self.accelerator.is_fsdp2)
@@ -359,7 +396,8 @@ class SharpnessAwareMixin:
     @property
     def _aace_label_name(self) -> str:
         # A model without an argument for labels leaves them to `compute_loss_func`, which looks for `labels`.
-        return self.label_names[0] if len(self.label_names) == 1 else "labels"
+        names = self.label_names
+        return names[0] if names and "labels" not in names else "labels"
 
     def _ascent_samples(self, inputs: dict[str, torch.Tensor | Any]) -> tuple[dict[str, Any], torch.Tensor]:
         """The samples of one micro-batch for the ascent pass, on the device, and their labels."""
@@ -395,14 +433,19 @@ class SharpnessAwareMixin:
             self._check_soft_labels_are_trained_on(labels)
         if self._aace_args.perturbation_loss == "aace":
             target = self._aace_args.aace_target
-            # A target that is drawn must not shift the dropout masks of the next micro-batch.
-            with replayed_rng({logits.device}) if target == "random" else nullcontext():
-                return aace_loss(logits, labels, target=target, reduction="sum")
+            generator = self._new_generator(logits.device) if target == "random" else None
+            return aace_loss(logits, labels, target=target, reduction="sum", generator=generator)
         try:
             return F.cross_entropy(logits, labels, reduction="sum")
         except IndexError:
             check_label_values(labels, logits.shape[1])  # a clearer error, if the labels are the reason
             raise
+
+    def _new_generator(self, device: torch.device) -> torch.Generator:
+        """For each micro-batch another. Not the global one: it is set back after every ascent, and would draw the same again."""
+        place = (self.args.seed, self.state.global_step, self.args.process_index, self._aace_draws)
+        self._aace_draws += 1
+        return torch.Generator(device).manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def _clean_loss(self, outputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The training loss at the present weights, summed over the samples."""
@@ -422,6 +465,11 @@ class SharpnessAwareMixin:
             if p.requires_grad
         }
         parameters = [p for name, p in trainable.items() if pattern is None or re.search(pattern, name)]
+        if not trainable:
+            raise ValueError(
+                "The model has no parameter that requires a gradient, so there is nothing to train. To evaluate it only, "
+                "set `rho=0`."
+            )
         if not parameters:
             names = list(trainable)
             raise ValueError(
@@ -441,10 +489,11 @@ class SharpnessAwareMixin:
             return super()._inner_training_loop(*args, **kwargs)
         finally:  # batches, weights and gradients: let go of the memory
             self._aace_window, self._aace_perturbation, self._aace_kept = [], None, None
+            self._aace_evaluating, self._aace_statistics = [], []
 
     def get_batch_samples(self, *args, **kwargs):
         batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        self._aace_window, self._aace_perturbation = batch_samples, None
+        self._aace_window, self._aace_perturbation, self._aace_draws = batch_samples, None, 0
         return batch_samples, num_items_in_batch
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
@@ -514,7 +563,8 @@ class SharpnessAwareMixin:
 
     def _check_soft_labels_are_trained_on(self, labels: torch.Tensor) -> None:
         own_loss = self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss
-        if labels.is_floating_point() and not own_loss:
+        inner = unwrap_peft_model(self._unwrapped_model())
+        if labels.is_floating_point() and isinstance(inner, PreTrainedModel) and not own_loss:
             raise ValueError(
                 f"The labels are floating-point, of shape {tuple(labels.shape)}, which the model itself takes for "
                 "multi-label targets. For soft labels (mixup, cutmix) pass a `compute_loss_func` that computes their "
@@ -634,14 +684,15 @@ class _IntervalMetrics:
         names = [name for group in self._sums for name in group]
         totals = torch.cat([torch.stack((total, count.float())) for total, count in self._sums.values()], dim=1)
         self.reset()
-        sums, counts = sum_over_processes(totals).tolist()
-        means = {
-            name: total / count if count else math.nan for name, total, count in zip(names, sums, counts, strict=True)
-        }
+        sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        for name, total, count in zip(names, *sum_over_processes(totals).tolist(), strict=True):
+            sums[name] += total  # a callback may return a name now with others and now without
+            counts[name] += count
+        means = {name: total / counts[name] if counts[name] else math.nan for name, total in sums.items()}
         if "clean_loss" in means:  # some steps of these took an ascent pass
             means["sharpness"] = means.pop("perturbed_loss", math.nan) - means["clean_loss"]
         if "skipped_perturbations" in means:
-            means["skipped_perturbations"] = round(sums[names.index("skipped_perturbations")])
+            means["skipped_perturbations"] = round(sums["skipped_perturbations"])
         first = ["clean_loss", "clean_accuracy", "sharpness", "ascent_loss"]
         return {name: means[name] for name in first if name in means} | means
 
@@ -676,6 +727,15 @@ def _first(data: Any, used: int, batch: int) -> Any:
         whole = all(part is value for part, value in zip(parts, data, strict=True))
         return data[:used] if whole and len(data) == batch else parts
     return data
+
+
+def _copy(data: Any) -> Any:
+    """A copy of the tensors in a batch, as some models change theirs in place, and the descent pass is to get it unchanged."""
+    if isinstance(data, Mapping):
+        return {key: _copy(value) for key, value in data.items()}
+    if isinstance(data, (tuple, list)):
+        return type(data)(map(_copy, data))
+    return data.clone() if isinstance(data, torch.Tensor) else data
 
 
 def _sum(total: list[torch.Tensor | None], new: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:

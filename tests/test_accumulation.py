@@ -19,7 +19,7 @@ from tiny import (
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_aace import AACEConfig, aace_loss, perturbed
+from hf_aace import AACEConfig, AACETrainer, aace_loss, perturbed
 
 
 def train(model, output_dir, rows, *, batch_size, accumulate, steps, scope="full_batch", callbacks=None, **kwargs):
@@ -162,6 +162,36 @@ def test_full_batch_ascent_sees_the_dropout_masks_of_the_descent(target, tmp_pat
     assert len(masks) == 6 and len({tuple(mask.tolist()) for mask in masks}) == 3
     for ascent, descent in zip(masks[:3], masks[3:], strict=True):
         assert torch.equal(ascent, descent)
+
+
+def test_full_batch_refuses_batches_that_its_ascent_has_not_seen(tmp_path):
+    """It would perturb by other images than those that are trained on. One batch at a time, it sees the very one."""
+
+    class Brighter(AACETrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            return super().training_step(
+                model, {**inputs, "pixel_values": inputs["pixel_values"] + 1}, *args, **kwargs
+            )
+
+    def trainer(accumulate):
+        options = {"gradient_accumulation_steps": accumulate, "ascent_scope": "full_batch", "logging_steps": 1}
+        arguments = training_arguments(AACEConfig, tmp_path, max_steps=1, rho=1e-6, **options)
+        return Brighter(convnext(), arguments, train_dataset=digits(64))
+
+    with pytest.raises(ValueError, match="`training_step` got another: change batches in the `get_batch_samples`"):
+        trainer(2).train()
+    alone = trainer(1)
+    alone.train()
+    assert abs(alone.state.log_history[0]["sharpness"]) < 1e-3
+
+
+def test_full_batch_can_be_entered_twice_by_hand(tmp_path):
+    trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.05, ascent_scope="full_batch")
+    moved = []
+    for start in (0, 16):
+        with trainer.perturbed_weights(trainer.model, batch(16, start)):
+            moved.append(weights(trainer.model))
+    assert not identical(*moved)
 
 
 def test_full_batch_keeps_no_copy_of_the_weights_after_the_step(tmp_path):

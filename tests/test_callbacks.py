@@ -44,6 +44,20 @@ def ascent_gradient(model, inputs):
     return torch.cat([g.flatten() for g in gradients if g is not None]).double()
 
 
+def test_what_a_callback_returns_is_averaged_by_name(tmp_path):
+    """Whatever else it returns beside it."""
+
+    class Sometimes(PerturbationCallback):
+        count = 0
+
+        def on_perturbation(self, perturbation):
+            self.count += 1
+            return {"x": torch.tensor(float(self.count))} | ({"y": torch.tensor(1.0)} if self.count == 3 else {})
+
+    first = train(tmp_path, [Sometimes()]).state.log_history[0]
+    assert (first["x"], first["y"]) == (2.0, 1.0)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_consistency_is_the_cosine_between_successive_steps(tmp_path, normalize):
     trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.05, normalize_perturbation=normalize)

@@ -211,6 +211,108 @@ def test_models_whose_loss_is_none_without_labels(tmp_path):
     check_goes_on_working(Pair, tmp_path)
 
 
+class InPlace(Linear):
+    def forward(self, pixel_values, labels=None):
+        return super().forward(pixel_values.sub_(0.3).div_(0.5), labels)
+
+
+def test_a_model_that_changes_its_images_in_place(tmp_path):
+    """They are the batch's, which the descent pass is to get unchanged."""
+    check_goes_on_working(InPlace, tmp_path)
+
+
+def test_compute_loss_func_that_changes_the_logits_in_place(tmp_path):
+    """The adjustment of logits by the frequencies of the classes, say."""
+
+    def adjusted(outputs, labels, num_items_in_batch=None):
+        logits = outputs["logits"]
+        logits += torch.linspace(-1, 1, 10)
+        return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+    check_goes_on_working(convnext, tmp_path, compute_loss_func=adjusted)
+
+
+def test_soft_labels_in_a_loss_that_is_the_models_own(tmp_path):
+    """Not one of Transformers, which would take them for multi-label."""
+
+    def soft(rows):
+        inputs = default_data_collator(rows)
+        return inputs | {"labels": 0.9 * F.one_hot(inputs["labels"], 10).float() + 0.01}
+
+    check_goes_on_working(Linear, tmp_path, data_collator=soft)
+
+
+class MovingMean(nn.Module):
+    def __init__(self, rebinds):
+        super().__init__()
+        self.rebinds = rebinds
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3))
+        if self.rebinds:
+            self.mean = mean
+        else:
+            self.mean.copy_(mean)
+        return x - self.mean[:, None, None]
+
+
+@pytest.mark.parametrize("accumulate", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accumulated"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.InstanceNorm2d(8, track_running_stats=True, affine=True),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1)),
+        lambda: MovingMean(rebinds=False),
+        lambda: MovingMean(rebinds=True),
+        lambda: nn.BatchNorm2d(8),
+    ],
+    ids=["instance norm", "spectral norm", "moving mean", "moving mean, another tensor", "batch norm"],
+)
+def test_what_a_forward_pass_keeps_is_updated_once(layer, accumulate, tmp_path):
+    check_goes_on_working(lambda: Convolutional(layer), tmp_path, **accumulate)
+
+
+class Convolutional(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution, self.layer, self.linear = nn.Conv2d(1, 8, 3), layer(), nn.Linear(8, 10)
+
+    def forward(self, pixel_values, labels=None):
+        features = self.layer(self.convolution(pixel_values)).relu().mean((2, 3))
+        logits = self.linear(features)
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("where", ["compute_loss", "training_step"])
+def test_layers_that_the_trainer_puts_into_evaluation_mode(where, tmp_path):
+    """Frozen BatchNorm: the ascent pass neither normalises by its batch there nor counts it, from the first step on."""
+
+    class Frozen(Trainer):
+        def compute_loss(self, model, *args, **kwargs):
+            if where == "compute_loss":
+                model.layer.eval()
+            return super().compute_loss(model, *args, **kwargs)
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            if where == "compute_loss":
+                return super().training_step(model, inputs, *args, **kwargs)
+            model.eval()
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    class Ours(AACETrainer, Frozen):
+        pass
+
+    _, _, real = check_goes_on_working(
+        lambda: Convolutional(lambda: nn.BatchNorm2d(8)), tmp_path, trainer=Frozen, ours=Ours
+    )
+    assert real.model.layer.num_batches_tracked == 0
+
+
 def test_random_changes_of_a_batch_on_the_device_are_the_same_in_both_passes(tmp_path):
     """Or the perturbation would be by other images, and the run draw other numbers than a plain one."""
 

@@ -108,6 +108,22 @@ def test_best_vit_is_loaded_at_the_end(change, tmp_path):
     assert identical(weights(trainer.model), kept[best])
 
 
+def test_a_vit_that_the_user_compiled_is_resumed(tmp_path):
+    """Its checkpoints have the names of the model inside."""
+
+    def trainer(steps):
+        arguments = training_arguments(
+            AACEConfig, tmp_path, max_steps=steps, save_strategy="steps", save_steps=2, remove_unused_columns=False
+        )
+        return AACETrainer(torch.compile(vit(), backend="eager"), arguments, train_dataset=digits())
+
+    whole = trainer(4)
+    whole.train()
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert identical(weights(resumed.model), weights(whole.model))
+
+
 @pytest.mark.parametrize("max_shard_size", ["5GB", "9KB"])
 @pytest.mark.parametrize("kind", ["renamed", "merged"])
 def test_weights_saved_under_other_names_are_found(kind, max_shard_size, tmp_path):

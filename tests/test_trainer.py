@@ -135,6 +135,19 @@ def test_mixin_over_a_trainer_with_a_constructor_of_its_own(how, tmp_path):
     assert trainer.class_weights == "heavy" and identical(weights(trainer.model), weights(vit()))
 
 
+def test_a_string_that_is_not_the_model_is_not_loaded(tmp_path):
+    class MyTrainer(Trainer):
+        def __init__(self, name, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.name = name
+
+    class Mine(SharpnessAwareMixin, MyTrainer):
+        pass
+
+    trainer = Mine("heavy", vit(), training_arguments(AACEConfig, tmp_path))
+    assert trainer.name == "heavy" and identical(weights(trainer.model), weights(vit()))
+
+
 def test_mixin_behind_the_trainer_is_refused(tmp_path):
     """Its methods would never be called: that would train plainly, without a word."""
     with pytest.raises(TypeError, match="Late would train plainly: put SharpnessAwareMixin before"):
@@ -431,6 +444,7 @@ def test_clean_loss_is_the_training_loss_that_compute_loss_func_computes(tmp_pat
         ("aace_target", "x", r"`aace_target` must be one of \['adaptive', 'uniform', 'random'\], got 'x'"),
         ("ascent_scope", "x", r"`ascent_scope` must be one of \['micro_batch', 'full_batch'\], got 'x'"),
         ("perturb_modules", "(", r"`perturb_modules` must be a regular expression, got '\('"),
+        ("rho", "1e-2", r"`rho` must be a number, got '1e-2'"),  # as YAML reads it
     ],
 )
 def test_bad_settings_are_refused(field, value, message, tmp_path):
@@ -484,7 +498,7 @@ class Scores(nn.Module):
         (Scores(10), {"labels": torch.randn(16)}, "regression has no AACE loss"),
         (Scores(10), {"labels": torch.randint(2, (16, 10))}, "multi-label targets have no AACE loss"),
         (Scores(10), {"labels": torch.ones(16, 10)}, r"sum to 10 .. 10. Multi-label targets"),
-        (Scores(10), {"labels": torch.full((16, 10), 0.1)}, "pass a `compute_loss_func`"),
+        (convnext(), {"labels": torch.full((16, 10), 0.1)}, "pass a `compute_loss_func`"),
     ],
 )
 def test_batches_that_are_no_classification_are_refused(model, change, message, loss, tmp_path):
@@ -523,6 +537,30 @@ def test_labels_out_of_range_are_refused_in_later_steps_too(loss, tmp_path):
     trainer.training_step(trainer.model, batch())
     with pytest.raises(ValueError, match=r"Labels must lie in \[0, 10\)"):
         trainer.training_step(trainer.model, {**batch(), "labels": torch.full((16,), 10)})
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_random_targets_are_drawn_anew_for_each_batch_and_alike_in_each_run(accumulate, tmp_path, monkeypatch):
+    """Also where the model draws no random numbers; and without an effect on the others of the run."""
+    drawn, runs = [], []
+
+    def randint(high, size, **kwargs):
+        drawn.append(torch_randint(high, size, **kwargs))
+        return drawn[-1]
+
+    torch_randint = torch.randint
+    for target in ("random", "random", "uniform"):
+        drawn.clear()
+        arguments = training_arguments(
+            AACEConfig, tmp_path, max_steps=4, gradient_accumulation_steps=accumulate, aace_target=target
+        )
+        trainer = AACETrainer(convnext(), arguments, train_dataset=digits())
+        with monkeypatch.context() as patch:
+            patch.setattr("hf_aace.losses.torch.randint", randint)
+            trainer.train()
+        runs.append(({tuple(classes.flatten().tolist()) for classes in drawn}, torch.get_rng_state()))
+    assert len(runs[0][0]) == 4 * accumulate and runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[2][1])
 
 
 def test_outputs_without_logits_are_refused_naming_the_method_to_override(tmp_path):
