@@ -190,7 +190,7 @@ class _Stopwatch(TrainerCallback):
             self._remaining = settings.ascent_every
             for name, value in vars(settings).items():
                 setattr(args, name, value)
-            self._trainer._aace_kept = None  # no gradient of another method
+            self._trainer.forget_ascent()  # the gradient of another method
             self._begin()
         self._start()
 

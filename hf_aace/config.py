@@ -23,7 +23,7 @@ class AACEArguments:
         default=0.01,
         metadata={
             "help": "Size of the ascent step, >= 0. A step size (the factor of the ascent gradient), or with "
-            "`normalize_perturbation` the length of the step. 0 is plain training."
+            "`normalize_perturbation` the length of the step. 0 is plain training. `perturb_modules norm` needs 10 to 30."
         },
     )
     perturbation_loss: Literal["aace", "cross_entropy"] = field(
@@ -79,7 +79,7 @@ class AACEArguments:
         default=None,
         metadata={
             "help": "Regular expression, searched in the parameter names: perturb only the trainable parameters that "
-            "match. All of them by default."
+            "match. `norm`: the normalisation layers of most models. All parameters by default."
         },
     )
 
@@ -145,7 +145,8 @@ class AACEConfig(AACEArguments, TrainingArguments):
         rho (`float`, *optional*, defaults to `0.01`):
             Size of the ascent step, `>= 0`. Un-normalised it is a step size, in units of weight per unit of gradient;
             with `normalize_perturbation` it is a length in weight space. Independent of accumulation steps, number of
-            processes, label smoothing and the fp16 loss scale. `0` is plain training, bit for bit.
+            processes, label smoothing and the fp16 loss scale. The default is for all weights; `perturb_modules="norm"`
+            needs 10 to 30. `0` is plain training, bit for bit.
         perturbation_loss (`str`, *optional*, defaults to `"aace"`):
             The loss whose gradient gives the ascent step: `"aace"` (descended: away from the true class) or
             `"cross_entropy"` (ascended, as SAM does). Always the mean over the samples, without label smoothing.
@@ -179,9 +180,9 @@ class AACEConfig(AACEArguments, TrainingArguments):
             that match are perturbed. Defaults to all trainable parameters. `"norm"` means the normalisation layers of most
             models of Transformers (SAM-ON, Müller et al., [arXiv 2306.04226](https://huggingface.co/papers/2306.04226)),
             which are less than a hundredth of the parameters: the backward pass of the ascent then takes no gradient of
-            the other weights, a third of its operations (a compiled one takes them all), and only these are copied. `rho`
-            has to be larger there, 10 to 30 in the study of the README. Some models have other names for them:
-            EfficientNet `"norm|_bn"`, ImageGPT `"ln_"`, BERT `"LayerNorm"`.
+            the other weights, a third of its operations (a compiled one takes them all), and only these are copied. Some
+            models have other names for them: EfficientNet `"norm|_bn"`, ImageGPT `"ln_"`, BERT `"LayerNorm"`, and
+            ConvNeXt, before its downsampling, `"norm|downsampling_layer.0"` (the README's study was made without).
 
     Raises:
         `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.

@@ -16,7 +16,10 @@ from transformers.training_args import ParallelMode
 
 
 _WITHOUT_SHARDING = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-_INSTEAD = "Use DDP (the default of `torchrun` and `accelerate launch --multi_gpu`), FSDP2 (`fsdp_version: 2` in the configuration of accelerate), or plain training (`rho=0`)."
+_INSTEAD = (
+    "Use DDP (the default of `torchrun` and `accelerate launch --multi_gpu`), FSDP2 (`fsdp_version: 2` in the configuration "
+    "of accelerate), or plain training (`rho=0`)."
+)
 
 
 def check_distributed(trainer: Trainer) -> None:

@@ -88,7 +88,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 def _to_bytes(pixels: np.ndarray) -> np.ndarray:
     """Grey of 16 or 32 bits, scaled to 8."""
     if not np.isfinite(pixels).all():
-        raise ValueError("some of its pixels are no numbers")
+        raise ValueError("some of its pixels are not finite")
     whole_numbers = np.issubdtype(pixels.dtype, np.integer)
     pixels = pixels.astype(np.float64)
     low, high = pixels.min(), pixels.max()

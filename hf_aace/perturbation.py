@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from torch.profiler import record_function
 
 
-# Names for profilers what a step takes beside its two passes, and for `hf-aace benchmark`.
+# Begins the names under which profilers, and `hf-aace benchmark`, see what a step takes beside its two passes.
 PROFILED = "perturbation: "
 
 # Keeps the step of a zero gradient zero instead of 0/0; far below any gradient norm that matters.

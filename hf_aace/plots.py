@@ -264,7 +264,7 @@ _DYNAMICS = (
     ("grad_norm", "Descent gradient", "nats / weight", "log"),
     ("perturbation_norm", r"Perturbation norm", "weight", "log"),
     ("sharpness", r"Rise from $w$ to $w'$", "nats", "linear"),
-    ("perturbation_consistency", "Direction of ascent", "cosine to last", "linear"),
+    ("perturbation_consistency", "Direction of ascent", "cosine with previous", "linear"),
     ("worst_case_rise", "Worst-case rise", "nats", "log"),
     ("top_eigenvalue", "Top eigenvalue", r"nats / weight$^2$", "log"),
 )
@@ -575,8 +575,10 @@ def _log_scale(axes: Axes) -> None:
     """A logarithmic y axis with numbers, not powers, and enough of them where it spans less than two decades."""
     axes.set_yscale("log")
     lowest, highest = axes.get_ylim()
-    if highest < 10 * lowest:  # `LogLocator` would put a dozen there, or none
+    if highest < 2 * lowest:  # `LogLocator` would put none there
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    elif highest < 10 * lowest:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     else:
         axes.yaxis.set_major_locator(LogLocator(subs=(1,) if highest > 100 * lowest else (1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

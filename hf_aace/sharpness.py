@@ -153,8 +153,8 @@ def average_rise(
 ) -> Estimate:
     """
     The mean rise of the cross-entropy over random directions of one length: the mean of `L(w + e) - L(w)` with `e` uniform
-    on the sphere of radius `rho`. Each direction is taken both ways, which cancels the slope. For a small radius it is `rho**2 / 2` times the trace of the Hessian, divided by the number
-    of weights.
+    on the sphere of radius `rho`. Each direction is taken both ways, which cancels the slope. For a small radius, and without
+    `adaptive`, it is `rho**2 / 2` times the trace of the Hessian, divided by the number of weights.
 
     Args:
         model (`nn.Module`): The classifier, as for [`losses_and_gradient_norms`].

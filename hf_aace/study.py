@@ -3,8 +3,6 @@
 
 import csv
 import itertools
-import json
-import math
 import os
 import re
 import statistics
@@ -12,7 +10,6 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from scipy.stats import ttest_rel
@@ -276,26 +273,6 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     """The mean, and its standard error (NaN for a single value)."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return statistics.fmean(values), error
-
-
-def write_report(report: dict[str, Any], path: str | os.PathLike) -> None:
-    """
-    Writes numbers as JSON, which has neither NaN nor infinity: what is not finite, as a single seed's standard error, is `null`.
-
-    Args:
-        report (`dict`): What is to be written; dictionaries and lists of them, and numbers.
-        path (`str` or `os.PathLike`): The file.
-    """
-    text = json.dumps(_finite(report), indent=2, allow_nan=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _by(results: Iterable[Result], key) -> dict[Any, list[Result]]:

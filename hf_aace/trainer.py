@@ -106,6 +106,7 @@ class SharpnessAwareMixin:
     Raises:
         `ValueError`: When it is made, or when training starts, if the model, the data or another setting cannot be
             trained so; the message says what was found and how to mend it. Not with `rho=0`.
+        `TypeError`: When a class puts it behind the Trainer among its bases.
     """
 
     def __init__(self, *args, **kwargs):
@@ -191,6 +192,10 @@ class SharpnessAwareMixin:
         if self._aace_perturbation is None:
             self._aace_perturbation = self._perturbation(model, self._aace_window)
         return self._aace_perturbation
+
+    def forget_ascent(self) -> None:
+        """Makes the next perturbed step take an ascent pass of its own, whatever `ascent_every` says."""
+        self._aace_kept = None
 
     def ascent_outputs(self, model: nn.Module, inputs: Mapping[str, torch.Tensor | Any]) -> Any:
         """
@@ -498,7 +503,7 @@ class SharpnessAwareMixin:
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         super()._save_checkpoint(*args, **kwargs)
-        self._aace_kept = None  # a run that goes on from the checkpoint has none either: both are to do the same
+        self.forget_ascent()  # a run that goes on from the checkpoint has none either: both are to do the same
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and (metrics := self._aace_metrics.pop()):

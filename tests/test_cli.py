@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -132,7 +133,7 @@ def test_a_run_that_logs_nothing_still_ends_well(capsys):
 
 def test_a_training_that_came_to_grief_says_so(capsys):
     assert main([*TINY, "--learning_rate", "1e30", "--max_grad_norm", "0"]) == 0
-    assert "the loss on the test images is no number" in capsys.readouterr().err
+    assert "the loss on the test images is not finite" in capsys.readouterr().err
 
 
 def test_nothing_of_an_earlier_run_in_the_folder_is_taken_for_results(capsys):
@@ -216,6 +217,15 @@ def test_a_checkpoint_of_another_run_is_not_resumed_from(capsys):
     capsys.readouterr()
     assert interrupted([*TINY, "--output_dir", "here"], step=1) == 130
     assert "no checkpoint of this run" in capsys.readouterr().err
+
+
+def test_copies_of_checkpoints_under_other_names_are_let_alone(run):
+    folder = Path(shutil.copytree(run, "here"))
+    for name in ("checkpoint-3-copy", "checkpoint-best"):
+        shutil.copytree(folder / "checkpoint-3", folder / name)
+    assert main([*TINY, "--output_dir", "here", "--resume_from_checkpoint", "true"]) == 0
+    assert main(["sharpness", "here", "--checkpoints", "true", "--eigenvalues", "0", "--directions", "2"]) == 0
+    assert len(json.loads((folder / "sharpness.json").read_text())["measures"]) == 3
 
 
 def test_resuming_from_nothing_is_refused(capsys):

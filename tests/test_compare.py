@@ -17,6 +17,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from hf_aace.cli import main
+from hf_aace.cli.output import write_report
 from hf_aace.study import (
     Candidate,
     Result,
@@ -25,7 +26,6 @@ from hf_aace.study import (
     choose,
     read_results,
     summarize,
-    write_report,
     write_results,
 )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `hf-aace`: trains an image classifier, measures what that costs, or says what is installed."""
+"""The command `hf-aace`, with one module here for each of its commands."""
 
 # What needs torch is imported where it is used: `--help` and `--version` are to answer at once.
 import argparse
@@ -16,14 +16,14 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Each is a module here of that name, with a function `run` that takes the rest of the command line.
 _COMMANDS = {
-    "train": "train a model; without options, a small ConvNeXt on scans of digits (see hf-aace train --help)",
-    "compare": "train several methods side by side over seeds, and test which is better (see hf-aace compare --help)",
-    "find-rho": "find the rho to train with, by a search on validation images (see hf-aace find-rho --help)",
-    "evaluate": "measure how good a model is, and see where it errs (see hf-aace evaluate --help)",
-    "predict": "name the classes of the images in a folder (see hf-aace predict --help)",
-    "benchmark": "measure what a step costs, with your model on your machine (see hf-aace benchmark --help)",
-    "sharpness": "measure how sharp the minima are that runs found (see hf-aace sharpness --help)",
-    "plot": "draw runs side by side: training, and the loss around their weights (see hf-aace plot --help)",
+    "train": "train a model; without options, a small ConvNeXt on scans of digits",
+    "compare": "train several methods side by side over seeds, and test which is better",
+    "find-rho": "find the rho to train with, by a search on validation images",
+    "evaluate": "measure how good a model is, and see where it errs",
+    "predict": "name the classes of the images in a folder",
+    "benchmark": "measure what a step costs, with your model on your machine",
+    "sharpness": "measure how sharp the minima are that runs found",
+    "plot": "draw runs side by side: training, and the loss around their weights",
 }
 
 
@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         `SystemExit`: By `argparse`, for `--help` and for usage errors (code 2).
     """
     parser = argparse.ArgumentParser(
-        prog="hf-aace", description="Sharpness-aware training of image classifiers with the Hugging Face Trainer."
+        prog="hf-aace",
+        description="Sharpness-aware training of image classifiers with the Hugging Face Trainer.",
+        epilog="hf-aace COMMAND --help describes the options of one.",
     )
     parser.add_argument("--version", action="version", version=f"hf-aace {version('hf-aace')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

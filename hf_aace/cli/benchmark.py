@@ -21,7 +21,7 @@ from ..config import AACEArguments, AACEConfig
 from ..models import model_from_architecture
 from ..plots import plot_costs
 from .options import last_part, pick_device
-from .table import table
+from .output import table
 
 
 @dataclass

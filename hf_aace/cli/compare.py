@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..study import Candidate, Result, candidates_of, choose, rho_values, summarize, write_report, write_results
+from ..study import Candidate, Result, candidates_of, choose, rho_values, summarize, write_results
 from ..study_plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
 from . import main
 from .options import config_as_options, last_part
-from .table import table
+from .output import table, write_report
 from .train import train_parser
 
 

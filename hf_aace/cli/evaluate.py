@@ -19,7 +19,6 @@ from ..inference import classify
 from ..metrics import load_metric
 from ..models import load_classifier
 from ..plots import plot_confusion_matrix, plot_image_grid
-from ..study import write_report
 from .options import (
     ImagesArguments,
     PretrainedArguments,
@@ -28,6 +27,7 @@ from .options import (
     pick_device,
     required,
 )
+from .output import write_report
 from .runs import in_the_classes_of, train_options
 
 

@@ -5,10 +5,10 @@ import shlex
 
 from tqdm.auto import tqdm
 
-from ..study import Candidate, advise_rho, rho_values, write_report
+from ..study import Candidate, advise_rho, rho_values
 from ..study_plots import plot_accuracy_by_rho
 from .compare import Study, study_parser
-from .table import table
+from .output import table, write_report
 
 
 def run(argv: list[str]) -> int:
@@ -17,10 +17,15 @@ def run(argv: list[str]) -> int:
         "find-rho",
         "Trains with several values of rho, and without perturbation, and says which to take, by the accuracy on validation "
         "images: the best, if it is ahead of plain training by more than twice the standard error of that, or else none. The "
-        "test images play no part. The best rho depends on model, data, learning rate, length of training and "
-        "ascent_fraction: give them as they will be.",
+        "test images play no part. The best rho depends on model, data, learning rate, length of training, "
+        "perturb_modules and ascent_fraction: give them as they will be.",
     )
-    parser.add_argument("--rho", default="0.003,0.01,0.03,0.1,0.3", help="The values to try, separated by commas.")
+    parser.add_argument(
+        "--rho",
+        default="0.003,0.01,0.03,0.1,0.3",
+        help="The values to try, separated by commas. The default is for all weights: with `--perturb_modules norm` try "
+        "3,10,30,100, with `--adaptive_perturbation true` 1,3,10,30.",
+    )
     parser.set_defaults(seeds=3)
     options, common = parser.parse_known_args(argv)
     values = [value for value in rho_values(options.rho) if float(value) != 0]

@@ -334,7 +334,6 @@ def _recipe(model_name_or_path: str, dataset_name: str, streaming: bool = False)
         "save_total_limit": 2,
         "report_to": "none",
         "do_train": True,
-        "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),  # elsewhere it only warns
     }
     if streaming:  # an epoch may have no end: shares of `max_steps`
@@ -373,6 +372,12 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("`device` is `cuda`, but torch finds no GPU here. Use `cpu`.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """The checkpoints that Trainer left in a folder, the newest last; others, as a copy `checkpoint-best`, do not count."""
+    found = {path.name.removeprefix("checkpoint-"): path for path in Path(folder).glob("checkpoint-*")}
+    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
 
 def last_part(name: str) -> str:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..data import load_image_dataset
 from ..images import image_transform
 from ..models import model_classes
-from .options import TRAIN_OPTIONS_NAME, last_part, pick_device
+from .options import TRAIN_OPTIONS_NAME, checkpoints_in, last_part, pick_device
 
 
 @dataclass
@@ -130,8 +130,7 @@ class Run:
 
     def checkpoints(self) -> list["Run"]:
         """Its checkpoints, in the order of training."""
-        folders = self.folder.glob("checkpoint-*")
-        return [Run(str(path)) for path in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))]
+        return [Run(str(path)) for path in checkpoints_in(self.folder)]
 
     def log_history(self) -> list[dict[str, Any]]:
         """What was logged. Raises a `ValueError` if the folder has no `trainer_state.json`."""

@@ -12,8 +12,8 @@ from transformers import HfArgumentParser
 
 from ..plots import plot_margins, plot_sharpness
 from ..sharpness import measure_sharpness
+from .output import table
 from .runs import Run, RunArguments, open_runs
-from .table import table
 
 
 # What is left in the folder of each run, for `hf-aace plot`.

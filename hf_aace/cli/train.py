@@ -36,7 +36,14 @@ from ..plots import plot_training_curves
 from ..streaming import stream_image_dataset, transform_stream
 from ..trainer import AACETrainer
 from ..training_loss import TrainingLoss, balanced_class_weights
-from .options import DataArguments, ModelArguments, last_part, training_parser, write_train_options
+from .options import (
+    DataArguments,
+    ModelArguments,
+    checkpoints_in,
+    last_part,
+    training_parser,
+    write_train_options,
+)
 
 
 # Set in the processes that `--accelerate_config` starts.
@@ -176,7 +183,7 @@ def run(argv: list[str]) -> int:
         print(_summary(metrics, train_metrics["train_runtime"], training_args.output_dir, picture if drawn else None))
         if not math.isfinite(metrics.get("eval_loss", 0.0)):
             print(
-                "hf-aace: the loss on the test images is no number, so the training came to grief. Try a smaller "
+                "hf-aace: the loss on the test images is not finite: the training diverged. Try a smaller "
                 "`learning_rate` or `rho`.",
                 file=sys.stderr,
             )
@@ -397,7 +404,7 @@ def _raise_if_save_failed(error: Exception, trainer: AACETrainer, started: float
     resumes from it, and says from where one can.
     """
     output_dir = trainer.args.output_dir
-    broken = [path for path in _checkpoints(output_dir) if not _is_whole(path) and _time(path) >= started]
+    broken = [path for path in checkpoints_in(output_dir) if not _is_whole(path) and _time(path) >= started]
     if not broken or not trainer.is_world_process_zero():
         return
     aside = broken[0].with_name(f"_incomplete-{broken[0].name}")  # Trainer pushes nothing that begins with `_`
@@ -425,14 +432,14 @@ def _resume_from(value: str | None, output_dir: str) -> str | None:
     """Reads the option `resume_from_checkpoint`: a path, or a truth value, for the newest checkpoint that is whole."""
     if value is None or value.lower() in ("false", ""):
         return None
-    whole = [path for path in _checkpoints(output_dir) if _is_whole(path)]
+    whole = [path for path in checkpoints_in(output_dir) if _is_whole(path)]
     if value.lower() == "true":
         if not whole:
             raise ValueError(f"`resume_from_checkpoint`: No valid checkpoint found in {output_dir}. Leave it out.")
         return str(whole[-1])
     # A finished run has a state too, but no optimizer: it would begin anew.
     if not _is_whole(Path(value)) or Path(value, "all_results.json").is_file():
-        whole = whole or [path for path in _checkpoints(value) if _is_whole(path)]
+        whole = whole or [path for path in checkpoints_in(value) if _is_whole(path)]
         hint = f" The newest that is whole is {whole[-1]}." if whole else ""
         raise ValueError(f"`resume_from_checkpoint` is {value!r}, which is no checkpoint, or not a whole one.{hint}")
     return value
@@ -447,17 +454,12 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _checkpoints(output_dir: str) -> list[Path]:
-    """The checkpoints in a folder, the newest last."""
-    return sorted(
-        Path(output_dir).glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.removeprefix("checkpoint-"))
-    )
-
-
 def _how_to_resume(output_dir: str, started: float, argv: list[str]) -> str:
     # Older ones are of another run.
     checkpoints = [
-        path for path in _checkpoints(output_dir) if _is_whole(path) and _time(path / "trainer_state.json") >= started
+        path
+        for path in checkpoints_in(output_dir)
+        if _is_whole(path) and _time(path / "trainer_state.json") >= started
     ]
     if not checkpoints:
         return "There is no checkpoint of this run to resume from."
