@@ -22,6 +22,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from sklearn.datasets import load_digits
 from transformers.utils import logging
 
@@ -45,6 +46,7 @@ _SPLIT_WORDS = {
         "validation": "validation|valid|val|dev",
     }.items()
 }
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Files that hold many images, by their suffix, and what of `datasets` reads them.
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -93,9 +95,9 @@ def load_image_dataset(
             is made.
 
     Returns:
-        `DatasetDict`: The splits `train` and `test`, and `validation` if `validation_size` asks for it, with the columns
-        `image` ([`~datasets.Image`]) and `label` ([`~datasets.ClassLabel`]). A data set without a labelled `test` or
-        `validation` split has a fifth of its images set apart as test images.
+        `DatasetDict`: The splits `train` and `test`, and `validation` if `validation_size` asks for it or the data set has
+        it beside `test`, with the columns `image` ([`~datasets.Image`]) and `label` ([`~datasets.ClassLabel`]). A data set
+        without a labelled `test` split has that of `validation` as `test`, and without either a fifth of its images.
 
     Raises:
         `ValueError`: If an argument is out of range, or the data set cannot be found, lacks images, labels or classes,
@@ -116,6 +118,10 @@ def load_image_dataset(
         splits = _train_and_test(name, splits)
     test = splits.pop("test")
     if validation_size > 0:
+        if splits.pop("validation", None) is not None:
+            logger.warning(
+                f"The validation images of {name!r} are not used, as `validation_size` sets others apart. Leave it out."
+            )
         size = round(validation_size * len(splits["train"]))
         if not 1 <= size <= len(splits["train"]) - len(np.unique(_labels(splits["train"]))):
             raise ValueError(
@@ -224,8 +230,10 @@ def _load_folder(name: str) -> DatasetDict:
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     folders = _split_folders(Path(name)) or {"train": Path(name)}
+    _check_files(name, folders)
     # Not `data_dir`: that also takes a class called `test`, or an image, for a split, and is many times as slow.
-    splits = load_dataset("imagefolder", data_files={split: _patterns(path) for split, path in folders.items()})
+    patterns = {split: found for split, path in folders.items() if (found := _patterns(path))}
+    splits = load_dataset("imagefolder", data_files=patterns)
     # `imagefolder` leaves the labels out, of the column or altogether, where it finds no two classes at one depth. With
     # a metadata file there are columns of its own instead.
     if any(
@@ -233,13 +241,39 @@ def _load_folder(name: str) -> DatasetDict:
         for split in splits.values()
     ):
         places = sorted({str(Path(path).parent) for path in _paths(splits)})
+        archives = sorted(file.name for file in _files(Path(name)) if file.suffix.lower() in _ARCHIVES)
         raise ValueError(
             f"The folder {name!r} given as `dataset_name` must have one sub-folder for each class, at least two of "
             f"them to train on and all at the same depth, but its images lie in: {first_few(places)}."
+            + f" What is in {first_few(archives)} counts too: move it away."
+            * bool(archives)
         )
-    if all(set(split.column_names) == {"image", "label"} for split in splits.values()):
+    if not any(file.name in _METADATA for file in _files(Path(name))):  # or the labels have nothing to do with folders
         _check_folders(name, folders, splits)
     return splits
+
+
+def _check_files(name: str, folders: dict[str, Path]) -> None:
+    """Says what of the files of a folder of images is not read, or would be read otherwise than it was meant."""
+    suffixes = [file.suffix.lower() for path in folders.values() for file in _files(path)]
+    unread = [suffix for suffix in suffixes if suffix in IMAGE_SUFFIXES and suffix not in ImageFolder.EXTENSIONS]
+    if unread and len(unread) == sum(suffix in IMAGE_SUFFIXES for suffix in suffixes):
+        raise ValueError(f"The images in {name!r} are of a kind that is not read: {', '.join(sorted(set(unread)))}.")
+    if unread:
+        logger.warning(
+            f"{len(unread)} images in {name!r} are of a kind that is not read: {', '.join(sorted(set(unread)))}."
+        )
+    for split, path in folders.items():
+        if not any(True for _ in _files(path)):
+            logger.warning(f"The folder {str(path)!r} is empty, so that {name!r} has no split `{split}`.")
+    for file in _files(Path(name)):
+        if file.name in _METADATA and len(folders) == 1:
+            beside = [path.name for path in _sub_folders(file.parent) if _names_a_split(path.name)]
+            if len(beside) > 1:
+                raise ValueError(
+                    f"{str(file)!r} holds the labels of what looks like splits, {first_few(beside)}, which would be one. Put "
+                    f"a {file.name} into each of these folders."
+                )
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -272,23 +306,42 @@ def _patterns(folder: Path) -> list[str]:
 
 
 def _sub_folders(folder: Path) -> list[Path]:
-    """The folders in a folder, but for hidden ones and those that a Mac adds to archives, which hold no images."""
+    """The folders in a folder, but for hidden ones and those that a Mac or a Synology adds, which hold no images."""
     _, names, _ = next(_walk(folder))
-    return [folder / name for name in sorted(names) if not name.startswith((".", "__"))]
+    return [folder / name for name in sorted(names) if not name.startswith((".", "__", "@"))]
+
+
+def _names_a_split(name: str) -> bool:
+    return any(words.search(name) for words in _SPLIT_WORDS.values())
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:
     """The folders in which a folder of images has its splits, perhaps further down as in some archives; empty if it has none."""
-    inside = _sub_folders(folder)
-    found = {
-        split: path
-        for split, words in _SPLIT_WORDS.items()
-        for path in inside
+    inside, found = _sub_folders(folder), {}
+    for split, words in _SPLIT_WORDS.items():
         # Of images alone it is a class of that name.
-        if words.search(path.name) and any(p.is_dir() or p.name in _METADATA for p in path.iterdir())
-    }
-    below = [] if found else [splits for path in inside if (splits := _split_folders(path))]
-    return below[0] if len(below) == 1 else found
+        candidates = [
+            path
+            for path in inside
+            if words.search(path.name) and (_sub_folders(path) or any((path / file).is_file() for file in _METADATA))
+        ]
+        matches = [path for path in candidates if words.fullmatch(path.name)] or candidates
+        if len(matches) > 1:
+            raise ValueError(
+                f"Which of the folders {first_few([path.name for path in matches])} in {str(folder)!r} are the images to "
+                f"{'train on' if split == 'train' else split}? Call that one `{split}`, or move the others away."
+            )
+        if matches:
+            found[split] = matches[0]
+    if "train" in found:
+        return found
+    below = {path: splits for path in inside if (splits := _split_folders(path))}
+    if len(below) > 1:
+        raise ValueError(
+            f"Several folders in {str(folder)!r} have splits: {first_few([path.name for path in below])}. Give one of them as "
+            "`dataset_name`."
+        )
+    return next(iter(below.values()), {})
 
 
 def _check_folders(name: str, folders: dict[str, Path], splits: DatasetDict) -> None:
@@ -300,15 +353,16 @@ def _check_folders(name: str, folders: dict[str, Path], splits: DatasetDict) -> 
             f"Of {name!r} the folders {', '.join(path.name for path in folders.values())} are read, as the splits "
             f"{', '.join(folders)}, and not: {first_few(left_out)}."
         )
+    labels = {Path(path).parent.name for path in _paths(splits)}
+    if all(map(_names_a_split, labels)):
+        raise ValueError(
+            f"The classes of the folder {name!r} would be {', '.join(sorted(labels))}. Put the folders of the classes "
+            "into those of the splits, not the other way round."
+        )
     for split in splits.values():
         places = {}
         for path in _paths(DatasetDict(train=split)):
             places.setdefault(Path(path).parent.name, set()).add(str(Path(path).parent))
-        if all(any(words.search(label) for words in _SPLIT_WORDS.values()) for label in places):
-            raise ValueError(
-                f"The classes of the folder {name!r} would be {', '.join(sorted(places))}. Put the folders of the classes "
-                "into those of the splits, not the other way round."
-            )
         for label, several in places.items():
             if len(several) > 1:
                 logger.warning(
@@ -363,12 +417,24 @@ def _train_and_test(name: str, splits: DatasetDict) -> DatasetDict:
                 f"The data set {name!r} has {len(train)} images of {len(present)} classes and no test split: too few to set "
                 "some apart for the test. Add some."
             )
-        return _split(train, size, _SPLIT_SEED)
-    test = splits[labelled[0]]
-    unseen = np.setdiff1d(_labels(test), present)
-    if len(unseen):
-        raise unseen_classes(name, labelled[0], [names[index] for index in unseen])
-    return DatasetDict(train=train, test=test)
+        parts = _split(train, size, _SPLIT_SEED)
+    else:
+        parts = DatasetDict(train=train, test=splits[labelled[0]])
+        if len(labelled) > 1:
+            parts["validation"] = splits[labelled[1]]
+        for split, part in zip(
+            labelled, [parts[part] for part in ("test", "validation") if part in parts], strict=True
+        ):
+            if unseen := np.setdiff1d(_labels(part), present).tolist():
+                raise unseen_classes(name, split, [names[index] for index in unseen])
+            if len(part) == 0:
+                raise ValueError(f"The split `{split}` of the data set {name!r} has no image that could be read.")
+    if missing := np.setdiff1d(present, _labels(parts["test"])).tolist():
+        logger.warning(
+            f"Among the test images of {name!r} is none of the classes: {first_few([names[index] for index in missing])}. "
+            "What is measured by them says nothing of these."
+        )
+    return parts
 
 
 def _labels(dataset: Dataset) -> np.ndarray:

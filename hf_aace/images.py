@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# What Pillow reads: two that it has too, it only writes.
-IMAGE_SUFFIXES = frozenset(PIL.Image.registered_extensions()) - {".pdf", ".palm"}
+# What Pillow reads: some that it has too, it only writes, or knows by name.
+IMAGE_SUFFIXES = frozenset(PIL.Image.registered_extensions()) - {".pdf", ".palm", ".h5", ".hdf"}
 
 # JPEG is decoded at a fraction of its size only where this many times what the model takes is left: the processor then
 # still averages over pixels, and the result is close to that of the whole image.

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data sets: what they hold, what `seed`, `train_size` and `label_noise` change, and what is refused."""
 
+import shutil
+
 import datasets
 import numpy as np
 import PIL.Image
@@ -200,6 +202,83 @@ def test_splits_are_known_by_a_word_in_their_name(train, test, tmp_path, warning
     assert "not: seg_pred." in warnings[0], "what is left out is said"
 
 
+def test_of_several_folders_with_the_word_the_one_called_so_is_the_split(tmp_path, warnings):
+    folders = {"train": 5, "train_extra": 3, "train_masks": 5, "test": 2, "test_old": 4}
+    name = write_images(tmp_path, {f"{folder}/{c}": count for folder, count in folders.items() for c in "ab"})
+    dataset = load_image_dataset(name, seed=0)
+    assert {split: len(part) for split, part in dataset.items()} == {"train": 10, "test": 4}
+    assert "and not: test_old, train_extra, train_masks" in warnings[0]
+    (tmp_path / "train").rename(tmp_path / "train_1")
+    with pytest.raises(ValueError, match=r"Which of the folders train_1, train_extra, train_masks .* to train on"):
+        load_image_dataset(name, seed=0)
+
+
+def test_two_versions_of_a_data_set_are_not_mixed(tmp_path):
+    """Or the images of the test would be trained on."""
+    places = [f"{size}/{split}/{c}" for size in ("small", "large") for split in ("train", "test") for c in "ab"]
+    name = write_images(tmp_path, dict.fromkeys(places, 2))
+    with pytest.raises(ValueError, match=r"Several folders in .* have splits: large, small"):
+        load_image_dataset(name, seed=0)
+
+
+@pytest.mark.parametrize("inside", [".ipynb_checkpoints", "@eaDir", "__MACOSX"])
+def test_a_class_called_as_a_split_is_one_whatever_programs_put_beside_its_images(inside, tmp_path):
+    name = write_images(tmp_path, {"car": 10, "plane": 10, "train": 10})
+    (tmp_path / "train" / inside).mkdir()
+    assert load_image_dataset(name, seed=0)["train"].features["label"].names == ["car", "plane", "train"]
+
+
+def test_a_data_set_with_validation_and_test_images_keeps_them_apart(tmp_path, warnings):
+    """Models are chosen on the ones and judged by the others."""
+    name = write_images(
+        tmp_path, {f"{split}/{c}": n for split, n in (("train", 9), ("val", 4), ("test", 3)) for c in "ab"}
+    )
+    sizes = {split: len(part) for split, part in load_image_dataset(name, seed=0).items()}
+    assert sizes == {"train": 18, "validation": 8, "test": 6} and not warnings
+    sizes = {split: len(part) for split, part in load_image_dataset(name, seed=0, validation_size=0.5).items()}
+    assert sizes == {"train": 9, "validation": 9, "test": 6}
+    assert "The validation images" in warnings[0] and "Leave it out" in warnings[0]
+
+
+def test_images_of_a_kind_that_is_not_read_are_counted(tmp_path, warnings):
+    name = write_images(tmp_path, {"a": 6, "b": 6})
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "0.avif")
+    load_image_dataset(name, seed=0)
+    assert "1 images" in warnings[0] and ".avif" in warnings[0]
+    for path in tmp_path.rglob("*.png"):
+        path.rename(path.with_suffix(".avif"))
+    with pytest.raises(ValueError, match=r"of a kind that is not read: .avif"):
+        load_image_dataset(name, seed=0)
+
+
+def test_an_archive_among_the_images_is_named(tmp_path):
+    """The one that they came in, say."""
+    name = write_images(tmp_path, {"a": 4, "b": 4})
+    shutil.make_archive(str(tmp_path / "pets"), "zip", tmp_path)
+    with pytest.raises(ValueError, match=r"What is in pets.zip counts too: move it away"):
+        load_image_dataset(name, seed=0)
+
+
+def test_classes_without_test_images_are_named(tmp_path, warnings):
+    load_image_dataset(write_images(tmp_path, {"many": 40, "few": 2, "one": 1}), seed=0)
+    assert "none of the classes: few, one" in warnings[0]
+
+
+def test_an_empty_test_folder_is_said_to_be(tmp_path, warnings):
+    name = write_images(tmp_path, {"train/a": 9, "train/b": 9})
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    assert len(load_image_dataset(name, seed=0)["test"]) == 4
+    assert "has no split `test`" in warnings[0]
+
+
+def test_a_test_split_of_which_nothing_can_be_read_is_refused(tmp_path):
+    name = write_images(tmp_path, {"train/a": 4, "train/b": 4, "test/a": 1, "test/b": 1})
+    for path in (tmp_path / "test").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"The split `test` of .* has no image that could be read"):
+        load_image_dataset(name, seed=0, skip_corrupt_images=True)
+
+
 def test_classes_in_several_places_are_one_and_said_to_be(tmp_path, warnings):
     """They may be splits that are called otherwise, whose test images would be trained on."""
     folder = write_images(tmp_path, {f"{place}/{name}": 3 for place in ("uno", "due") for name in "ab"})
@@ -237,6 +316,21 @@ def test_labels_of_a_metadata_file_are_classes(tmp_path):
     dataset = load_image_dataset(folder, seed=0)
     assert dataset["train"].features["label"].names == ["cat", "dog"]
     assert (len(dataset["train"]), len(dataset["test"])) == (8, 2)
+
+
+def test_each_split_may_have_a_metadata_file_but_not_one_for_all(tmp_path):
+    """Then the folders have nothing to do with the classes."""
+    name = write_images(tmp_path, {"train": 8, "test": 4})
+    for split, count in (("train", 8), ("test", 4)):
+        rows = ["file_name,label", *(f"{index}.png,{'ab'[index % 2]}" for index in range(count))]
+        (tmp_path / split / "metadata.csv").write_text("\n".join(rows))
+    assert {split: len(part) for split, part in load_image_dataset(name, seed=0).items()} == {"train": 8, "test": 4}
+    for split in ("train", "test"):
+        (tmp_path / split / "metadata.csv").unlink()
+    rows = ["file_name,label", *(f"train/{index}.png,{'ab'[index % 2]}" for index in range(8))]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="looks like splits, test, train, which would be one"):
+        load_image_dataset(name, seed=0)
 
 
 def test_a_picture_beside_parquet_files_is_none_of_the_images(tmp_path):
