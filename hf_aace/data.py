@@ -208,7 +208,7 @@ def _builder_of_folder(path: Path) -> str | None:
     """What of `datasets` reads the files in a folder, `None` if it is one of images or was saved by `datasets`."""
     if _is_saved(path):
         return None
-    files = list(_files(path))
+    files = list(files_in(path))
     suffixes = {file.suffix.lower() for file in files}
     # One beside the files, or in a folder `assets`, is a logo or a figure; but images of two classes are in two folders.
     folders = {file.parent for file in files if file.suffix.lower() in IMAGE_SUFFIXES} - {path}
@@ -241,21 +241,23 @@ def _load_folder(name: str) -> DatasetDict:
         for split in splits.values()
     ):
         places = sorted({str(Path(path).parent) for path in _paths(splits)})
-        archives = sorted(file.name for file in _files(Path(name)) if file.suffix.lower() in _ARCHIVES)
+        archives = sorted(file.name for file in files_in(Path(name)) if file.suffix.lower() in _ARCHIVES)
         raise ValueError(
             f"The folder {name!r} given as `dataset_name` must have one sub-folder for each class, at least two of "
             f"them to train on and all at the same depth, but its images lie in: {first_few(places)}."
             + f" What is in {first_few(archives)} counts too: move it away."
             * bool(archives)
         )
-    if not any(file.name in _METADATA for file in _files(Path(name))):  # or the labels have nothing to do with folders
+    if not any(
+        file.name in _METADATA for file in files_in(Path(name))
+    ):  # or the labels have nothing to do with folders
         _check_folders(name, folders, splits)
     return splits
 
 
 def _check_files(name: str, folders: dict[str, Path]) -> None:
     """Says what of the files of a folder of images is not read, or would be read otherwise than it was meant."""
-    suffixes = [file.suffix.lower() for path in folders.values() for file in _files(path)]
+    suffixes = [file.suffix.lower() for path in folders.values() for file in files_in(path)]
     unread = [suffix for suffix in suffixes if suffix in IMAGE_SUFFIXES and suffix not in ImageFolder.EXTENSIONS]
     if unread and len(unread) == sum(suffix in IMAGE_SUFFIXES for suffix in suffixes):
         raise ValueError(f"The images in {name!r} are of a kind that is not read: {', '.join(sorted(set(unread)))}.")
@@ -264,9 +266,9 @@ def _check_files(name: str, folders: dict[str, Path]) -> None:
             f"{len(unread)} images in {name!r} are of a kind that is not read: {', '.join(sorted(set(unread)))}."
         )
     for split, path in folders.items():
-        if not any(True for _ in _files(path)):
+        if not any(True for _ in files_in(path)):
             logger.warning(f"The folder {str(path)!r} is empty, so that {name!r} has no split `{split}`.")
-    for file in _files(Path(name)):
+    for file in files_in(Path(name)):
         if file.name in _METADATA and len(folders) == 1:
             beside = [path.name for path in _sub_folders(file.parent) if _names_a_split(path.name)]
             if len(beside) > 1:
@@ -276,8 +278,13 @@ def _check_files(name: str, folders: dict[str, Path]) -> None:
                 )
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files in a folder, those behind links to folders too."""
+def files_in(folder: Path) -> Iterator[Path]:
+    """
+    All files in a folder, at any depth, those behind links to folders too.
+
+    Args:
+        folder (`Path`): The folder.
+    """
     for parent, _, names in _walk(folder):
         yield from (Path(parent, name) for name in names)
 

@@ -340,13 +340,13 @@ def model_from_architecture(name: str, overrides: dict[str, Any] | None = None) 
             config = AutoConfig.from_pretrained(name)
         known = config.to_dict()
         for key, value in (overrides or {}).items():
-            if key not in known:
+            if key not in known and key != "num_labels":
                 raise ValueError(f"its configuration has no field {key!r}")
             setattr(config, key, value)
         return AutoModelForImageClassification.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind, for values that make no sense
         raise ValueError(
             f"`model_name_or_path` is {name!r}, from which no image classifier can be made. Give a built-in model "
             f"({', '.join(BUILTIN_MODELS)}), a model type such as `vit` or `convnext`, a folder, or a model id on the Hub: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
         ) from error

@@ -264,7 +264,7 @@ _DYNAMICS = (
     ("grad_norm", "Descent gradient", "nats / weight", "log"),
     ("perturbation_norm", r"Perturbation norm", "weight", "log"),
     ("sharpness", r"Rise from $w$ to $w'$", "nats", "linear"),
-    ("perturbation_consistency", "Direction of ascent", "cosine with previous", "linear"),
+    ("perturbation_consistency", "Direction of ascent", "cosine with\nprevious", "linear"),
     ("worst_case_rise", "Worst-case rise", "nats", "log"),
     ("top_eigenvalue", "Top eigenvalue", r"nats / weight$^2$", "log"),
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Features, Image, IterableDataset, IterableDatasetDict
+from torch.utils.data import get_worker_info
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .columns import class_name, find_columns, untyped_images
@@ -96,6 +97,8 @@ class Passes(torch.utils.data.IterableDataset):
             row = None
             for row in self._stream:
                 yield row
+            if row is None and (worker := get_worker_info()) and worker.id >= self._stream.num_shards:
+                return  # there are more workers than shards, which `datasets` warns of
             if row is None:
                 raise ValueError(
                     "There are no training images in the stream (or not in the share of a data loader worker)."

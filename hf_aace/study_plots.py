@@ -3,6 +3,7 @@
 
 import itertools
 import os
+import textwrap
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ from .plots import BLUE, ORANGE, PURPLE
 from .study import Result, choose, mean_and_error
 
 
+_LABEL_WIDTH = 32  # characters: as wide as leaves room for the axes
 _COLOURS = {"trainer": "0.45", "sam": ORANGE, "asam": PURPLE, "aace": BLUE}
 
 
@@ -30,7 +32,8 @@ def plot_accuracies(rows: list[dict[str, Any]], results: list[Result], title: st
             The file to write; its suffix gives the format.
     """
     chosen = choose(results)
-    figure = Figure(figsize=(7.5, 1.2 + 0.45 * len(rows)), layout="constrained")
+    lines = sum(max(2, 1 + _method_label(row).count("\n")) for row in rows)
+    figure = Figure(figsize=(7.5, 1.2 + 0.23 * lines), layout="constrained")
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         method = row["method"]
@@ -76,7 +79,7 @@ def plot_accuracy_by_time(rows: list[dict[str, Any]], title: str, path: str | os
             color=_method_colour(row["method"]),
             capsize=3,
             markersize=7,
-            label=_method_label(row).replace("\n", ", "),
+            label=_method_label(row),
         )
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -113,14 +116,15 @@ def plot_accuracy_by_rho(results: list[Result], title: str, path: str | os.PathL
     axes = figure.add_subplot()
     markers = itertools.cycle("osD^vP*Xhd<>")
     dashes = itertools.cycle(["--", ":", "-.", (0, (9, 3)), (0, (1, 4)), (0, (9, 3, 1, 3, 1, 3))])
+    # Those of plain training, and of the setting that was chosen, would else be of more seeds than the others.
+    everywhere = set.intersection(*(set(own) for line in points.values() for own in line.values()))
     for name, line in points.items():
-        # The chosen one has more seeds than the others, which would make it another comparison.
-        shared = set.intersection(*map(set, line.values()))
+        shared = everywhere or set.intersection(*map(set, line.values()))
         means = {rho: mean_and_error([own[seed] for seed in shared]) for rho, own in sorted(line.items())}
         colour = _method_colour(name)
         if set(line) == {0}:
             mean, error = means[0]
-            axes.axhline(mean, color=colour, linestyle=next(dashes), linewidth=1, label=name)
+            axes.axhline(mean, color=colour, linestyle=next(dashes), linewidth=1, label=_wrapped(name))
             axes.axhspan(mean - error, mean + error, color=colour, alpha=0.12, linewidth=0)
         else:
             axes.errorbar(
@@ -130,11 +134,13 @@ def plot_accuracy_by_rho(results: list[Result], title: str, path: str | os.PathL
                 fmt=f"{next(markers)}-",
                 color=colour,
                 capsize=3,
-                label=name,
+                label=_wrapped(name),
             )
     axes.set_xscale("log", nonpositive="mask")
     tried = sorted({rho for line in points.values() for rho in line if rho > 0})
-    axes.set_xticks(tried, [f"{rho:g}" for rho in tried], rotation=45 if len(tried) > 6 else 0)
+    steps = [second / first for first, second in itertools.pairwise(tried)]
+    crowded = len(tried) > 6 or (tried[-1] / tried[0]) ** 0.05 > min(steps, default=10)
+    axes.set_xticks(tried, [f"{rho:g}" for rho in tried], rotation=45 if crowded else 0)
     axes.minorticks_off()
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -147,8 +153,12 @@ def _method_colour(method: str) -> str:
 
 
 def _method_label(row: dict[str, Any]) -> str:
-    name = ":".join(part for part in row["method"].split(":") if "|" not in part)
-    return f"{name}\n{row['choice']}" if row["choice"] else name
+    name = _wrapped(":".join(part for part in row["method"].split(":") if "|" not in part))
+    return f"{name}\n{textwrap.fill(row['choice'], _LABEL_WIDTH)}" if row["choice"] else name
+
+
+def _wrapped(method: str) -> str:
+    return textwrap.fill(method.replace(":", ": "), _LABEL_WIDTH)
 
 
 def _finish(figure: Figure, axes: Axes, title: str, x: str, y: str | None, path: str | os.PathLike) -> None:

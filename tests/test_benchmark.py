@@ -148,6 +148,7 @@ def test_command_leaves_numbers_and_a_picture(tmp_path, capsys):
         (["--device", "tpu"], "`device` must be `auto`, `cpu` or `cuda`, got 'tpu'"),
         (["--model_name_or_path", "bert"], "`model_name_or_path` is 'bert', from which no image classifier"),
         (["--model_name_or_path", "vit", "--config_overrides", '{"width": 3}'], "no field 'width'"),
+        (["--config_overrides", '{"depths": 0}'], "from which no image classifier can be made"),
         (["--config_overrides", "{width"], "`config_overrides` must be a JSON object, got '{width'"),
         (["--config_overrides", "[1]"], "`config_overrides` must be a JSON object, got '[1]'"),
         (["--warmup", "-1"], "`warmup` must be at least 0, got -1"),

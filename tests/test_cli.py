@@ -94,12 +94,36 @@ def test_options_are_there_that_load_the_data_again(run):
     }.items() <= options.items()
 
 
+def test_a_run_that_fails_leaves_the_model_that_was_there_its_options(run):
+    """They are those of the model, by which it is told from others and its data are loaded again."""
+    folder = shutil.copytree(run, "here")
+    assert interrupted([*TINY, "--rho", "7", "--train_size", "50", "--output_dir", folder], step=2) == 130
+    assert (Path(folder) / "train_options.json").read_bytes() == (run / "train_options.json").read_bytes()
+    options = json.loads((Path(folder) / "checkpoint-1" / "train_options.json").read_text())
+    assert (options["rho"], options["train_size"]) == (7, 50)
+
+
 def test_the_model_card_says_what_was_changed_in_the_data(run):
     argv = [*TINY, "--label_noise", "0.1", "--mixup", "0.2", "--output_dir", "mixed"]
     assert main(argv) == 0
     for folder, changes in ((run, "train_size=40"), (Path("mixed"), "train_size=40, label_noise=0.1, mixup=0.2")):
         card = ModelCard.load(folder / "README.md")
         assert f"on the data set digits with {changes}." in " ".join(card.text.split())
+
+
+def test_the_model_card_says_that_the_results_are_of_test_images(tmp_path):
+    """Also where they were set apart of those to train on; and has nothing of an earlier model in the folder."""
+    for label in ("a", "b"):
+        for index in range(12):
+            path = Path("images", label, f"{index}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(np.full((8, 8), 9 * index, dtype=np.uint8)).save(path)
+    argv = ["train", "--dataset_name", "images", "--max_steps", "1", "--disable_tqdm", "true", "--output_dir", "out"]
+    assert main([*argv, "--rho", "0.1"]) == 0
+    assert main([*argv, "--rho", "0"]) == 0
+    card = ModelCard.load("out/README.md")
+    assert card.data.eval_results[0].dataset_split == "test"
+    assert "sharpness-aware-minimization" not in card.data.tags
 
 
 def test_state_and_picture_are_there(run):
@@ -226,6 +250,20 @@ def test_copies_of_checkpoints_under_other_names_are_let_alone(run):
     assert main([*TINY, "--output_dir", "here", "--resume_from_checkpoint", "true"]) == 0
     assert main(["sharpness", "here", "--checkpoints", "true", "--eigenvalues", "0", "--directions", "2"]) == 0
     assert len(json.loads((folder / "sharpness.json").read_text())["measures"]) == 3
+
+
+def test_a_run_is_resumed_with_its_own_images_only(run, capsys, monkeypatch):
+    """Or images of the validation would be trained on, and the card tell of half of the training."""
+    shutil.copytree(run, "here")
+    argv = [*TINY, "--output_dir", "here", "--resume_from_checkpoint", "true"]
+    error = message(capsys, *argv, "--label_noise", "0.3", "--seed", "1")
+    assert "checkpoint-3 had `label_noise=0.0`, now 0.3, `seed=42`, now 1. It would go on with other images" in error
+    said = []
+    monkeypatch.setattr("hf_aace.cli.train.logger.warning", said.append)
+    assert main([*argv, "--rho", "0.5"]) == 0
+    assert said == [
+        f"Not as it was for {Path('here/checkpoint-3')}, from which this run goes on: `rho=0.01`, now 0.5."
+    ]
 
 
 def test_resuming_from_nothing_is_refused(capsys):
@@ -478,6 +516,7 @@ def message(capsys, *argv):
         ("- rho", "must hold options as `name: value`, got ['rho']"),
         ("", "must hold options as `name: value`, got None"),
         ("rho: -1", "`rho` must be a finite number >= 0, got -1.0"),
+        ("metrics: [accuracy, [macro_f1]]", "has lists within the list of 'metrics'"),
     ],
 )
 def test_bad_configuration_file_is_told(tmp_path, capsys, content, expected):
@@ -511,7 +550,8 @@ def test_configuration_file_that_cannot_be_parsed_is_named(tmp_path, name):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--config", "missing.yaml"], "The configuration file missing.yaml cannot be read"),
+        (["--config", "."], "The configuration file . cannot be read"),
         (["--label_noise", "1.5"], "`label_noise` must lie in [0, 1), got 1.5"),
         (["--train_size", "5"], "`train_size` must lie between"),
         (["--rho", "nan"], "`rho` must be a finite number"),

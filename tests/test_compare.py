@@ -10,10 +10,12 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import Executor, Future
 
 import psutil
 import pytest
+from matplotlib.axes import Axes
 from scipy.stats import ttest_rel
 
 from hf_aace.cli import main
@@ -28,6 +30,7 @@ from hf_aace.study import (
     summarize,
     write_results,
 )
+from hf_aace.study_plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
 
 
 # ---- Methods ---------------------------------------------------------------
@@ -298,6 +301,8 @@ def test_a_study_that_is_stopped_leaves_no_process_behind(how, tmp_path):
         (["--streaming", "true", "--dataset_name", "x"], "with `--validation_size 0`"),
         (["--seed", "1"], "`seed` is another one for each run"),
         (["--seed=1"], "`seed` is another one for each run"),
+        (["--methods", "aace:seed=3"], "`seed` is another one for each run"),
+        (["--methods", "aace:output_dir=x"], "`output_dir` is another one for each run"),
         (["--metrics", "macro_f1"], "`metrics` must have `accuracy`"),
     ],
 )
@@ -306,6 +311,46 @@ def test_bad_input_is_told_before_the_first_run(argv, expected, tmp_path, monkey
     assert main(["compare", *argv]) == 1
     assert expected in capsys.readouterr().err
     assert not list(tmp_path.rglob("seed-*"))
+
+
+# ---- Pictures --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", ["", ":adaptive_perturbation=true"])
+def test_pictures_have_room_for_long_names(extra, tmp_path):
+    """As the methods of the README have; matplotlib warns where nothing is left for the axes."""
+    long = f"aace:perturb_modules=norm:ascent_fraction=0.5:ascent_every=4{extra}:learning_rate=1e-3|3e-3:rho=10|30"
+    runs = [
+        Result(candidate, seed, 0.8 + 0.01 * seed, 0.7, 1.0)
+        for method in ("trainer", "sam:rho=0.1|0.2", long)
+        for candidate in candidates_of(method)
+        for seed in range(2)
+    ]
+    rows = summarize(runs, "trainer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_accuracies(rows, runs, "a", tmp_path / "accuracy.png")
+        plot_accuracy_by_time(rows, "a", tmp_path / "time.png")
+        assert plot_accuracy_by_rho(runs, "a", tmp_path / "rho.png")
+
+
+def test_lines_and_band_of_the_picture_by_rho_are_of_the_same_seeds(tmp_path, monkeypatch):
+    """Those on which all values were tried: plain training ran on more."""
+    drawn = {}
+    monkeypatch.setattr(Axes, "axhline", lambda axes, y, **kwargs: drawn.update(plain=y))
+    monkeypatch.setattr(Axes, "errorbar", lambda axes, x, y, **kwargs: drawn.update(aace=y))
+    runs = [Result(PLAIN, seed, 0.0, validation, 1.0) for seed, validation in enumerate([0.5, 0.7, 0.9])]
+    runs += results(LOW, [0, 0], [0.6, 0.6]) + results(HIGH, [0, 0, 0], [0.8, 0.6, 0.1])
+    assert plot_accuracy_by_rho(runs, "a", tmp_path / "rho.png")
+    assert drawn == {"plain": pytest.approx(60), "aace": [pytest.approx(60), pytest.approx(70)]}
+
+
+def test_a_picture_that_is_not_drawn_again_does_not_stay(tmp_path):
+    argv = [*TINY, "--seeds", "1", "--output_dir", str(tmp_path)]
+    assert main([*argv, "--methods", "trainer,aace:rho=0.1|0.2"]) == 0
+    assert (tmp_path / "rho.png").is_file()
+    assert main([*argv, "--methods", "trainer,aace:rho=0.1"]) == 0
+    assert not (tmp_path / "rho.png").exists()
 
 
 # ---- Finding rho -----------------------------------------------------------

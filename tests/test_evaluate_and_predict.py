@@ -207,6 +207,16 @@ def test_unreadable_images_are_named_and_do_not_stop_it(capsys):
     assert sum(row["label_1"] in COLOURS for row in table()) == 6
 
 
+def test_images_behind_links_to_folders_are_found():
+    """As in training."""
+    save_model("model", COLOURS)
+    save_images("images", count=2)
+    Path("linked").mkdir()
+    Path("linked/all").symlink_to(Path("images").resolve())
+    assert main(["predict", "--model_name_or_path", "model", "--images", "linked"]) == 0
+    assert len(table()) == 6
+
+
 def test_a_single_image_is_enough():
     save_model("model", COLOURS)
     PIL.Image.new("RGB", (5, 5)).save("one.png")

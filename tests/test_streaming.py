@@ -119,6 +119,14 @@ def test_a_stream_without_images_is_an_error_not_a_wait():
         next(iter(train))
 
 
+def test_more_workers_than_shards_read_every_image_once():
+    processor = ViTImageProcessorPil(size={"height": 4, "width": 4}, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    stream = transform_stream(stream_image_dataset(parquet(), seed=0), processor)["train"]
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
+    values = [row["pixel_values"].mean().item() for row in itertools.islice(loader, 80)]
+    assert len(set(values)) == 80
+
+
 def test_train_size_takes_the_first():
     train = content(stream_image_dataset(webdataset(), seed=0, train_size=30)["train"])
     assert sorted(number for number, _ in train) == list(range(30))

@@ -125,7 +125,8 @@ def run(argv: list[str]) -> int:
         ) from error
     if not isinstance(overrides, dict):
         raise ValueError(f"`config_overrides` must be a JSON object, got {options.config_overrides!r}.")
-    for fraction in options.fractions:
+    fractions = [fraction for fraction in dict.fromkeys(options.fractions) if fraction != 1]  # that is measured anyway
+    for fraction in fractions:
         AACEArguments(ascent_fraction=fraction).check_aace_arguments()
     for every in options.ascent_every:
         AACEArguments(ascent_every=every).check_aace_arguments()
@@ -145,7 +146,7 @@ def run(argv: list[str]) -> int:
         model,
         random_batch(model, options.batch_size, options.image_size),
         args,
-        default_methods(options.fractions, options.ascent_every, options.perturb_modules),
+        default_methods(fractions, list(dict.fromkeys(options.ascent_every)), options.perturb_modules),
         rounds=options.rounds,
         warmup=options.warmup,
         peers=options.peers,

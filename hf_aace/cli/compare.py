@@ -137,8 +137,13 @@ class Study:
         self.seeds = list(range(options.first_seed, options.first_seed + options.seeds))
         if options.config is not None:  # read here and now: the file may be another one when the study goes on
             common = [*config_as_options(options.config), *common]
-        if any(option == "--seed" for option, *_ in _by_option(common)):
+        candidates = list(candidates)
+        own = [option for option, *_ in _by_option(common)]
+        own += [f"--{name}" for candidate in candidates for name, _ in candidate.options]
+        if "--seed" in own:
             raise ValueError("`seed` is another one for each run: say by `first_seed` and `seeds` which.")
+        if "--output_dir" in own:
+            raise ValueError("`output_dir` is another one for each run: give that of the study on the command line.")
         self._common = common
         for candidate in candidates:
             # Bad options are to be told before the first run, not by the last one.
@@ -271,7 +276,7 @@ def _report(study: Study, results: list[Result], baseline: str, command: list[st
     plot_accuracies(rows, results, study.title, pictures[0])
     plot_accuracy_by_time(rows, study.title, pictures[1])
     if not plot_accuracy_by_rho(results, study.title, pictures[2]):
-        pictures.pop()
+        pictures.pop().unlink(missing_ok=True)  # of an earlier call
     print(f"Numbers:  {study.folder / 'summary.json'}, {study.folder / 'runs.csv'}")
     print(f"Pictures: {', '.join(map(str, pictures))}")
 

@@ -26,9 +26,10 @@ from .options import (
     last_part,
     pick_device,
     required,
+    train_options,
 )
 from .output import write_report
-from .runs import in_the_classes_of, train_options
+from .runs import in_the_classes_of
 
 
 @dataclass

@@ -385,16 +385,25 @@ def last_part(name: str) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else Path(name).name
 
 
-def write_train_options(model_args: ModelArguments, data_args: DataArguments, training_args: AACEConfig) -> None:
+def options_of_run(model_args: ModelArguments, data_args: DataArguments, training_args: AACEConfig) -> dict[str, Any]:
     """
-    Writes into the output directory, as `train_options.json`, what a run needs to have its data loaded again and to be told
-    from others: the options of model and data, those of the method, and the seed.
+    What a run needs to have its data loaded again and to be told from others: the options of model and data, those of the
+    method, and the seed.
     """
     method = {option.name: getattr(training_args, option.name) for option in fields(AACEArguments)}
-    options = asdict(model_args) | asdict(data_args) | method | {"seed": training_args.seed}
-    path = Path(training_args.output_dir) / TRAIN_OPTIONS_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    return asdict(model_args) | asdict(data_args) | method | {"seed": training_args.seed}
+
+
+def write_train_options(options: dict[str, Any], folder: str | Path) -> None:
+    """Writes what [`options_of_run`] returns beside the model in a folder, as `train_options.json`."""
+    Path(folder, TRAIN_OPTIONS_NAME).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+
+
+def train_options(folder: Path) -> dict[str, Any]:
+    """What is in the `train_options.json` of a run or of a checkpoint, else in that of the run; empty if there is none."""
+    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    found = [path for place in places if (path := place / TRAIN_OPTIONS_NAME).is_file()]
+    return json.loads(found[0].read_text(encoding="utf-8")) if found else {}
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -432,7 +441,10 @@ def config_as_options(path: str) -> list[str]:
 
 def _read_config(path: str) -> dict[str, Any]:
     """Reads a configuration file into defaults for a parser."""
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The configuration file {path} cannot be read: {error}") from error
     try:
         config = json.loads(text) if Path(path).suffix == ".json" else yaml.load(text, Loader=_YamlLoader)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
@@ -441,6 +453,11 @@ def _read_config(path: str) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise ValueError(f"The configuration file {path} must hold options as `name: value`, got {config!r}.")
+    for key, value in config.items():
+        if isinstance(value, list) and any(isinstance(entry, list | dict) for entry in value):
+            raise ValueError(
+                f"The configuration file {path} has lists within the list of {key!r}: {value}. Write one list."
+            )
     # The parser converts defaults that are strings as it converts the command line, so all scalars go to it as such.
     # A key without a value leaves the default.
     return {

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from datasets.utils import tqdm
 
+from ..data import files_in
 from ..images import IMAGE_SUFFIXES
 from ..inference import classify
 from ..models import load_classifier
@@ -112,7 +113,7 @@ def _find_images(name: str) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     if not path.is_dir():
         raise ValueError(f"`images` must be a folder or an image, but there is no {name!r}.")
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    found = sorted(file for file in files_in(path) if file.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise ValueError(f"The folder {name!r} given as `images` holds no images.")
     return path, found

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..data import load_image_dataset
 from ..images import image_transform
 from ..models import model_classes
-from .options import TRAIN_OPTIONS_NAME, checkpoints_in, last_part, pick_device
+from .options import TRAIN_OPTIONS_NAME, checkpoints_in, last_part, pick_device, train_options
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Run:
         folder (`str`): The folder.
 
     Attributes:
-        options (`dict`): What is in its `train_options.json`, or, for a checkpoint, in that of the folder above; empty if none.
+        options (`dict`): What is in its `train_options.json`; empty if none.
         name (`str`): What to call it: the method and its `rho`, or without options the folder's name.
 
     Raises:
@@ -219,13 +219,6 @@ def in_the_classes_of(id2label: dict[int, str], data: Dataset) -> Dataset:
         )
     number = {index: known.index(name) for index, name in enumerate(names) if name in known}
     return data.remove_columns("label").add_column("label", np.array([number[label] for label in labels]))
-
-
-def train_options(folder: Path) -> dict[str, Any]:
-    """What is in the `train_options.json` of a run, or, for a checkpoint, in that of the folder above; empty if none."""
-    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-    found = [path for place in places if (path := place / TRAIN_OPTIONS_NAME).is_file()]
-    return json.loads(found[0].read_text(encoding="utf-8")) if found else {}
 
 
 def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, list[Run]]:

@@ -22,9 +22,10 @@ from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 from torch import nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, TrainerCallback, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import HubStrategy, PredictionOutput
+from transformers.utils import logging
 
 from ..augmentation import Augmentation, AugmentedAACETrainer
 from ..config import AACEConfig
@@ -41,10 +42,14 @@ from .options import (
     ModelArguments,
     checkpoints_in,
     last_part,
+    options_of_run,
+    train_options,
     training_parser,
     write_train_options,
 )
 
+
+logger = logging.get_logger(__name__)
 
 # Set in the processes that `--accelerate_config` starts.
 _LAUNCHED = "HF_AACE_LAUNCHED"
@@ -168,10 +173,17 @@ def run(argv: list[str]) -> int:
         raise ValueError(
             f"`gradient_accumulation_steps` must be at least 1, got {training_args.gradient_accumulation_steps}."
         )
+    run_options = options_of_run(model_args, data_args, training_args)
+    checkpoint = _resume_from(training_args.resume_from_checkpoint, training_args.output_dir)
+    if checkpoint is not None:
+        _check_options(checkpoint, run_options)
     with training_args.main_process_first(desc="loading the data set"):
         dataset = _load_data(data_args, training_args)
     trainer, dataset = _prepare(dataset, model_args, data_args, training_args)
-    train_metrics = _train_and_save(trainer, model_args, argv)
+    trainer.add_callback(_KeepOptions(run_options))
+    train_metrics = _train_and_save(trainer, model_args, checkpoint, argv)
+    if trainer.is_world_process_zero():
+        write_train_options(run_options, training_args.output_dir)
     picture = Path(training_args.output_dir) / "training_curves.png"
     drawn = trainer.is_world_process_zero() and plot_training_curves(trainer.state.log_history, picture)
     metrics = _evaluate(trainer, dataset, data_args)
@@ -235,18 +247,27 @@ def _prepare(
         ) from error
     if model_args.lora and trainer.is_fsdp_enabled:
         raise ValueError("`lora` does not go with FSDP, whose shards it could not merge. Use `ddp`.")
-    if trainer.is_world_process_zero():
-        write_train_options(model_args, data_args, training_args)
     return trainer, dataset
 
 
-def _train_and_save(trainer: AACETrainer, model_args: ModelArguments, argv: list[str]) -> dict[str, float]:
+class _KeepOptions(TrainerCallback):
+    """Puts the options of the run into its checkpoints; beside the model in the folder they come with the model."""
+
+    def __init__(self, options: dict[str, Any]):
+        self._options = options
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_train_options(self._options, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _train_and_save(
+    trainer: AACETrainer, model_args: ModelArguments, checkpoint: str | None, argv: list[str]
+) -> dict[str, float]:
     """Trains, and leaves the model; returns what Trainer measured."""
     started, processor_started = time.time(), time.process_time()
     try:
-        result = trainer.train(
-            resume_from_checkpoint=_resume_from(trainer.args.resume_from_checkpoint, trainer.args.output_dir)
-        )
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt as interrupt:
         how = _how_to_resume(trainer.args.output_dir, started, argv)
         raise KeyboardInterrupt(f"\nInterrupted. {how}") from interrupt
@@ -275,7 +296,14 @@ def _train_and_save(trainer: AACETrainer, model_args: ModelArguments, argv: list
         ) from error
     trainer.save_state()
     if trainer.is_world_process_zero():  # those of an earlier run here, which ours would be added to
-        for name in ("all_results.json", "validation_results.json", "eval_results.json", "training_curves.png"):
+        names = (
+            "all_results.json",
+            "validation_results.json",
+            "eval_results.json",
+            "training_curves.png",
+            "README.md",
+        )
+        for name in names:
             Path(trainer.args.output_dir, name).unlink(missing_ok=True)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -392,7 +420,14 @@ def _card(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any
     changes = [f"{name}={value}" for name in names if (value := getattr(data_args, name)) not in (None, 0, "none")]
     how = f" with {', '.join(changes)}" if changes else ""
     tags = ["image-classification", "vision"] + ["lora"] * model_args.lora
-    card = {"tasks": "image-classification", "dataset": last_part(data_args.dataset_name) + how, "tags": tags}
+    # Trainer would name the split that the test images were set apart of.
+    tested_on = [{"config": "default", "split": "test"}]
+    card = {
+        "tasks": "image-classification",
+        "dataset_metadata": tested_on,
+        "dataset": last_part(data_args.dataset_name) + how,
+        "tags": tags,
+    }
     if data_args.dataset_name != "digits" and not Path(data_args.dataset_name).exists():
         card |= {"dataset": data_args.dataset_name + how, "dataset_tags": data_args.dataset_name}
     return card
@@ -443,6 +478,20 @@ def _resume_from(value: str | None, output_dir: str) -> str | None:
         hint = f" The newest that is whole is {whole[-1]}." if whole else ""
         raise ValueError(f"`resume_from_checkpoint` is {value!r}, which is no checkpoint, or not a whole one.{hint}")
     return value
+
+
+def _check_options(checkpoint: str, options: dict[str, Any]) -> None:
+    """Refuses to go on with other images, and says what else is not as it was."""
+    earlier = train_options(Path(checkpoint))
+    changed = [name for name, value in options.items() if name in earlier and earlier[name] != value]
+    told = ", ".join(f"`{name}={earlier[name]}`, now {options[name]}" for name in changed)
+    if {"dataset_name", "train_size", "label_noise", "validation_size", "seed"} & set(changed):
+        raise ValueError(
+            f"`resume_from_checkpoint`: {checkpoint} had {told}. It would go on with other images: give what it had, or leave "
+            "`resume_from_checkpoint` out."
+        )
+    if changed:
+        logger.warning(f"Not as it was for {checkpoint}, from which this run goes on: {told}.")
 
 
 def _is_whole(checkpoint: Path) -> bool:
