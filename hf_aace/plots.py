@@ -439,11 +439,13 @@ def plot_landscapes(
     lowest, highest = min(map(np.min, logs.values())), max(map(np.max, logs.values()))
     levels = np.linspace(lowest, highest + 1e-9, 13)
     colours = Normalize(lowest, highest)
+    digits = 2 if highest - lowest > 0.5 else 3
+    nats = FuncFormatter(lambda value, _: f"{10**value:.{digits}g}")
     with rc_context(_PAPER):
         figure, grid = _panels(
             len(surfaces),
             width,
-            ratio=1.0 if kind == "contour" else 1.1,
+            ratio=1.0 if kind == "contour" else 1.25,
             projection="3d" if kind == "surface" else None,
         )
         for axes, (name, surface) in zip(grid, surfaces.items(), strict=True):
@@ -467,17 +469,18 @@ def plot_landscapes(
                     ccount=60,
                 )
                 axes.set_zlim(lowest, highest)
-                axes.zaxis.set_major_formatter(lambda value, _: f"$10^{{{value:g}}}$")
-                axes.zaxis.set_major_locator(MaxNLocator(4, integer=True))
+                axes.zaxis.set_major_formatter(nats)
+                axes.zaxis.set_major_locator(MaxNLocator(4, integer=highest - lowest > 2))
                 axes.tick_params(axis="x", pad=-3)
                 axes.tick_params(axis="y", pad=-3)
-                axes.set_title(textwrap.fill(name, _TITLE_WIDTH), pad=0)
-                axes.set_xlabel(unit, labelpad=-8, fontsize=6.5)
-                axes.set_ylabel(unit, labelpad=-8, fontsize=6.5)
+                axes.set_title(textwrap.fill(name, _TITLE_WIDTH), y=0.98, pad=0)
+                axes.set_xlabel(unit, labelpad=-6, fontsize=6.5)
+                axes.set_ylabel(unit, labelpad=-6, fontsize=6.5)
                 axes.set_box_aspect((4, 4, 3), zoom=0.85)
-        bar = figure.colorbar(drawn, ax=grid, location="bottom", shrink=0.8, aspect=30, pad=0.04)
+        pad = 0.04 if kind == "contour" else 0.1  # of the labels of three dimensions the layout does not know
+        bar = figure.colorbar(drawn, ax=grid, location="bottom", shrink=0.8, aspect=30, pad=pad)
         bar.locator = MaxNLocator(5, integer=highest - lowest > 2)
-        bar.formatter = FuncFormatter(lambda value, _: f"{10**value:.2g}")
+        bar.formatter = nats
         bar.update_ticks()
         bar.set_label("cross-entropy (nats)")
         _save(figure, paths)
