@@ -375,9 +375,8 @@ class SharpnessAwareMixin:
                     # Unless they are used up before the next pass, copies: what a CUDA graph
                     # (`torch_compile_mode="reduce-overhead"`) returned lasts no longer.
                     gradients = _sum(gradients, new) if keep else new
-                with (
-                    torch.no_grad()
-                ):  # now that the gradient is there: a `compute_loss_func` may change the logits in place
+                # Now that the gradient is there: a `compute_loss_func` may change the logits in place.
+                with torch.no_grad():
                     losses["clean_accuracy"] += count_correct(logits, labels) / count
                     losses["clean_loss"] += self._clean_loss(outputs, logits, labels) / count
                 del outputs, logits

@@ -158,6 +158,18 @@ searched finetune-convnext-clean-scaled "aace:learning_rate=1e-3|3e-3|1e-2:$step
 searched finetune-vit-lora-noisy-scaled "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 100 --label_noise 0.2
 searched finetune-vit-lora-clean-scaled "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 50
 
+# ASAM, SAM's step scaled so, where it is not beside AACE's above.
+searched resnet-noisy-asam "asam:learning_rate=3e-4|1e-3|3e-3:rho=0.5|1|2|5|10" $resnet --label_noise 0.2 --train_size 400
+searched finetune-convnext-noisy-asam "asam:learning_rate=3e-4|1e-3|3e-3:rho=0.5|1|2|5|10" $convnext_tuning --train_size 100 --label_noise 0.2
+searched finetune-convnext-clean-asam "asam:learning_rate=1e-3|3e-3|1e-2:rho=0.1|0.2|0.5|1|2" $convnext_tuning --train_size 50
+searched convnext-clean-asam "asam:learning_rate=1e-3|3e-3|1e-2:rho=0.2|0.5|1|2|5" --train_size 200 --num_train_epochs 60
+searched vit-noisier-asam "asam:learning_rate=1e-4|3e-4:rho=0.1|0.2|0.5|1|2" $vit --label_noise 0.4 --train_size 600 --num_train_epochs 80
+searched convnext-noisy-all-asam "asam:learning_rate=3e-4|1e-3|3e-3:rho=1|2|5|10" --label_noise 0.2 --num_train_epochs 30
+searched vit-noisy-all-asam "asam:learning_rate=3e-4|1e-3:rho=0.1|0.2|0.5|1" $vit --label_noise 0.2 --num_train_epochs 30
+searched vit-clean-long-asam "asam:learning_rate=1e-4|3e-4:rho=0.05|0.1|0.2|0.5" $vit --train_size 300 --num_train_epochs 160
+searched finetune-vit-lora-noisy-asam "asam:learning_rate=3e-3|1e-2|3e-2:rho=0.2|0.5|1|2" $lora_tuning --train_size 100 --label_noise 0.2
+searched finetune-vit-lora-clean-asam "asam:learning_rate=3e-3|1e-2|3e-2:rho=0.1|0.2|0.5|1" $lora_tuning --train_size 50
+
 # AACE's step on the normalisation layers alone: on the noisy ConvNeXt and ViT by the whole batch and by parts of it, beside SAM's;
 # and by a quarter in the others, at two values of rho, as in those two.
 on=perturb_modules=norm
