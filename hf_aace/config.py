@@ -92,9 +92,8 @@ class AACEArguments:
             `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.
         """
         for name in ("rho", "ascent_fraction", "perturb_every", "ascent_every"):
-            if not isinstance(
-                value := getattr(self, name), Real
-            ):  # YAML reads `1e-2` as a string, `1.0e-2` as a number
+            value = getattr(self, name)
+            if not isinstance(value, Real):  # YAML reads `1e-2` as a string
                 raise ValueError(f"`{name}` must be a number, got {value!r}. (In a YAML file write 1e-2 as 0.01.)")
         if not (math.isfinite(self.rho) and self.rho >= 0):
             raise ValueError(f"`rho` must be a finite number >= 0, got {self.rho}. Use 0 for plain training.")

@@ -97,9 +97,8 @@ def _origin(summary: TrainingSummary) -> str:
     names = [name for name in _as_list(summary.dataset) if name]
     data = f"the data set {' and '.join(names)}" if names else "images of its author"
     base = summary.finetuned_from
-    if (
-        not base
-    ):  # from scratch, or from a local folder, whose path is nobody's business: Transformers tells them not apart
+    # None from scratch, or of a local folder, whose path is nobody's business: Transformers tells them not apart.
+    if not base:
         return f"This model was trained on {data}."
     return f"This model was fine-tuned from [{base}](https://huggingface.co/{base}) on {data}."
 
