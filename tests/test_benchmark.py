@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark measures what it says; how fast it is here is no test."""
 
+import itertools
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import batch, convnext, resnet, training_arguments, vit
+from tiny import batch, convnext, resnet, training_arguments, vit, weights
 from torch import nn
 
 from hf_aace import AACEArguments, AACEConfig
@@ -67,6 +70,32 @@ def test_steps_that_share_an_ascent_pass_are_measured_together(tmp_path):
     assert all(measurement.peak_bytes > 0 for measurement in result)
 
 
+def test_numbers_of_steps_that_share_an_ascent_pass_are_those_of_one_step(tmp_path, monkeypatch):
+    """By a clock on which a step takes a second, and in each round twice as long as in the one before."""
+    # Which is looked at twice for each of the four steps of a round.
+    looks = itertools.accumulate(2 ** (look // 8) for look in itertools.count())
+
+    class Profile(nullcontext):
+        peak_bytes, perturbation_seconds = 1, 12
+
+    monkeypatch.setattr("hf_aace.benchmark.time", SimpleNamespace(perf_counter=looks.__next__))
+    monkeypatch.setattr("hf_aace.benchmark._Profile", Profile)
+    methods = [PLAIN, Method("AACE", AACEArguments(ascent_every=3))]
+    arguments = training_arguments(AACEConfig, tmp_path)
+    plain, shared = measure(vit(), batch(16), arguments, methods, rounds=3, warmup=1)
+    assert plain.seconds == shared.seconds == [2, 4, 8]
+    assert plain.ratios == shared.ratios == [1, 1, 1]
+    assert shared.perturbation_share == 12 / (3 * 16)
+
+
+def test_methods_are_what_they_are_called():
+    """Or the table would tell the cost of one under the name of another."""
+    plain, aace, sam = default_methods([])
+    assert plain.settings.rho == 0
+    assert aace.settings == AACEArguments()
+    assert sam.settings == AACEArguments(rho=0.05, perturbation_loss="cross_entropy", normalize_perturbation=True)
+
+
 def test_perturbing_a_part_of_the_model_is_measured_too():
     methods = default_methods([0.25], [1, 4], "norm")
     assert [method.name for method in methods][5:] == [
@@ -110,6 +139,7 @@ def test_summary_is_of_medians():
         [
             Measurement("plain", [1.0, 1.0, 10.0], [1, 1, 1], 100),
             Measurement("other", [2.0, 1.0, 30.0], [2, 1, 3], 150),
+            Measurement("third", [2.0, 3.0, 20.0], [2, 3, 2], 150),
         ],
         batch_size=8,
     )
@@ -118,6 +148,7 @@ def test_summary_is_of_medians():
     assert rows[1]["ratio"] == 2
     assert rows[1]["ratio_quartiles"] == [1.5, 2.5]
     assert rows[1]["extra_peak_bytes"] == 50
+    assert rows[2]["ratio"] == 2, "within the rounds: a slow time of the machine is that of both"
 
 
 def test_command_leaves_numbers_and_a_picture(tmp_path, capsys):
@@ -139,6 +170,18 @@ def test_command_leaves_numbers_and_a_picture(tmp_path, capsys):
     assert all(name in screen for name in names)
     assert (tmp_path / "cost" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert not list(Path(tmp_path / "cost").glob("checkpoint-*"))
+
+
+def test_a_peer_makes_two_passes_the_second_at_perturbed_weights(tmp_path):
+    """Or the comparison would be with less than what it does."""
+    pytest.importorskip("pytorch_optimizer")
+    model, seen = vit(), []
+    model.register_forward_hook(lambda module, inputs, outputs: seen.append(weights(model)))
+    measure(model, batch(16), training_arguments(AACEConfig, tmp_path), [PLAIN], rounds=2, warmup=0, peers=True)
+    assert len(seen) == 3 * 3, "a plain step, then the two passes of the peer"
+    for clean, perturbed in zip(seen[1::3], seen[2::3], strict=True):
+        step = torch.cat([(perturbed[name] - clean[name]).flatten() for name in clean])
+        assert step.norm() == pytest.approx(0.05, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,8 @@ def test_with_validation_images_the_test_images_are_for_the_end(tmp_path, capsys
     logs = json.loads(Path("here/trainer_state.json").read_text())["log_history"]
     in_training = [entry["eval_accuracy"] for entry in logs if "eval_accuracy" in entry]
     assert len(in_training) == 3 and in_training[-1] == results["validation_accuracy"]
+    validation_images = results["validation_runtime"] * results["validation_samples_per_second"]
+    assert validation_images == pytest.approx(130, rel=0.05)  # a tenth of the 1297 training images
     assert np.sum(results["eval_confusion_matrix"]) == 500
     assert results["train_processor_seconds"] > 0
 

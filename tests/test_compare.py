@@ -21,12 +21,14 @@ from scipy.stats import ttest_rel
 from hf_aace.cli import main
 from hf_aace.cli.output import write_report
 from hf_aace.study import (
+    PRESETS,
     Candidate,
     Result,
     advise_rho,
     candidates_of,
     choose,
     read_results,
+    rho_values,
     summarize,
     write_results,
 )
@@ -50,6 +52,26 @@ def test_values_of_an_option_make_as_many_candidates():
 )
 def test_values_of_rho_are_for_what_perturbs_and_says_none_itself(method, rhos):
     assert [dict(candidate.options)["rho"] for candidate in candidates_of(method, ["0.1", "1"])] == rhos
+
+
+def test_values_of_rho_that_come_twice_are_one():
+    """Or two runs would write into one folder."""
+    assert rho_values("0.1,0.2,0.1") == ["0.1", "0.2"]
+
+
+def test_presets_are_those_of_the_papers():
+    """Or the table would compare with another method under the name of a known one."""
+    assert {name: dict(candidates_of(name)[0].options) for name in PRESETS} == {
+        "trainer": {"rho": "0"},
+        "sam": {"perturbation_loss": "cross_entropy", "normalize_perturbation": "true", "rho": "0.05"},
+        "asam": {
+            "perturbation_loss": "cross_entropy",
+            "normalize_perturbation": "true",
+            "adaptive_perturbation": "true",
+            "rho": "0.5",
+        },
+        "aace": {"rho": "0.01"},
+    }
 
 
 def test_each_candidate_has_a_folder_of_its_own():
@@ -99,6 +121,18 @@ def test_more_seeds_of_the_chosen_one_do_not_change_the_choice():
     assert choose(runs) == {LOW.method: HIGH}
 
 
+def test_the_choice_is_by_the_mean_over_the_seeds():
+    """The median would choose the other one."""
+    runs = results(LOW, [0, 0, 0], [0.5, 0.6, 0.7]) + results(HIGH, [0, 0, 0], [0.1, 0.65, 0.7])
+    assert choose(runs) == {LOW.method: LOW}
+
+
+def test_of_equal_candidates_the_first_is_chosen():
+    """Whatever the test images say."""
+    runs = results(HIGH, [0.1, 0.9], [0.5, 0.6]) + results(LOW, [0.9, 0.9], [0.6, 0.5])
+    assert choose(runs) == {LOW.method: HIGH}
+
+
 def test_results_are_read_as_they_were_written(tmp_path):
     """So that a table of a study can be made anew from its `runs.csv` alone."""
     runs = results(PLAIN, [0.1, 0.2], [None] * 2) + results(LOW, [0.1], [0.4]) + results(HIGH, [0.3, 0.2], [0.5, 0.1])
@@ -124,6 +158,30 @@ def test_summary_is_paired_over_the_seeds_that_both_have():
     assert second["gain"] == pytest.approx((0.1 + 0.2 + 0.1) / 3)
     assert second["gain_standard_error"] == pytest.approx(statistics.stdev([0.1, 0.2, 0.1]) / 3**0.5)
     assert second["p_value"] == pytest.approx(ttest_rel(ours, plain[:3]).pvalue)
+
+
+def test_summary_is_of_the_chosen_candidate_alone():
+    """The runs of the others, on the same seeds, only served to choose it."""
+    runs = results(PLAIN, [0.5, 0.6], [None] * 2)
+    runs += results(HIGH, [0.7, 0.9], [0.8, 0.8], 2.0) + results(LOW, [0.1, 0.2], [0.1, 0.1], 5.0)
+    row = summarize(runs, "trainer")[1]
+    assert (row["choice"], row["accuracy"]) == ("rho=2", pytest.approx(0.8))
+    assert (row["gain"], row["ratio"]) == (pytest.approx(0.25), 2)
+
+
+def test_times_are_medians():
+    """A run that had to share the machine says nothing of the method."""
+    runs = [Result(PLAIN, seed, 0.5, None, seconds) for seed, seconds in enumerate([2.0, 2.0, 20.0])]
+    runs += [Result(LOW, seed, 0.5, None, seconds) for seed, seconds in enumerate([6.0, 4.0, 100.0])]
+    first, second = summarize(runs, "trainer")
+    assert (first["seconds"], second["seconds"], second["ratio"]) == (2, 6, 3)
+
+
+def test_gains_that_are_all_the_same_have_no_p_value():
+    """The t-test divides by their scatter."""
+    runs = results(PLAIN, [0.5, 0.25], [None] * 2) + results(LOW, [0.75, 0.5], [0] * 2)
+    row = summarize(runs, "trainer")[1]
+    assert row["gain"] == 0.25 and row["p_value"] is None
 
 
 # ---- The command -----------------------------------------------------------
@@ -380,6 +438,9 @@ def search(accuracies):
         ({"0": [0.5, 0.6], "0.1": [0.6, 0.7], "1": [0.7, 0.81]}, 1, 1, 0.205, ["try larger ones"], ["chance"]),
         ({"0": [0.5, 0.6], "0.1": [0.1, 0.2]}, 0, 0, 0, ["(--rho 0): no value did better"], ["Take", "larg"]),
         ({"0": [0.5], "0.1": [0.7], "1": [0.6]}, 0.1, 0, 0.2, ["chance"], ["Take"]),  # one seed says nothing of chance
+        # More than one standard error is not enough; and the values may come in any order.
+        ({"0.1": [0.54, 0.76], "1": [0.4, 0.5], "0": [0.5, 0.6]}, 0.1, 0, 0.1, ["+10.0 ± 6.0", "chance"], ["larg"]),
+        ({"1": [0.7, 0.81], "0": [0.5, 0.6], "0.1": [0.4, 0.5]}, 1, 1, 0.205, ["try larger ones"], ["chance"]),
     ],
 )
 def test_advice_is_by_the_validation_images_and_to_perturb_only_on_evidence(
@@ -387,6 +448,7 @@ def test_advice_is_by_the_validation_images_and_to_perturb_only_on_evidence(
 ):
     advice = advise_rho(search(accuracies))
     assert (advice["best"], advice["rho"]) == (best, rho) and advice["gain"] == pytest.approx(gain)
+    assert [row["rho"] for row in advice["values"]] == sorted(map(float, accuracies))
     assert all(part in advice["text"] for part in said) and not any(part in advice["text"] for part in not_said)
 
 

@@ -75,6 +75,22 @@ def test_random_directions_scale_with_the_filters():
     np.testing.assert_allclose(loss_surface(model, data, points=3).loss, before.loss, rtol=1e-4)
 
 
+def test_each_filter_of_a_random_direction_is_as_long_as_that_of_the_model():
+    """As Li et al. have it; vectors, such as biases, stay."""
+    model, seen = Small(), []
+    model.register_forward_hook(lambda *_: seen.append(weights(model)))
+    loss_surface(model, small_data((5,)), points=3)
+    clean = weights(model)
+    assert len(seen) == 9
+    for moved in (seen[5], seen[7]):  # by 1 along one of the directions, and by 0 along the other
+        for name, value in clean.items():
+            step = moved[name] - value
+            if value.dim() < 2:
+                assert not step.any()
+            else:
+                torch.testing.assert_close(step.norm(dim=1), value.norm(dim=1))
+
+
 def test_along_the_eigenvectors_the_curvature_is_the_eigenvalue():
     model, data, step = Small().double(), [{"x": b["x"].double(), "labels": b["labels"]} for b in small_data()], 1e-3
     values, _ = hessian_eigenvalues(model, data, 2)
@@ -112,6 +128,22 @@ def test_a_grid_is_computed_once_for_the_same_model_data_and_settings(tmp_path, 
     assert all(path.suffixes == [".npz"] for path in tmp_path.iterdir())
     paths = [loss_path(Small(), changed, small_data(), points=2, cache_dir=tmp_path) for _ in range(2)]
     assert np.array_equal(paths[0].loss, paths[1].loss)
+
+
+def test_a_grid_of_other_settings_is_computed_anew(tmp_path):
+    """Or a picture would be that of another plane, or of another part of the line."""
+
+    def surface(model=None, **settings):
+        return loss_surface(model or Small(), small_data(), cache_dir=tmp_path, **{"points": 2, **settings})
+
+    def path(**settings):
+        return loss_path(Small(), Small(), small_data(), cache_dir=tmp_path, **{"points": 2, **settings})
+
+    frozen = Small()
+    frozen.net[0].requires_grad_(False)
+    made = [surface(), surface(directions="eigenvectors"), surface(points=3), surface(frozen)]
+    made += [path(), path(start=0), path(stop=1), path(points=3)]
+    assert len(list(tmp_path.iterdir())) == len(made)
 
 
 @pytest.mark.parametrize(

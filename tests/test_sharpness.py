@@ -87,6 +87,7 @@ def test_eigenvalues_and_trace_are_those_of_the_exact_hessian():
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
     for value, vector in zip(values, vectors, strict=True):
         assert np.linalg.norm(hessian @ vector - value * vector) < 1e-2 * value
+    assert (vectors[np.arange(4), np.abs(vectors).argmax(axis=1)] > 0).all(), "or pictures of them would be mirrored"
     assert abs(trace.value - np.trace(hessian)) < 4 * trace.standard_error
 
 
@@ -126,6 +127,12 @@ def test_losses_gradients_and_margins_are_over_all_samples():
     assert np.array_equal(margins(model, data) > 0, right.numpy())
 
 
+def test_a_tie_is_no_right_answer():
+    """Or a model that says the same of all images would be right on each of them."""
+    data = [{"x": torch.zeros(2, 2), "labels": torch.tensor([0, 1])}]
+    assert losses_and_gradient_norms(Quadratic([1.0, 1.0]), data)["accuracy"] == 0
+
+
 def test_ignored_samples_do_not_count():
     data = small_data((20,))
     kept = [{"x": data[0]["x"][5:], "labels": data[0]["labels"][5:]}]
@@ -135,6 +142,7 @@ def test_ignored_samples_do_not_count():
         lambda m, d: worst_case_rise(m, d, 0.1),
         lambda m, d: worst_case_rise(m, d, 0.1, m=5),
         lambda m, d: hessian_eigenvalues(m, d)[0][0],
+        lambda m, d: average_rise(m, d, 10.0).value,
     ):
         assert measure(Small(), data) == pytest.approx(measure(Small(), kept), rel=1e-5)
     assert len(margins(Small(), data)) == 15
@@ -192,16 +200,24 @@ def test_worst_case_inside_the_ball_is_found():
     assert worst_case_rise(Wave(), data, 3.0) == pytest.approx(expected, rel=1e-4)
 
 
-def test_adaptive_worst_case_does_not_change_when_layers_are_rescaled():
+@pytest.mark.parametrize(
+    "rise",
+    [
+        lambda m, d, **kwargs: worst_case_rise(m, d, 0.5, **kwargs),
+        lambda m, d, **kwargs: average_rise(m, d, 5.0, **kwargs).value,
+    ],
+    ids=["worst case", "average"],
+)
+def test_adaptive_rises_do_not_change_when_layers_are_rescaled(rise):
     """The reason for it: the network computes the same function."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
     data = [{"input": b["x"], "labels": b["labels"]} for b in small_data()]
-    before = worst_case_rise(model, data, 0.5, adaptive=True), worst_case_rise(model, data, 0.5)
+    before = rise(model, data, adaptive=True), rise(model, data)
     with torch.no_grad():
         model[0].weight *= 8
         model[2].weight /= 8
-    after = worst_case_rise(model, data, 0.5, adaptive=True), worst_case_rise(model, data, 0.5)
+    after = rise(model, data, adaptive=True), rise(model, data)
     assert after[0] == pytest.approx(before[0], rel=1e-3)
     assert after[1] > 1.5 * before[1]
 
@@ -216,6 +232,21 @@ def test_m_sharpness_is_the_mean_over_groups():
     assert worst_case_rise(model, data, 0.2, m=3) > worst_case_rise(model, data, 0.2), "each has its own worst case"
 
 
+def test_what_is_not_of_the_samples_is_not_cut_into_groups():
+    """A weight for each feature, or a temperature, is the same for all groups."""
+
+    class Scaled(Small):
+        def forward(self, x, scale, temperature):
+            return super().forward(x * scale) / temperature
+
+    (data,) = small_data((7,))
+    extra = {"scale": torch.linspace(0.5, 2, 20), "temperature": torch.tensor(0.5)}
+    groups = [{key: value[start : start + 3] for key, value in data.items()} for start in (0, 3, 6)]
+    rises = [worst_case_rise(Scaled(), [group | extra], 0.2) for group in groups]
+    found = worst_case_rise(Scaled(), [data | extra], 0.2, m=3)
+    assert found == pytest.approx(np.average(rises, weights=[3, 3, 1]), rel=1e-5)
+
+
 def test_average_rise_follows_the_trace():
     data = small_data()
     model = Small()
@@ -226,6 +257,52 @@ def test_average_rise_follows_the_trace():
     assert found.standard_error < 1e-3, "or the comparison says nothing"
     assert found == average_rise(model, data, 0.1, directions=200)
     assert found != average_rise(model, data, 0.1, directions=200, seed=1)
+
+
+def test_each_direction_is_taken_both_ways():
+    """Near the weights the slope of the loss is far above its curvature, and is to cancel."""
+    model, data = Quadratic([3.0, -3.0]), [{"x": torch.eye(2), "labels": torch.tensor([0, 1])}]
+    expected = 0.01**2 / 2 * hessian_eigenvalues(model, data)[0][0]  # which is the same in all directions
+    assert average_rise(model, data, 0.01, directions=10).value == pytest.approx(expected, rel=0.05)
+
+
+def test_the_standard_error_of_the_average_rise_is_that_over_seeds():
+    """Of two directions: an error that is too small, for being divided by their number, is so by a factor here."""
+    model, (data,) = Quadratic([1.0, -2.0]), small_data((20,))
+    data = [{"x": data["x"][:, :2], "labels": data["labels"] % 2}]
+    values, errors = np.array([average_rise(model, data, 2.0, directions=2, seed=seed) for seed in range(300)]).T
+    assert np.mean(errors**2) == pytest.approx(np.var(values), rel=0.25)
+
+
+def test_all_measures_are_those_of_the_functions():
+    """Each with its own radius, or a number would stand under the name of another measure."""
+    model, data = Small(), small_data()
+    average = average_rise(model, data, 0.7, directions=5, seed=1)
+    trace = hessian_trace(model, data, products=9, seed=1)
+    found = measure_sharpness(
+        model,
+        data,
+        rho=0.1,
+        adaptive_rho=0.3,
+        average_rho=0.7,
+        m=4,
+        steps=3,
+        directions=5,
+        eigenvalues=2,
+        products=9,
+        seed=1,
+    )
+    assert found == losses_and_gradient_norms(model, data) | {
+        "worst_case_rise": worst_case_rise(model, data, 0.1, steps=3, seed=1),
+        "adaptive_worst_case_rise": worst_case_rise(model, data, 0.3, adaptive=True, steps=3, seed=1),
+        "m_sharpness": worst_case_rise(model, data, 0.1, m=4, steps=3, seed=1),
+        "average_rise": average.value,
+        "average_rise_standard_error": average.standard_error,
+        "hessian_eigenvalues": hessian_eigenvalues(model, data, 2, seed=1)[0].tolist(),
+        "hessian_trace": trace.value,
+        "hessian_trace_standard_error": trace.standard_error,
+        "margins": margins(model, data).tolist(),
+    }
 
 
 def test_a_vanished_gradient_still_has_a_worst_case():
@@ -274,6 +351,14 @@ def test_batches_that_draw_random_numbers_do_not_disturb_the_run():
     worst_case_rise(model, Batches(), 0.1, steps=2)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.random.get_state()[2] == states[1]
+
+
+def test_measures_do_not_depend_on_whether_gradients_are_on():
+    """They may be called where a model is only evaluated."""
+    model, data = Small(), small_data()
+    with torch.no_grad():
+        found = losses_and_gradient_norms(model, data)
+    assert found == losses_and_gradient_norms(model, data)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -60,6 +60,16 @@ def test_aace_comes_to_rest_with_the_perturbed_weights_at_a_minimum(runs):
     assert run.loss[-1] > runs["plain"].loss[-1]
 
 
+def test_every_method_but_the_plain_one_takes_the_gradient_where_the_loss_is_higher():
+    """With a step so small that the loss is linear on it, at weights that are sure of their answers."""
+    x, labels = toy_data()
+    for method in METHODS:
+        run = train_toy(method, rho=1e-3, start=(2.0, 1.0), steps=3)
+        for weights, loss in zip(run.perturbed, run.loss, strict=True):
+            rise = F.cross_entropy(TwoWeights(*weights)(x), labels).item() - loss
+            assert rise == 0 if method == "plain" else rise > 0, method
+
+
 def test_the_curve_of_minima_is_sharp_at_its_ends_and_flat_in_the_middle():
     x, labels = toy_data()
     middle = toy_minimum() ** 0.5
