@@ -80,6 +80,27 @@ def test_full_batch_accumulation_does_not_count_ignored_labels(tmp_path):
         torch.testing.assert_close(value, weights(whole.model)[key], rtol=0, atol=1e-6)
 
 
+def test_full_batch_accumulation_logs_what_one_large_batch_does(tmp_path):
+    """In micro-batches of 8, 8 and 6 samples, of which some do not count."""
+    rows = digits(22)
+    for row in rows[:5]:
+        row["labels"] = -100
+    whole = train(vit(), tmp_path, rows, batch_size=22, accumulate=1, steps=2, logging_steps=1)
+    parts = train(vit(), tmp_path, rows, batch_size=8, accumulate=3, steps=2, logging_steps=1)
+    keys = (
+        "loss",
+        "clean_loss",
+        "clean_accuracy",
+        "sharpness",
+        "ascent_loss",
+        "ascent_grad_norm",
+        "perturbation_norm",
+    )
+    for log, expected in zip(parts.state.log_history[:2], whole.state.log_history[:2], strict=True):
+        for key in keys:
+            assert log[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
+
+
 @pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
 def test_nothing_accumulated_so_far_is_lost(scope, tmp_path):
     """After each micro-batch `p.grad` is the sum of the descent gradients, computed here without the library's Trainer."""

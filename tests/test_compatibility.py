@@ -327,6 +327,24 @@ def test_random_changes_of_a_batch_on_the_device_are_the_same_in_both_passes(tmp
     check_goes_on_working(vit, tmp_path, trainer=Noisy, ours=Ours)
 
 
+def test_the_ascent_is_by_the_batch_that_the_trainer_has_prepared(tmp_path):
+    """One that changes images on the device is to be perturbed by those that it trains on."""
+
+    class Doubled(AACETrainer):
+        def _prepare_inputs(self, inputs):
+            inputs = super()._prepare_inputs(inputs)
+            return {**inputs, "pixel_values": 2 * inputs["pixel_values"]}
+
+    moved = []
+    for cls, factor in ((Doubled, 1), (AACETrainer, 2)):
+        trainer = trainer_for_single_steps(convnext(), tmp_path, cls, rho=0.1)
+        inputs = batch()
+        inputs["pixel_values"] *= factor
+        with trainer.perturbed_weights(trainer.model, inputs):
+            moved.append(weights(trainer.model))
+    assert identical(*moved)
+
+
 def compiled():
     return torch.compile(Linear(), backend="eager")
 
@@ -360,6 +378,19 @@ def test_what_a_batch_holds_for_an_overridden_compute_loss_is_kept_from_the_mode
         return make_model()
 
     check_goes_on_working(seeded, tmp_path, trainer=Weighted, ours=Ours, **kwargs)
+
+
+def test_a_model_that_takes_anything_gets_all_of_the_batch(tmp_path):
+    """In both passes."""
+
+    class Anything(Linear):
+        def forward(self, labels=None, **inputs):
+            return super().forward(inputs["pixel_values"] * inputs["contrasts"], labels)
+
+    def with_contrasts(rows):
+        return default_data_collator(rows) | {"contrasts": torch.linspace(0.5, 2, len(rows)).view(-1, 1, 1, 1)}
+
+    check_goes_on_working(Anything, tmp_path, data_collator=with_contrasts, remove_unused_columns=False)
 
 
 def test_a_model_that_is_called_otherwise_than_by_the_names_of_the_batch(tmp_path):
@@ -410,6 +441,22 @@ def test_soft_labels_of_mixup(loss, tmp_path):
     for rho, same in ((VANISHING, True), (0.2, False)):
         ours = train(AACETrainer, AACEConfig, vit(), tmp_path, rho=rho, perturbation_loss=loss, **kwargs)
         assert identical(weights(plain.model), weights(ours.model)) is same
+
+
+def test_soft_labels_in_an_overridden_compute_loss(tmp_path):
+    """Which may know what to do with them where the model does not."""
+
+    class Soft(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = soft_cross_entropy(outputs, labels)
+            return (loss, outputs) if return_outputs else loss
+
+    class Ours(AACETrainer, Soft):
+        pass
+
+    check_goes_on_working(vit, tmp_path, trainer=Soft, ours=Ours, data_collator=mixup)
 
 
 def test_ignored_labels_count_in_neither_pass(tmp_path):

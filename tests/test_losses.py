@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_aace import aace_loss
+from hf_aace.losses import check_label_values
 
 
 def definition(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -126,6 +127,25 @@ def test_ignored_samples_do_not_count():
     assert (aace_loss(logits, labels, reduction="none")[~counted] == 0).all()
 
 
+def test_the_index_of_ignored_samples_can_be_another():
+    """Which then is no class that is out of range, while -100 is."""
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 255, 3, 255, 1, 2])
+    counted = labels != 255
+    expected = aace_loss(logits[counted], labels[counted])
+    torch.testing.assert_close(aace_loss(logits, labels, ignore_index=255), expected)
+    for wrong, found in ((4, "0 .. 4"), (-100, "-100 .. 2")):
+        with pytest.raises(ValueError, match=rf"must lie in \[0, 4\).*got {found}"):
+            aace_loss(logits, labels.where(labels != 3, wrong), ignore_index=255)
+
+
+def test_a_batch_of_ignored_samples_has_no_mean_and_is_no_error():
+    """As cross-entropy has it."""
+    logits, labels = torch.randn(4, 3), torch.full((4,), -100)
+    check_label_values(labels, 3)
+    assert aace_loss(logits, labels).isnan() and F.cross_entropy(logits, labels).isnan()
+    assert aace_loss(logits, labels, reduction="sum") == 0
+
+
 def test_labels_of_8_bits_are_the_classes_that_they_say():
     """156 is -100 in 8 bits, which would be left out."""
     logits = torch.randn(2, 200)
@@ -133,8 +153,9 @@ def test_labels_of_8_bits_are_the_classes_that_they_say():
     assert torch.equal(aace_loss(logits, labels.to(torch.uint8)), aace_loss(logits, labels))
 
 
-def test_half_precision_logits_are_computed_in_32_bits():
-    logits, labels = torch.randn(6, 4).bfloat16(), torch.randint(4, (6,))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_computed_in_32_bits(dtype):
+    logits, labels = torch.randn(6, 4).to(dtype), torch.randint(4, (6,))
     loss = aace_loss(logits, labels)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, aace_loss(logits.float(), labels))
@@ -158,6 +179,14 @@ def test_half_precision_logits_are_computed_in_32_bits():
 def test_what_is_no_classification_is_refused(logits, labels, message):
     with pytest.raises(ValueError, match=message):
         aace_loss(logits, labels)
+
+
+def test_what_is_no_probability_is_refused_and_rounding_is_not():
+    """Of soft labels that were made in 16 bits, a third thrice is more than 1."""
+    check_label_values(torch.full((4, 3), 1 / 3).bfloat16().float(), 3)
+    for bad in ([0.5, 0.4, 0.4], [1.5, -0.5, 0.0], [0.3, 0.3, 0.3]):
+        with pytest.raises(ValueError, match="must be class probabilities"):
+            check_label_values(torch.tensor([bad]), 3)
 
 
 def test_unknown_choices_are_refused():

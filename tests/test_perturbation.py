@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import alive
 from torch import nn
 
 from hf_aace import aace_loss, perturbed
@@ -62,12 +63,15 @@ def test_step_is_the_formula_whatever_the_memory_layout():
     assert torch.equal(flat(parameters), before)
 
 
-def test_grad_scale_divides_the_gradient():
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_grad_scale_divides_the_gradient(normalize, adaptive):
     parameters, gradients = parameters_and_gradients()
-    with perturbed(parameters, gradients, 0.3, adaptive=True) as plain:
+    settings = {"normalize": normalize, "adaptive": adaptive}
+    with perturbed(parameters, gradients, 0.3, **settings) as plain:
         expected = flat(parameters)
     scaled = [g * 1024 for g in gradients]
-    with perturbed(parameters, scaled, 0.3, adaptive=True, grad_scale=torch.tensor(1024.0)) as perturbation:
+    with perturbed(parameters, scaled, 0.3, grad_scale=torch.tensor(1024.0), **settings) as perturbation:
         torch.testing.assert_close(flat(parameters), expected)
     torch.testing.assert_close(perturbation.grad_norm, plain.grad_norm)
     torch.testing.assert_close(perturbation.norm, plain.norm)
@@ -95,6 +99,34 @@ def test_zero_gradient_gives_no_step_rather_than_nan():
         with perturbed(parameters, zeros, 0.3, normalize=True, adaptive=adaptive) as perturbation:
             assert torch.equal(flat(parameters), before)
         assert perturbation.skipped == 0 and perturbation.norm == 0
+
+
+def test_a_step_that_is_not_finite_is_not_made():
+    """`rho` times the norm may overflow where neither does."""
+    parameters = [nn.Parameter(torch.ones(3))]
+    with perturbed(parameters, [torch.full((3,), 1e15)], 1e30) as perturbation:
+        assert torch.equal(parameters[0], torch.ones(3))
+    assert perturbation.skipped == 1 and perturbation.norm == 0
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_normalized_step_has_its_length_however_small_the_gradient(adaptive):
+    """As that of SAM is near the end of a training."""
+    parameters, gradients = parameters_and_gradients()
+    settings = {"normalize": True, "adaptive": adaptive}
+    with perturbed(parameters, [g * 1e-6 for g in gradients], 0.3, **settings):
+        moved = flat(parameters)
+    with perturbed(parameters, gradients, 0.3, **settings):
+        torch.testing.assert_close(moved, flat(parameters), rtol=0, atol=1e-6)
+
+
+def test_rho_0_is_no_step():
+    """And none that was skipped: nothing was wrong with the gradient."""
+    parameters, gradients = parameters_and_gradients()
+    before = flat(parameters)
+    with perturbed(parameters, gradients, 0.0) as perturbation:
+        assert torch.equal(flat(parameters), before)
+    assert perturbation.norm == 0 and perturbation.skipped == 0
 
 
 def test_parameters_without_gradient_stay():
@@ -126,6 +158,31 @@ def test_reusable_gives_the_very_same_weights_again():
         with perturbation:
             assert torch.equal(flat(parameters), moved)
     assert torch.equal(flat(parameters), before)
+
+
+def test_restores_when_the_moved_weights_cannot_be_kept(monkeypatch):
+    """For the next entry, which takes memory."""
+
+    def out_of_memory(tensor):
+        raise torch.OutOfMemoryError("injected")
+
+    parameters, gradients = parameters_and_gradients()
+    before = flat(parameters)
+    perturbation = perturbed(parameters, gradients, 0.3, reusable=True)
+    with monkeypatch.context() as patches, pytest.raises(torch.OutOfMemoryError), perturbation:
+        patches.setattr(torch.Tensor, "clone", out_of_memory)
+    assert torch.equal(flat(parameters), before)
+
+
+def test_reusable_holds_one_copy_at_a_time():
+    """Of the clean weights inside, and of the moved ones outside: two would take as much memory as another model."""
+    parameters, gradients = parameters_and_gradients()
+    before = alive(2, 3, 4)
+    perturbation = perturbed(parameters, gradients, 0.3, reusable=True)
+    for _ in range(2):
+        with perturbation:
+            assert alive(2, 3, 4) == before + 1
+        assert alive(2, 3, 4) == before + 1
 
 
 def test_is_used_up_after_one_entry_unless_reusable():
@@ -198,6 +255,27 @@ def test_frozen_running_statistics_changes_the_statistics_and_nothing_else():
     assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
     assert torch.equal(inside, layer(inputs * 5 + 2)), "the output is that of training mode"
     assert layer.num_batches_tracked == 2, "and afterwards it counts again"
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.BatchNorm3d(3), nn.SyncBatchNorm(3), nn.LazyBatchNorm2d()],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_frozen_running_statistics_is_for_every_kind_of_batch_norm(layer):
+    """Or they would be those of the perturbed weights, too."""
+    with frozen_running_statistics(nn.Sequential(layer)):
+        assert not layer.track_running_stats
+    assert layer.track_running_stats
+
+
+def test_frozen_running_statistics_leaves_layers_that_keep_none_so():
+    """They may have been frozen by hand."""
+    layer = nn.BatchNorm1d(3)
+    layer.track_running_stats = False
+    with frozen_running_statistics(layer):
+        pass
+    assert not layer.track_running_stats
 
 
 def test_frozen_running_statistics_leaves_layers_in_evaluation_mode_alone():

@@ -4,7 +4,7 @@
 import copy
 import inspect
 import pickle
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import pytest
 import torch
@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from tiny import (
     VANISHING,
     InOrder,
+    alive,
     batch,
     convnext,
     digits,
     identical,
     learning_curve,
+    resnet,
     trainer_for_single_steps,
     training_arguments,
     vit,
@@ -74,6 +76,23 @@ def test_config_is_training_arguments_plus_the_aace_fields(tmp_path):
     assert config.output_dir == str(tmp_path)
     assert pickle.loads(pickle.dumps(config)).rho == 0.3
     assert config.to_dict()["rho"] == 0.3
+
+
+def test_defaults_are_aace_as_published():
+    """With the step size that the README's results have."""
+    assert asdict(AACEArguments()) == {
+        "rho": 0.01,
+        "perturbation_loss": "aace",
+        "normalize_perturbation": False,
+        "adaptive_perturbation": False,
+        "aace_target": "adaptive",
+        "ascent_fraction": 1.0,
+        "ascent_scope": "micro_batch",
+        "sync_ascent": False,
+        "perturb_every": 1,
+        "ascent_every": 1,
+        "perturb_modules": None,
+    }
 
 
 def test_every_field_is_a_command_line_option(tmp_path):
@@ -281,6 +300,59 @@ def test_other_parameters_take_a_new_ascent_pass(tmp_path, monkeypatch):
     assert len(sizes) == 2
 
 
+def test_other_parameters_in_the_same_number_take_a_new_ascent_pass(tmp_path, monkeypatch):
+    """Or the gradient of the one would move the other."""
+    sizes = ascents(monkeypatch)
+
+    class Alternate(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model.classifier.weight.requires_grad_(state.global_step < 2)
+            model.classifier.bias.requires_grad_(state.global_step >= 2)
+
+    model = convnext()
+    model.convnext.requires_grad_(False)
+    model.classifier.bias.requires_grad_(False)
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=4, ascent_every=4, rho=0.1)
+    AACETrainer(model, arguments, train_dataset=digits(), callbacks=[Alternate()]).train()
+    assert len(sizes) == 2
+
+
+def test_an_epoch_that_ends_within_a_step_leaves_the_next_step_its_own_ascent(tmp_path, monkeypatch):
+    """The gradient over the batches of the one says nothing of those of the other."""
+    sizes = ascents(monkeypatch)
+
+    class EndEpoch(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.epoch < 1 and state.global_step == 0
+
+    arguments = training_arguments(
+        AACEConfig,
+        tmp_path,
+        num_train_epochs=2,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=4,
+        ascent_scope="full_batch",
+    )
+    AACETrainer(convnext(), arguments, train_dataset=digits(32), callbacks=[EndEpoch()]).train()
+    assert sizes == [8] * (4 + 4)
+
+
+def test_the_ascent_is_in_training_mode_after_an_evaluation(tmp_path):
+    """Or dropout would differ between the passes, and BatchNorm not count the batch."""
+    modes = []
+
+    class Look(AACETrainer):
+        def ascent_outputs(self, model, inputs):
+            modes.append(model.training)
+            return super().ascent_outputs(model, inputs)
+
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1)
+    trainer = Look(resnet(), arguments, train_dataset=digits(), eval_dataset=digits(32))
+    trainer.train()
+    counts = {int(b) for name, b in trainer.model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {4} and modes == [True] * 4
+
+
 def test_another_loss_takes_a_new_ascent_pass(tmp_path, monkeypatch):
     """The gradient of the one is to be descended, that of the other climbed."""
     sizes = ascents(monkeypatch)
@@ -392,8 +464,22 @@ def test_logged_values_are_means_over_the_logging_interval(scope, tmp_path):
         logs[every] = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs[1]) == 6 and len(logs[6]) == 1
     own = ("clean_loss", "clean_accuracy", "sharpness", "ascent_loss", "ascent_grad_norm", "perturbation_norm", "rho")
+    for log in logs[1]:
+        assert log["sharpness"] == pytest.approx(log["loss"] - log["clean_loss"], abs=1e-5)
     for key in ("loss", *own):
         assert logs[6][0][key] == pytest.approx(sum(log[key] for log in logs[1]) / 6, rel=1e-4, abs=1e-7), key
+
+
+def test_evaluations_leave_the_training_logs_their_averages(tmp_path):
+    """An evaluation is logged, too, in the middle of what they are averages of."""
+    logs = []
+    for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 2}):
+        arguments = training_arguments(AACEConfig, tmp_path, max_steps=6, logging_steps=6, rho=0.1, **evaluation)
+        trainer = AACETrainer(convnext(), arguments, train_dataset=digits(), eval_dataset=digits(32))
+        trainer.train()
+        logs.append(next(log for log in trainer.state.log_history if "loss" in log))
+    assert logs[0] == logs[1] and "clean_loss" in logs[0]
+    assert not any("rho" in log for log in trainer.state.log_history if "eval_loss" in log)
 
 
 @pytest.mark.parametrize("labels", ["indices", "ignored", "probabilities"])
@@ -510,6 +596,12 @@ def test_batches_that_are_no_classification_are_refused(model, change, message, 
     assert identical(weights(model), before)
 
 
+def test_a_label_without_a_batch_is_refused_whatever_the_share_of_the_batch(tmp_path):
+    trainer = trainer_for_single_steps(convnext(), tmp_path, ascent_fraction=0.5)
+    with pytest.raises(ValueError, match=r"Integer labels must have shape \(1,\).* got \(\)"):
+        trainer.training_step(trainer.model, batch(1) | {"labels": torch.tensor(1)})
+
+
 def test_batches_that_are_no_dictionaries_are_refused(tmp_path):
     trainer = trainer_for_single_steps(convnext(), tmp_path)
     with pytest.raises(ValueError, match=r"dictionaries, got a tuple\. Let the `data_collator` .* under `labels`"):
@@ -593,6 +685,38 @@ def test_hooks_that_run_inside_backward_are_refused(tmp_path):
         trainer.training_step(trainer.model, batch())
 
 
+def test_a_second_training_is_checked_as_the_first(tmp_path):
+    """The model may have got hooks in between."""
+    trainer = AACETrainer(convnext(), training_arguments(AACEConfig, tmp_path, max_steps=1), train_dataset=digits(16))
+    trainer.train()
+    next(trainer.model.parameters()).register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="register_post_accumulate_grad_hook"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("loss", ["aace", "cross_entropy"])
+def test_labels_of_8_bits_are_the_classes_that_they_say(loss, tmp_path):
+    """156 is -100 in 8 bits, which would be left out."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(64, 200)
+
+        def forward(self, pixel_values):
+            return {"logits": self.linear(pixel_values.flatten(1))}
+
+    trainer = trainer_for_single_steps(Model(), tmp_path, rho=0.1, perturbation_loss=loss)
+    trainer.compute_loss_func = lambda outputs, labels, **_: F.cross_entropy(outputs["logits"], labels.long())
+    moved = []
+    for dtype in (torch.long, torch.uint8):
+        inputs = batch(2) | {"labels": torch.tensor([156, 3], dtype=dtype)}
+        with trainer.perturbed_weights(trainer.model, inputs):
+            moved.append(weights(trainer.model))
+    assert identical(*moved)
+
+
 def test_labels_in_a_column_are_those_in_a_row(tmp_path):
     """Models flatten them, so that plain training takes them too."""
     trainer = trainer_for_single_steps(vit(), tmp_path, rho=0.1)
@@ -657,3 +781,44 @@ def test_logs_of_a_second_training_are_its_own(tmp_path):
     trainer.train()
     fresh.train()
     assert learning_curve(trainer)[0] == learning_curve(fresh)[0]
+
+
+# ---- What it keeps in memory ----------------------------------------------------------------------------------------
+
+
+def test_a_perturbation_that_was_made_holds_no_copies(tmp_path):
+    """The optimizer comes next, which takes memory itself."""
+    trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.1)
+    shape = trainer.model.classifier.weight.shape
+    before = alive(*shape)
+    perturbation = trainer.perturbed_weights(trainer.model, batch())
+    assert alive(*shape) == before + 1, "the ascent gradient"
+    with perturbation:
+        assert alive(*shape) == before + 1, "the backup"
+    assert alive(*shape) == before
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
+@pytest.mark.parametrize("stop", [False, True], ids=["to the end", "stopped within an accumulation"])
+def test_no_more_is_kept_than_by_plain_training(stop, scope, tmp_path):
+    """Neither in the optimizer step nor, for as long as the trainer lives, after the training."""
+
+    def kept(rho):
+        counts, before = [], alive(16, 1, 8, 8)
+
+        class Look(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+                counts.append(alive(*model.classifier.weight.shape))
+
+            def on_substep_end(self, args, state, control, **kwargs):
+                control.should_training_stop = stop and state.global_step == 1
+
+        arguments = training_arguments(
+            AACEConfig, tmp_path, max_steps=2, gradient_accumulation_steps=2, ascent_scope=scope, rho=rho
+        )
+        trainer = AACETrainer(convnext(), arguments, train_dataset=digits(64), callbacks=[Look()])
+        trainer.train()
+        assert alive(16, 1, 8, 8) == before, "no batch"
+        return [*counts, alive(*trainer.model.classifier.weight.shape)]
+
+    assert kept(0.1) == kept(0)

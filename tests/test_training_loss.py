@@ -71,6 +71,14 @@ def test_one_hot_soft_labels_are_hard_ones():
     torch.testing.assert_close(loss({"logits": LOGITS[:10]}, soft), loss({"logits": LOGITS[:10]}, hard))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_have_a_loss_in_32_bits(dtype):
+    """A sum over many images would lose its last ones."""
+    logits, loss = LOGITS.to(dtype), TrainingLoss(WEIGHTS)
+    assert loss(logits, LABELS).dtype == torch.float32
+    torch.testing.assert_close(loss(logits, LABELS), loss(logits.float(), LABELS))
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_soft_labels_of_a_collator_train_as_hard_ones(accumulate, tmp_path):
     """Where they come from does not matter: the mean is over images."""

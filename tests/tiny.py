@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models and data that the tests share. Small enough that a training step takes milliseconds."""
 
+import gc
 from dataclasses import fields
 
 import torch
@@ -93,6 +94,12 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Whether two state dicts are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def alive(*shape: int) -> int:
+    """How many tensors of a shape are in memory, parameters and gradients among them."""
+    gc.collect()
+    return sum(type(thing) in (torch.Tensor, nn.Parameter) and thing.shape == shape for thing in gc.get_objects())
 
 
 def training_arguments(cls, output_dir, **kwargs):
