@@ -69,6 +69,14 @@ def test_images_stay_in_the_range_that_the_model_knows(policy):
         assert (images >= low.view(3, 1, 1) - 1e-5).all() and (images <= high.view(3, 1, 1) + 1e-5).all()
 
 
+@pytest.mark.parametrize("policy", ["none", "default"])
+def test_flat_images_stay_as_they_are(policy):
+    """They are cut and flipped on the scale of pixels, and normalised again."""
+    images = flat()
+    changed = augmentation(policy)(images, 0)["pixel_values"]
+    torch.testing.assert_close(changed, images["pixel_values"], rtol=0, atol=1e-5)
+
+
 def test_the_default_crops_and_flips():
     """Of a horizontal ramp: half of the images end up falling, and all span the width or a part of at least 35 % * 3/4."""
     ramp = torch.linspace(0, 1, 32).expand(64, 3, 32, 32)
@@ -87,6 +95,10 @@ def test_randaugment_draws_other_operations_for_every_eight_images():
     plain = augmentation("default")({"pixel_values": one.expand(64, 3, 32, 32), "labels": torch.zeros(64)}, 0)
     changes = (images["pixel_values"] - plain["pixel_values"]).abs().mean(dim=(1, 2, 3)).view(8, 8)
     assert changes.mean(dim=1).unique().numel() > 4
+    # Of a grey image the operations of a group leave so many versions.
+    grey = {"pixel_values": torch.full((64, 3, 32, 32), 0.3), "labels": torch.zeros(64)}
+    images = augmentation("randaugment", mean=[0.0] * 3, std=[1.0] * 3)(grey, 0)["pixel_values"]
+    assert len({len(group.mul(1e4).round().flatten(1).unique(dim=0)) for group in images.split(8)}) > 2
 
 
 # ---- Mixing ----------------------------------------------------------------
@@ -102,6 +114,14 @@ def test_mixup_blends_images_and_labels_in_one_ratio():
         torch.testing.assert_close(mixed["labels"].sum(dim=1), torch.ones(16))
         ratios.add(round(mixed["labels"].max().item(), 3))
     assert len(ratios) > 10
+
+
+def test_the_ratio_of_mixup_is_of_its_beta_distribution():
+    """Whose parameter says how far most images are from being mixed at all: `mixup` is no mere switch."""
+    augment = augmentation(mixup=0.1)
+    ratios = torch.stack([augment(flat(), seed)["labels"].diagonal().min() for seed in range(400)])
+    assert ratios.mean() == pytest.approx(0.5, abs=0.08)
+    assert ratios.var() == pytest.approx(1 / (4 * (2 * 0.1 + 1)), abs=0.03)  # 0.21; of evenly drawn ones 0.08
 
 
 def test_cutmix_gives_labels_by_the_area():
@@ -245,11 +265,14 @@ def test_soft_labels_count_as_images_not_as_numbers(tmp_path):
         return {**batch, "labels": nn.functional.one_hot(batch["labels"], 10).float()}
 
     for accumulate in (1, 2):
-        options = {"gradient_accumulation_steps": accumulate, "optim": "sgd", "max_steps": 3}
-        soft = weights(trained(tmp_path, vit(), augment=soften, **options).model)
-        hard = weights(trained(tmp_path, vit(), augment=lambda batch, seed: batch, **options).model)
-        for name in soft:
-            torch.testing.assert_close(soft[name], hard[name], rtol=0, atol=1e-6)
+        options = {"gradient_accumulation_steps": accumulate, "optim": "sgd", "max_steps": 3, "logging_steps": 1}
+        soft = trained(tmp_path, vit(), augment=soften, **options)
+        hard = trained(tmp_path, vit(), augment=lambda batch, seed: batch, **options)
+        # A loss that is greater by a factor shows here alone: the gradient is clipped.
+        for log, expected in zip(soft.state.log_history[:3], hard.state.log_history[:3], strict=True):
+            assert log["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        for name, value in weights(soft.model).items():
+            torch.testing.assert_close(value, weights(hard.model)[name], rtol=0, atol=1e-6)
 
 
 # ---- In the command --------------------------------------------------------

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import batch, convnext, digits, identical, trainer_for_single_steps, training_arguments, weights
-from transformers import TrainerCallback
+from tiny import alive, batch, convnext, digits, identical, trainer_for_single_steps, training_arguments, weights
+from transformers import TrainerCallback, TrainerState
 
 import hf_aace.callbacks
 from hf_aace import AACEConfig, AACETrainer, aace_loss
@@ -114,6 +114,55 @@ def test_a_callback_of_ones_own_sees_each_perturbation(tmp_path):
     assert len(logged) == 2 and all(value > 0 for value in logged)
 
 
+def test_a_callback_hears_of_new_ascents_only(tmp_path):
+    """A gradient that is used again agrees with itself, which says nothing."""
+    steps = []
+
+    class Note(PerturbationCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.step = state.global_step
+
+        def on_perturbation(self, perturbation):
+            steps.append(self.step)
+
+    train(tmp_path, [Note()], ascent_every=4)
+    assert steps == [0, 4]
+
+
+def test_consistency_of_a_second_training_begins_anew(tmp_path):
+    """With the step after its first; and no gradients are kept between the two."""
+
+    def trained(callbacks):
+        arguments = training_arguments(AACEConfig, tmp_path, max_steps=1, logging_steps=1)
+        trainer = AACETrainer(convnext(), arguments, train_dataset=digits(16), callbacks=callbacks)
+        trainer.train()
+        return trainer, alive(*trainer.model.classifier.weight.shape)
+
+    plain = trained([])[1]
+    trainer, kept = trained([PerturbationConsistencyCallback()])
+    assert kept == plain
+    trainer.train()
+    assert not any("perturbation_consistency" in log for log in trainer.state.log_history)
+
+
+def test_consistency_begins_anew_after_a_training_that_failed(tmp_path):
+    """Its last perturbation was of other weights."""
+
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    fail = Fail()
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=1, logging_steps=1)
+    callbacks = [PerturbationConsistencyCallback(), fail]
+    trainer = AACETrainer(convnext(), arguments, train_dataset=digits(16), callbacks=callbacks)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(fail)
+    trainer.train()
+    assert not any("perturbation_consistency" in log for log in trainer.state.log_history)
+
+
 # ---- Curves in a notebook --------------------------------------------------
 
 
@@ -145,6 +194,30 @@ def test_curves_are_not_drawn_more_often_than_asked(tmp_path, monkeypatch):
     notebook = Notebook(monkeypatch)
     train(tmp_path, [LiveCurvesCallback(min_seconds=1e6)], rho=0.05)
     assert (len(notebook.shown), len(notebook.renewed)) == (1, 1)  # the first, and the last in any case
+
+
+def test_a_second_training_has_a_picture_of_its_own(tmp_path, monkeypatch):
+    """Drawn at once, though the last one of the first was not long ago."""
+    notebook = Notebook(monkeypatch)
+    trainer = train(tmp_path, [LiveCurvesCallback(min_seconds=1e6)])
+    trainer.train()
+    assert (len(notebook.shown), len(notebook.renewed)) == (2, 2)
+
+
+def test_a_training_without_logs_has_no_curves_and_ends_well(tmp_path, monkeypatch):
+    notebook = Notebook(monkeypatch)
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=1, logging_strategy="no")
+    AACETrainer(convnext(), arguments, train_dataset=digits(16), callbacks=[LiveCurvesCallback()]).train()
+    assert not notebook.shown
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_only_the_first_process_draws(first, monkeypatch):
+    """All of them have the same logs."""
+    notebook = Notebook(monkeypatch)
+    state = TrainerState(log_history=[{"loss": 1.0, "step": 1, "epoch": 1.0}], is_world_process_zero=first)
+    LiveCurvesCallback().on_log(None, state, None)
+    assert len(notebook.shown) == first
 
 
 def test_outside_of_notebooks_nothing_is_drawn(tmp_path, monkeypatch):

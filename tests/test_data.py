@@ -92,6 +92,7 @@ def test_validation_images_are_training_images_that_are_not_trained_on():
         assert sum(wrong) == round(0.5 * len(wrong))
     other = load_image_dataset("digits", seed=4, validation_size=0.2)
     assert pixels(other["validation"]) != pixels(split["validation"])
+    assert len(load_image_dataset("digits", seed=0, validation_size=0.1)["validation"]) == 130, "129.7 are 130"
 
 
 def test_validation_size_out_of_range_is_refused():
@@ -157,6 +158,7 @@ def test_folder_without_a_test_split_has_a_fifth_set_apart(tmp_path):
     name = write_images(tmp_path, {"cat": 20, "dog": 40})
     dataset, other = load_image_dataset(name, seed=0), load_image_dataset(name, seed=1)
     assert np.bincount(labels(dataset["train"])).tolist() == [16, 32]
+    assert labels(dataset["train"]).tolist() == [0] * 16 + [1] * 32, "in the order of the folder"
     assert np.bincount(labels(dataset["test"])).tolist() == [4, 8]
     assert dataset["train"].features["label"].names == ["cat", "dog"]
     assert not set(pixels(dataset["train"])) & set(pixels(dataset["test"]))
@@ -433,6 +435,19 @@ def test_columns_are_found_by_their_type(hub):
 def test_validation_serves_where_test_labels_are_withheld(hub):
     hub(train=hub_split(), test=hub_split(6, labels=[-1] * 6), validation=hub_split(4))
     assert len(load_image_dataset("someone/something", seed=0)["test"]) == 4
+
+
+def test_a_labelled_test_split_goes_before_validation(hub):
+    """By which settings may have been chosen."""
+    hub(train=hub_split(), test=hub_split(6), validation=hub_split(4))
+    assert len(load_image_dataset("someone/something", seed=0)["test"]) == 6
+
+
+def test_which_class_has_an_image_more_is_drawn(hub):
+    """Where the shares do not come out even; always the same one would be preferred."""
+    hub(train=hub_split(20, labels=[0] * 10 + [1] * 10), test=hub_split(4))
+    drawn = [load_image_dataset("someone/something", seed=seed, train_size=3)["train"] for seed in range(10)]
+    assert {int(labels(train).sum()) for train in drawn} == {1, 2}
 
 
 def test_training_images_without_label_are_refused(hub):

@@ -239,6 +239,23 @@ def test_images_are_read_when_they_are_needed():
     assert len(asked) == 4
 
 
+def test_probabilities_are_those_of_a_model_in_evaluation_mode():
+    """Whatever mode it is in: one may classify in the middle of a training."""
+    model, processor = save_model("model", COLOURS)
+    images = [PIL.Image.new("L", (8, 8), value) for value in (0, 120, 240)]
+    model.classifier = torch.nn.Sequential(torch.nn.Dropout(0.9), model.classifier)
+    first, again = (list(classify(model.train(), processor, images)) for _ in range(2))
+    assert np.array_equal(first, again) and not model.training
+
+
+def test_probabilities_are_of_32_bits_whatever_the_scores():
+    """In 16 bits they would not sum to 1, and many would be equal."""
+    model, processor = save_model("model", COLOURS)
+    with torch.autocast("cpu", torch.bfloat16):
+        (probabilities,) = classify(model, processor, [PIL.Image.new("L", (8, 8), 120)])
+    assert probabilities.dtype == np.float32 and probabilities.sum() == pytest.approx(1, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from resumable_run import make_trainer
+from safetensors.torch import load_file, save_file
 from tiny import digits, identical, learning_curve, training_arguments, vit, weights
 from torch import nn
 from transformers import (
@@ -124,26 +125,34 @@ def test_a_vit_that_the_user_compiled_is_resumed(tmp_path):
     assert identical(weights(resumed.model), weights(whole.model))
 
 
+def mixtral():
+    config = MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        num_labels=3,
+    )
+    return MixtralForSequenceClassification(config)
+
+
+def tied():
+    model = vit()
+    model.same_classifier = model.classifier
+    model._tied_weights_keys = {f"same_classifier.{name}": f"classifier.{name}" for name in ("weight", "bias")}
+    return model
+
+
 @pytest.mark.parametrize("max_shard_size", ["5GB", "9KB"])
-@pytest.mark.parametrize("kind", ["renamed", "merged"])
-def test_weights_saved_under_other_names_are_found(kind, max_shard_size, tmp_path):
-    """Renamed only (ViT), or merged from several (the experts of a mixture), in one file or in several."""
-
-    def make():
-        if kind == "renamed":
-            return vit()
-        config = MixtralConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_local_experts=2,
-            num_labels=3,
-        )
-        return MixtralForSequenceClassification(config)
-
+@pytest.mark.parametrize("make", [vit, tied, mixtral], ids=["renamed", "tied", "merged"])
+def test_weights_saved_under_other_names_are_found(make, max_shard_size, tmp_path):
+    """
+    Renamed only (ViT), also with weights of two names, of which one is saved, or merged from several (the experts of a
+    mixture); in one file or in several.
+    """
     saved, other = make(), make()
     with torch.no_grad():
         for p in other.parameters():
@@ -152,6 +161,26 @@ def test_weights_saved_under_other_names_are_found(kind, max_shard_size, tmp_pat
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is (max_shard_size == "9KB")
     assert needs_conversion(other, str(tmp_path))
     load_converted_weights(other, str(tmp_path))
+    assert identical(weights(other), weights(saved))
+
+
+@pytest.mark.parametrize(("make", "head"), [(vit, "classifier"), (mixtral, "score")], ids=["renamed", "merged"])
+def test_of_what_a_checkpoint_holds_beside_the_weights_nothing_is_taken(make, head, tmp_path):
+    """And what it lacks is told, not drawn at random."""
+    saved, other = make(), make()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    saved.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"something.else": torch.zeros(3)}, file, metadata={"format": "pt"})
+    load_converted_weights(other, str(tmp_path))
+    assert identical(weights(other), weights(saved))
+    del tensors[f"{head}.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=rf"lacks weights of {type(other).__name__}: \['{head}.weight'\]"):
+        load_converted_weights(other, str(tmp_path))
     assert identical(weights(other), weights(saved))
 
 
