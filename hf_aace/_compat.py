@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -59,10 +58,9 @@ def load_converted_weights(model: nn.Module, checkpoint: str) -> None:
             if name in as_saved
         }
     else:
-        with torch.random.fork_rng(devices=[]):  # initialising the copy must not draw from the run's random numbers
-            copy, report = type(inner).from_pretrained(
-                checkpoint, config=inner.config, dtype=inner.dtype, output_loading_info=True
-            )
+        copy, report = type(inner).from_pretrained(
+            checkpoint, config=inner.config, dtype=inner.dtype, output_loading_info=True
+        )
         loaded = {name: t for name, t in copy.state_dict().items() if name not in report["missing_keys"]}
     # Of weights that are one tensor, a checkpoint holds one.
     held = {own[name].data_ptr() for name in loaded}
