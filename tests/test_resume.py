@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Property 8: a run that was killed and resumed ends bit for bit as one that never was."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from resumable_run import make_trainer
 from safetensors.torch import load_file, save_file
-from tiny import digits, identical, learning_curve, training_arguments, vit, weights
+from tiny import convnext, digits, identical, learning_curve, training_arguments, vit, weights
 from torch import nn
 from transformers import (
     MixtralConfig,
@@ -18,6 +20,7 @@ from transformers import (
     TrainerCallback,
     ViTForImageClassification,
 )
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_aace import AACEConfig, AACETrainer
 from hf_aace._compat import load_converted_weights, needs_conversion
@@ -52,6 +55,46 @@ def test_killed_and_resumed_run_ends_as_one_never_killed(name, scope, every, tmp
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     # Trainer averages its logs from the resumed step on, so the entry that spans the kill differs; later ones do not.
     assert learning_curve(resumed)[-3:-1] == learning_curve(uninterrupted)[-3:-1]
+
+
+def test_a_run_told_to_terminate_saves_unperturbed_weights(tmp_path):
+    """By Trainer's `enable_jit_checkpoint`, and with the weights perturbed when the signal comes."""
+
+    def trainer(output_dir):
+        arguments = training_arguments(AACEConfig, output_dir, max_steps=4, rho=0.05, enable_jit_checkpoint=True)
+        return AACETrainer(convnext(), arguments, train_dataset=digits())
+
+    uninterrupted = trainer(tmp_path / "uninterrupted")
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            kept[state.global_step] = weights(model)
+
+    uninterrupted.add_callback(Keep())
+    uninterrupted.train()
+
+    told = trainer(tmp_path / "told")
+    (manager,) = [c.jit_manager for c in told.callback_handler.callbacks if isinstance(c, JITCheckpointCallback)]
+    manager.kill_wait = 0
+
+    def tell(module, arguments):
+        if told.state.global_step == 2 and not identical(weights(module), kept[2]):
+            hook.remove()
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not manager.is_checkpoint_requested:
+                time.sleep(0.001)
+
+    hook = told.model.register_forward_pre_hook(tell)
+    told.train()
+    assert told.state.global_step == 3
+    checkpoint = tmp_path / "told" / "checkpoint-2"
+    saved = convnext()
+    saved.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    assert identical(weights(saved), kept[2])
+    resumed = trainer(tmp_path / "told")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert identical(weights(resumed.model), weights(uninterrupted.model))
 
 
 def bfloat16_in_its_configuration(model):
