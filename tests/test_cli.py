@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -168,6 +169,18 @@ def test_nothing_of_an_earlier_run_in_the_folder_is_taken_for_results(capsys):
     assert "eval_loss" in results
     assert not any(name.startswith("validation_") or "accuracy" in name for name in results)
     assert not Path("here/validation_results.json").exists() and not Path("here/training_curves.png").exists()
+
+
+def test_a_run_whose_checkpoints_trainer_deletes_at_once_ends_well():
+    """It takes those of an earlier run in the folder for younger where the clock of the disk cannot be trusted."""
+    tomorrow = time.time() + 86400
+    for step in (100, 200):
+        earlier = Path("here", f"checkpoint-{step}")
+        earlier.mkdir(parents=True)
+        os.utime(earlier, (tomorrow, tomorrow))
+    assert main([*TINY, "--save_total_limit", "2", "--load_best_model_at_end", "false", "--output_dir", "here"]) == 0
+    assert sorted(path.name for path in Path("here").glob("checkpoint-*")) == ["checkpoint-100", "checkpoint-200"]
+    assert Path("here/model.safetensors").is_file()
 
 
 def test_with_validation_images_the_test_images_are_for_the_end(tmp_path, capsys):
@@ -623,6 +636,7 @@ def test_what_needs_no_torch_does_not_import_it(option):
     # Its import takes seconds.
     code = f"""
 import sys
+import time
 from hf_aace.cli import main
 try:
     main([{option!r}])

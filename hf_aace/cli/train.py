@@ -257,8 +257,10 @@ class _KeepOptions(TrainerCallback):
         self._options = options
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_train_options(self._options, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        # Trainer may take it for older than those of an earlier run in the folder, and have deleted it (`save_total_limit`).
+        if state.is_world_process_zero and checkpoint.is_dir():
+            write_train_options(self._options, checkpoint)
 
 
 def _train_and_save(
