@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from .objective import Batches, Objective, measuring
 from .perturbation import perturbed
-from .sharpness import Batches, Objective, hessian_eigenvalues, measuring
+from .sharpness import hessian_eigenvalues
 
 
 class LossPath(NamedTuple):
