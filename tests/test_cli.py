@@ -621,6 +621,18 @@ def test_help_shows_every_option_with_the_default_of_the_recipe(capsys):
     assert "The initial learning rate for the optimizer. (default: 0.003)" in text
 
 
+@pytest.mark.parametrize(
+    "command", ["train", "compare", "find-rho", "evaluate", "predict", "benchmark", "sharpness", "plot"]
+)
+def test_help_names_no_default_where_there_is_none(command, capsys):
+    """`None` is a word of Python, and says nothing of what happens then."""
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: " in text and "default: None" not in text
+
+
 def test_env_says_the_versions(capsys):
     assert main(["env"]) == 0
     report = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())

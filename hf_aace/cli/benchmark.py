@@ -21,7 +21,7 @@ from ..config import AACEArguments, AACEConfig
 from ..models import model_from_architecture
 from ..plots import plot_costs
 from .options import last_part, pick_device
-from .output import table
+from .output import HelpFormatter, table
 
 
 @dataclass
@@ -108,6 +108,7 @@ def run(argv: list[str]) -> int:
         BenchmarkArguments,
         prog="hf-aace benchmark",
         description="Measures what a training step costs: plain, AACE on all and on parts of the batch, and SAM.",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     (options,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)

@@ -21,7 +21,7 @@ from ..study import Candidate, Result, candidates_of, choose, rho_values, summar
 from ..study_plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
 from . import main
 from .options import config_as_options, last_part
-from .output import table, write_report
+from .output import HelpFormatter, table, write_report
 from .train import train_parser
 
 
@@ -96,7 +96,7 @@ def study_parser(command: str, description: str) -> argparse.ArgumentParser:
         epilog="All other options are those of `hf-aace train`, the same for every run: model, data, epochs, learning rate and "
         "so on (see hf-aace train --help). Here `validation_size` is 0.2 by default, and there are no evaluations and no "
         "checkpoints in the course of a run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--seeds", type=int, default=5, help="How many seeds.")

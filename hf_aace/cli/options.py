@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from ..config import AACEArguments, AACEConfig
 from ..models import BUILTIN_MODELS
+from .output import HelpFormatter
 
 
 TRAIN_OPTIONS_NAME = "train_options.json"
@@ -299,6 +300,7 @@ def command_parser(
         prog=f"hf-aace {command}",
         usage=f"hf-aace {command} [--config FILE] [options]",  # all of them would fill pages, at every usage error
         description=description,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,  # an abbreviation would take a misspelt option for another one
     )
     parser.add_argument("--config", help="A YAML or JSON file with options by name; the command line overrides it.")

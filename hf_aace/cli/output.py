@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands print and write: tables for a terminal, numbers as JSON."""
+"""What the commands print and write: help, tables for a terminal, numbers as JSON."""
 
+import argparse
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells of each option its default, if it has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 
 from ..landscape import loss_path, loss_surface
 from ..plots import plot_dynamics, plot_landscapes, plot_paths
+from .output import HelpFormatter
 from .runs import Run, RunArguments, open_runs
 from .sharpness import MEASURES_NAME, weights_key
 
@@ -73,6 +74,7 @@ def run(argv: list[str]) -> int:
         (RunArguments, PlotArguments),
         prog="hf-aace plot",
         description="Draws runs of `hf-aace train` side by side: how they trained, and the loss around the weights they found.",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="The output_dir of a run.")

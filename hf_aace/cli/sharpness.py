@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from ..plots import plot_margins, plot_sharpness
 from ..sharpness import measure_sharpness
-from .output import table
+from .output import HelpFormatter, table
 from .runs import Run, RunArguments, open_runs
 
 
@@ -86,6 +86,7 @@ def run(argv: list[str]) -> int:
         (RunArguments, SharpnessArguments),
         prog="hf-aace sharpness",
         description="Measures how sharp the minima are that runs of `hf-aace train` found, on their own data.",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
