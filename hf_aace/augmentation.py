@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random changes of the training images: on the batch, on its device, and the trainers that make them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -49,7 +50,7 @@ class Augmentation:
     classes in equal shares it is exactly so. There, take `perturbation_loss="cross_entropy"`.
 
     Raises:
-        `ValueError`: If there is no such policy, or a number is negative.
+        `ValueError`: If there is no such policy, a number is negative, or the processor makes something else of images.
     """
 
     def __init__(
@@ -69,9 +70,8 @@ class Augmentation:
         import kornia.augmentation as K  # takes its time
 
         self._policy, self._num_classes, self._mixup, self._cutmix = policy, num_classes, mixup, cutmix
-        normalized = getattr(processor, "do_normalize", False)
-        self._mean = torch.tensor(processor.image_mean if normalized else [0.0]).view(-1, 1, 1)
-        self._std = torch.tensor(processor.image_std if normalized else [1.0]).view(-1, 1, 1)
+        if policy != "none":
+            self._black, self._white = _processed(processor, 0), _processed(processor, 255)
         self._flip = K.RandomHorizontalFlip()
         self._randaugment = K.auto.RandAugment(n=_OPERATIONS, m=_MAGNITUDE)
         if cutmix > 0:
@@ -99,12 +99,8 @@ class Augmentation:
         Raises:
             `ValueError`: If `pixel_values` are of another shape.
         """
+        _check_images(batch)
         images, labels = batch["pixel_values"], batch["labels"]
-        if images.dim() != 4:
-            raise ValueError(
-                "Augmentation needs `pixel_values` of shape (batch, channels, height, width), got "
-                f"{tuple(images.shape)}. Set `augmentation` to `none`, and leave out `mixup` and `cutmix`."
-            )
         devices = [images.device] if images.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
@@ -115,13 +111,13 @@ class Augmentation:
         return {**batch, "pixel_values": images, "labels": labels}
 
     def _changed(self, images: torch.Tensor) -> torch.Tensor:
-        mean, std = self._mean.to(images), self._std.to(images)
+        black, scale = self._black.to(images), (self._white - self._black).to(images)
         # Not with `slice`, which is a loop over the images.
         crop = self._make_crop(tuple(images.shape[-2:]), scale=_CROP_SCALE, cropping_mode="resample")
-        images = self._flip(crop((images * std + mean).clamp(0, 1)))
+        images = self._flip(crop(((images - black) / scale).clamp(0, 1)))
         if self._policy == "randaugment":
             images = torch.cat([self._randaugment(group) for group in images.split(_RANDAUGMENT_GROUP)])
-        return (images - mean) / std
+        return images * scale + black
 
     def _mixed(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         soft = F.one_hot(labels, self._num_classes).to(images.dtype)
@@ -134,6 +130,24 @@ class Augmentation:
         ratio = torch.distributions.Beta(self._mixup, self._mixup).sample().to(images)
         order = torch.randperm(len(images)).to(images.device)
         return ratio * images + (1 - ratio) * images[order], ratio * soft + (1 - ratio) * soft[order]
+
+
+def _processed(processor: BaseImageProcessor, level: int) -> torch.Tensor:
+    """What the processor makes of a pixel of this grey level, of shape `(channels, 1, 1)`."""
+    # Looked at rather than read off its settings: that of EfficientNet normalises twice, that of timm has settings of its own.
+    image = PIL.Image.new("RGB", (64, 64), (level, level, level))
+    inputs = processor([image], return_tensors="pt")
+    _check_images(inputs)
+    return inputs["pixel_values"][0].flatten(1).median(dim=1).values.view(-1, 1, 1)  # not of a margin that it adds
+
+
+def _check_images(batch: Mapping[str, torch.Tensor]) -> None:
+    if "pixel_values" not in batch or batch["pixel_values"].dim() != 4:
+        raise ValueError(
+            "Augmentation needs `pixel_values` of shape (batch, channels, height, width), got "
+            f"{ {name: tuple(value.shape) for name, value in batch.items()} }. Set `augmentation` to `none`, and leave out "
+            "`mixup` and `cutmix`."
+        )
 
 
 class AugmentedTrainer(Trainer):

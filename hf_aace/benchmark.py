@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TimmWrapperConfig, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from .config import AACEArguments, AACEConfig
@@ -353,19 +353,23 @@ def random_batch(model: nn.Module, batch_size: int, image_size: int | None = Non
     Noise of the shape that an image classifier takes, with random labels.
 
     Args:
-        model (`nn.Module`): The model, whose `config` has `num_channels` and `num_labels`.
+        model (`nn.Module`): The model, whose `config` says the number of classes and, unless it is 3, of channels.
         batch_size (`int`): Number of images.
         image_size (`int`, *optional*): Height and width in pixels. Defaults to what the configuration says.
 
     Raises:
         `ValueError`: If neither the configuration nor the argument says how large the images are.
     """
-    size = getattr(model.config, "image_size", None) if image_size is None else image_size
+    config = model.config
+    channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
+    if isinstance(config, TimmWrapperConfig) and config.pretrained_cfg is not None:
+        channels, *size = config.pretrained_cfg["input_size"]
+    size = size if image_size is None else image_size
     if size is None:
         raise ValueError(f"The configuration of {type(model).__name__} has no `image_size`: say it by `--image_size`.")
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
     return {
-        "pixel_values": torch.randn(batch_size, model.config.num_channels, height, width, generator=generator),
-        "labels": torch.randint(model.config.num_labels, (batch_size,), generator=generator),
+        "pixel_values": torch.randn(batch_size, channels, height, width, generator=generator),
+        "labels": torch.randint(config.num_labels, (batch_size,), generator=generator),
     }

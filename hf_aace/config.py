@@ -180,8 +180,9 @@ class AACEConfig(AACEArguments, TrainingArguments):
             models of Transformers (SAM-ON, Müller et al., [arXiv 2306.04226](https://huggingface.co/papers/2306.04226)),
             which are less than a hundredth of the parameters: the backward pass of the ascent then takes no gradient of
             the other weights, a third of its operations (a compiled one takes them all), and only these are copied. Some
-            models have other names for them: EfficientNet `"norm|_bn"`, ImageGPT `"ln_"`, BERT `"LayerNorm"`, and
-            ConvNeXt, before its downsampling, `"norm|downsampling_layer.0"` (the README's study was made without).
+            models have other names for them: EfficientNet `"norm|_bn"`, many of timm `"norm|bn"`, ImageGPT `"ln_"`, BERT
+            `"LayerNorm"`, and ConvNeXt, before its downsampling, `"norm|downsampling_layer.0"` (the README's study was made
+            without).
 
     Raises:
         `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.

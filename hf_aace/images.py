@@ -12,6 +12,7 @@ import PIL.Image
 import PIL.ImageOps
 from datasets import Dataset, Image
 from datasets.utils import tqdm
+from transformers import TimmWrapperImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
@@ -112,8 +113,8 @@ def image_transform(
             [`~datasets.IterableDataset.map`]: other data sets are to keep their length.
 
     Returns:
-        `Callable`: A function from a batch with `image` and `label` to one with `pixel_values` and `labels`. Images may
-        be decoded or, from a column cast to `Image(decode=False)`, still be encoded; see [`decode_image`] for what becomes
+        `Callable`: A function from a batch with `image` and `label` to one with `labels` and what the processor makes of the
+        images, `pixel_values` and for some models more. Images may be decoded or, from a column cast to `Image(decode=False)`, still be encoded; see [`decode_image`] for what becomes
         of them. It raises a `ValueError` for an encoded image that cannot be decoded, and names the file.
     """
     min_size = _sufficient_size(processor)
@@ -133,15 +134,17 @@ def image_transform(
                 logger.warning(f"{error}: left out, number {len(skipped)} of this process.")
             else:
                 labels.append(label)
-        pixel_values = processor(images, return_tensors="pt")["pixel_values"] if images else []
-        return {"pixel_values": pixel_values, "labels": labels}
+        inputs = processor(images, return_tensors="pt") if images else {"pixel_values": []}
+        return {**inputs, "labels": labels}
 
     return transform
 
 
 def _sufficient_size(processor: BaseImageProcessor) -> int | None:
     """Height and width of images from which the processor still shrinks to what the model takes."""
-    if not processor.do_resize:
+    if isinstance(processor, TimmWrapperImageProcessor):
+        return _DRAFT_MARGIN * max(processor.data_config["input_size"][1:])
+    if not processor.do_resize or processor.size is None:
         return None
     sizes = [dict(processor.size)]
     if getattr(processor, "do_center_crop", None):

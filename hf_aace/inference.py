@@ -59,11 +59,13 @@ def classify(
 
 @torch.inference_mode()
 def _probabilities(model: PreTrainedModel, samples: list[dict[str, torch.Tensor]]) -> np.ndarray:
-    shapes = sorted({tuple(sample["pixel_values"].shape[1:]) for sample in samples})
-    if len(shapes) > 1:
-        raise ValueError(
-            f"The image processor leaves images of several sizes, such as {shapes[0]} and {shapes[-1]}: set `do_resize` in the "
-            "model's preprocessor_config.json, or classify them one at a time (`batch_size` 1)."
-        )
-    inputs = {name: torch.cat([sample[name] for sample in samples]).to(model.device) for name in samples[0]}
+    inputs = {}
+    for name in samples[0]:
+        shapes = sorted({tuple(sample[name].shape[1:]) for sample in samples})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"The image processor leaves images of several sizes, such as {shapes[0]} and {shapes[-1]}: set `do_resize` in "
+                "the model's preprocessor_config.json, or classify them one at a time (`batch_size` 1)."
+            )
+        inputs[name] = torch.cat([sample[name] for sample in samples]).to(model.device)
     return model(**inputs).logits.float().softmax(dim=-1).cpu().numpy()

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation: what becomes of images and labels, and that each training batch, and no other, is changed once."""
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
+import transformers
 from tiny import convnext, digits, identical, training_arguments, vit, weights
 from torch import nn
-from transformers import TrainingArguments, ViTImageProcessorPil
+from transformers import Siglip2ImageProcessorPil, TrainingArguments, ViTImageProcessorPil
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_aace import AACEConfig
 from hf_aace.augmentation import Augmentation, AugmentedAACETrainer, AugmentedTrainer
@@ -101,6 +106,29 @@ def test_randaugment_draws_other_operations_for_every_eight_images():
     assert len({len(group.mul(1e4).round().flatten(1).unique(dim=0)) for group in images.split(8)}) > 2
 
 
+def image_processors():
+    """Those of the image classifiers that come with settings, and make pictures of one size."""
+    types = {
+        kind
+        for name in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+        for kind in dict(IMAGE_PROCESSOR_MAPPING_NAMES.get(name, {})).values()
+        if kind.endswith("Pil")
+    }
+    return sorted(types - {"ImageGPTImageProcessorPil", "Siglip2ImageProcessorPil", "TextNetImageProcessorPil"})
+
+
+@pytest.mark.parametrize("name", image_processors())
+def test_a_plain_colour_stays_as_it_is_whatever_the_processor_does_to_it(name):
+    """Kornia takes pixels between 0 and 1. Some processors do not normalise, that of EfficientNet does it twice."""
+    processor = getattr(transformers, name)()
+    augment = Augmentation("default", processor=processor, num_classes=2)
+    for level in (0, 100, 255):
+        image = PIL.Image.new("RGB", (48, 48), (level, 255 - level, level))
+        images = processor([image], return_tensors="pt")["pixel_values"][:, :, 190:200, 190:200]  # without a margin
+        changed = augment({"pixel_values": images, "labels": torch.tensor([0])}, 0)["pixel_values"]
+        torch.testing.assert_close(changed, images, atol=1e-4, rtol=0)
+
+
 # ---- Mixing ----------------------------------------------------------------
 
 
@@ -160,15 +188,28 @@ def test_bad_settings_are_refused(policy, mixing, complaint):
 
 
 def test_pixels_that_are_no_images_are_refused():
-    with pytest.raises(ValueError, match=r"shape \(batch, channels, height, width\), got \(16, 9, 48\)"):
+    """As patches are: in the batch, or already by the model's processor."""
+    complaint = (
+        r"shape \(batch, channels, height, width\), got .*'pixel_values': \({}\).* Set `augmentation` to `none`"
+    )
+    with pytest.raises(ValueError, match=complaint.format("16, 9, 48")):
         augmentation("default")({"pixel_values": torch.rand(16, 9, 48), "labels": torch.arange(16)}, 0)
+    with pytest.raises(ValueError, match=complaint.format("1, 256, 768")):
+        Augmentation("default", processor=Siglip2ImageProcessorPil(), num_classes=2)
 
 
 # ---- In the trainer --------------------------------------------------------
 
 
+def to_grey(images, return_tensors):
+    """An image processor for models of one channel, which Transformers has none."""
+    assert return_tensors == "pt"
+    pixels = [torch.tensor(np.array(image.convert("L"))) for image in images]
+    return {"pixel_values": torch.stack(pixels).unsqueeze(1) / 255}
+
+
 def grey(policy="default", **mixing):
-    return Augmentation(policy, processor=processor([0.0], [1.0]), num_classes=10, **mixing)
+    return Augmentation(policy, processor=to_grey, num_classes=10, **mixing)
 
 
 def trained(output_dir, model=None, cls=AugmentedAACETrainer, augment=None, resume=None, **kwargs):

@@ -31,7 +31,7 @@ from hf_aace import AACEConfig, AACETrainer
 # The image classifiers that are not trained here, and why.
 NOT_TRAINED = {
     "DinatForImageClassification": "needs the library natten",
-    "TimmWrapperForImageClassification": "needs the library timm",
+    "TimmWrapperForImageClassification": "needs the library timm",  # where it is installed, in test_processors.py
 }
 REAL = 0.05
 STEPS = 2

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
 from ..data import load_image_dataset
@@ -179,14 +179,12 @@ class Run:
             label_noise=options["label_noise"] or 0.0,
             **{name: self.options[name] for name in others if name in self.options},
         )[args.split]
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        id2label = {int(index): name for index, name in config.get("id2label", {}).items()}
-        dataset = in_the_classes_of(id2label, dataset)
+        dataset = in_the_classes_of(AutoConfig.from_pretrained(self.folder).id2label, dataset)
         if len(dataset) > args.max_samples:
             dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
         dataset = dataset.with_transform(image_transform(AutoImageProcessor.from_pretrained(self.folder)))
         parts = [dataset[start : start + args.batch_size] for start in range(0, len(dataset), args.batch_size)]
-        return [{"pixel_values": p["pixel_values"], "labels": torch.tensor(p["labels"])} for p in parts]
+        return [{**part, "labels": torch.tensor(part["labels"])} for part in parts]
 
 
 def in_the_classes_of(id2label: dict[int, str], data: Dataset) -> Dataset:
