@@ -2,6 +2,7 @@
 # The studies of notebook 4. `study.sh` makes all of them (many hours on two CPU cores), `study.sh vit-clean` one. Each can be
 # stopped, and goes on where it was. In runs/study/NAME are the tables and pictures; its runs.csv is NAME.csv here.
 set -euo pipefail
+export OMP_NUM_THREADS=1 # as all of them were made: with more, sums have other last bits, and runs another course
 
 made=
 study() {
@@ -100,6 +101,8 @@ if [[ -z $ONLY || $ONLY == *finetune* ]]; then
   pretrain="hf-aace train --rho 0 --dataset_name runs/study/digits-0-5 --augmentation none --save_strategy no"
   $pretrain --output_dir runs/study/pretrained-convnext
   $pretrain --model_name_or_path vit-tiny-digits --output_dir runs/study/pretrained-vit
+  sha256sum --check --quiet "$(dirname "$0")/pretrained.sha256" >&2 ||
+    echo "Pre-trained on another processor, say, these models are others: compare fine-tuning with their own runs only." >&2
 fi
 tuning="--dataset_name runs/study/digits-6-9 --augmentation none --num_train_epochs 40 --learning_rate 1e-3 --seeds 8"
 methods='trainer,trainer:learning_rate=3e-4|1e-3|3e-3,trainer:num_train_epochs=80,sam:rho=0.05|0.1|0.2|0.5,aace,aace:rho=0.03|0.1|0.3|1,aace:ascent_fraction=0.25:rho=0.03|0.1|0.3'
