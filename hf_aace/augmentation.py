@@ -135,8 +135,10 @@ class Augmentation:
 def _processed(processor: BaseImageProcessor, level: int) -> torch.Tensor:
     """What the processor makes of a pixel of this grey level, of shape `(channels, 1, 1)`."""
     # Looked at rather than read off its settings: that of EfficientNet normalises twice, that of timm has settings of its own.
-    image = PIL.Image.new("RGB", (512, 512), (level, level, level))
-    inputs = processor([image], return_tensors="pt")
+    mean = getattr(processor, "image_mean", None)
+    one_channel = isinstance(mean, (list, tuple)) and len(mean) == 1
+    image = PIL.Image.new("L", (512, 512), level)
+    inputs = processor([image if one_channel else image.convert("RGB")], return_tensors="pt")
     _check_images(inputs)
     return inputs["pixel_values"][0].flatten(1).median(dim=1).values.view(-1, 1, 1)  # not of a margin that it adds
 

@@ -114,8 +114,9 @@ def image_transform(
 
     Returns:
         `Callable`: A function from a batch with `image` and `label` to one with `labels` and what the processor makes of the
-        images, `pixel_values` and for some models more. Images may be decoded or, from a column cast to `Image(decode=False)`, still be encoded; see [`decode_image`] for what becomes
-        of them. It raises a `ValueError` for an encoded image that cannot be decoded, and names the file.
+        images, `pixel_values` and for some models more. Images may be decoded or, from a column cast to
+        `Image(decode=False)`, still be encoded; see [`decode_image`] for what becomes of them. It raises a `ValueError` for an
+        encoded image that cannot be decoded, and names the file.
     """
     min_size = _sufficient_size(processor)
     skipped = []
