@@ -2,7 +2,9 @@
 """`hf-aace sharpness` and `hf-aace plot`: what they read of runs, what they leave, and what they say of bad input."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -125,6 +127,20 @@ def test_what_was_measured_is_not_measured_again(runs, tmp_path, capsys, monkeyp
     again = json.loads((tmp_path / "again" / "sharpness.json").read_text())
     assert again["runs"]["AACE, rho 0.1"][0]["margins"] == report["runs"]["AACE, rho 0.1"][0]["margins"]
     assert "1 measured, 1 of them before." in capsys.readouterr().out
+
+
+def test_runs_that_cannot_be_written_to_are_measured_and_drawn(runs, tmp_path, monkeypatch):
+    """Another user's, say: then nothing is kept in them. (Not by `chmod`, which does not hold the superuser back.)"""
+    folder = tmp_path / "run"
+    shutil.copytree(
+        runs / "aace", folder, ignore=shutil.ignore_patterns("checkpoint-*", "sharpness.json", "landscapes")
+    )
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+    before = set(folder.iterdir())
+    assert main(["sharpness", str(folder), *QUICK]) == 0
+    assert main(["plot", str(folder), "--points", "2", "--max_samples", "10", "--figures", "contour"]) == 0
+    assert set(folder.iterdir()) == before
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"sharpness", "plot"}
 
 
 def test_only_our_lines_are_on_the_screen(runs, capsys):

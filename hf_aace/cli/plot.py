@@ -39,7 +39,7 @@ class PlotArguments:
         width (`float`, *optional*, defaults to `3.4`):
             Width of the pictures in inches: one column of a page. 7 is two.
         output_dir (`str`, *optional*, defaults to `"runs/plot"`):
-            Where the pictures go. Grids are kept in `landscapes` in the folder of the run.
+            Where the pictures go. Grids are kept in `landscapes` in the folder of the run, if it can be written to.
     """
 
     figures: list[str] = field(
@@ -110,7 +110,7 @@ def run(argv: list[str]) -> int:
                 radius=(1.0 if on_filters else 0.3) if options.radius is None else options.radius,
                 points=options.points,
                 seed=run_args.seed,
-                cache_dir=each.folder / "landscapes",
+                cache_dir=each.folder / "landscapes" if each.is_writable() else None,
             )
             for name, each in firsts.items()
         }
@@ -125,7 +125,7 @@ def run(argv: list[str]) -> int:
                 begin.load_model(run_args),
                 end.load_model(run_args),
                 begin.load_batches(run_args),
-                cache_dir=begin.folder / "landscapes",
+                cache_dir=begin.folder / "landscapes" if begin.is_writable() else None,
             )
             for name, end in others
         }

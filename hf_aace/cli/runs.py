@@ -2,6 +2,7 @@
 """Finished runs of `hf-aace train` for the commands that look at them: their names, models and data."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,6 +128,10 @@ class Run:
             raise ValueError(f"There is no folder {folder!r}. Give the `output_dir` of `hf-aace train`.")
         self.options = train_options(self.folder)
         self.name = _method_name(self.options) if self.options else last_part(folder)
+
+    def is_writable(self) -> bool:
+        """Whether what is measured of it can be kept in it: it may be another user's."""
+        return os.access(self.folder, os.W_OK)
 
     def checkpoints(self) -> list["Run"]:
         """Its checkpoints, in the order of training."""

@@ -107,9 +107,9 @@ def run(argv: list[str]) -> int:
             parts = [*(each.checkpoints() if options.checkpoints else []), each]
             for part in parts:
                 entries.append(known.get(weights_key(part)) or _measure(part, run_args, settings))
-                # For `hf-aace plot`, and not to be measured again if it is interrupted.
-                content = {"settings": settings, "data": _data(run_args), "measures": entries}
-                _write(each.folder / MEASURES_NAME, content)
+                if each.is_writable():  # for `hf-aace plot`, and not to be measured again if it is interrupted
+                    content = {"settings": settings, "data": _data(run_args), "measures": entries}
+                    _write(each.folder / MEASURES_NAME, content)
             measured.setdefault(name, []).append(entries[-1])
             reused = sum(weights_key(part) in known for part in parts)
             print(
