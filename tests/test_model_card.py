@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 from huggingface_hub import ModelCard
 from tiny import digits, training_arguments, vit
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_aace import AACEArguments, AACEConfig, AACETrainer
 from hf_aace.metrics import compute_metrics_fn
@@ -68,6 +68,19 @@ def test_card_takes_what_trainer_takes(tmp_path):
     assert "fine-tuned from [google/vit](https://huggingface.co/google/vit) on the data set beans" in written.text
     assert (written.data.license, written.data.base_model) == ("mit", "google/vit")
     assert {"first", "second"} <= set(written.data.tags)  # those of the card that was there are kept
+
+
+@pytest.mark.parametrize("tags", [None, "own"])
+def test_tags_at_rho_0_are_those_of_plain_trainer(tags, tmp_path):
+    """Which keeps those of a card that is there only if it is given others."""
+    found = []
+    for cls, config, rho in ((Trainer, TrainingArguments, {}), (AACETrainer, AACEConfig, {"rho": 0.0})):
+        path = tmp_path / cls.__name__ / "README.md"
+        ModelCard("---\ntags: [present]\n---\n").save(path)
+        cls(vit(), training_arguments(config, path.parent, **rho)).create_model_card(tags=tags)
+        found.append(sorted(ModelCard.load(path).data.tags))
+    assert found[0] == found[1]
+    assert ("present" in found[0]) == (tags is not None)
 
 
 def test_card_does_not_tell_a_local_path(tmp_path):
