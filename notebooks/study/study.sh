@@ -120,10 +120,10 @@ study finetune-vit-lora-clean --model_name_or_path runs/study/pretrained-vit $tu
 study finetune-convnext-clean-tuned --model_name_or_path runs/study/pretrained-convnext $tuning --train_size 50 \
   --baseline 'trainer:learning_rate=3e-4|1e-3|3e-3|1e-2' --methods \
   'trainer:learning_rate=3e-4|1e-3|3e-3|1e-2,trainer:learning_rate=3e-3:num_train_epochs=80,sam:learning_rate=1e-3|3e-3|1e-2:rho=0.05|0.1|0.2,aace:learning_rate=1e-3|3e-3|1e-2:rho=0.003|0.01|0.03|0.1,aace:learning_rate=3e-3'
-study finetune-vit-lora-noisy-tuned --model_name_or_path runs/study/pretrained-vit $tuning --lora true --train_size 100 --label_noise 0.2 \
+study finetune-vit-lora-noisy-tuned --model_name_or_path runs/study/pretrained-vit $tuning --seeds 16 --lora true --train_size 100 --label_noise 0.2 \
   --baseline 'trainer:learning_rate=1e-3|3e-3|1e-2|3e-2' --methods \
   'trainer:learning_rate=1e-3|3e-3|1e-2|3e-2,trainer:learning_rate=3e-3:num_train_epochs=80,trainer:learning_rate=1e-2:num_train_epochs=80,sam:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.02|0.05|0.1|0.2,aace:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.003|0.01|0.03|0.1'
-study finetune-vit-lora-clean-tuned --model_name_or_path runs/study/pretrained-vit $tuning --lora true --train_size 50 \
+study finetune-vit-lora-clean-tuned --model_name_or_path runs/study/pretrained-vit $tuning --seeds 16 --lora true --train_size 50 \
   --baseline 'trainer:learning_rate=1e-3|3e-3|1e-2|3e-2' --methods \
   'trainer:learning_rate=1e-3|3e-3|1e-2|3e-2,trainer:learning_rate=1e-2:num_train_epochs=80,sam:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.005|0.01|0.02|0.05|0.1,aace:learning_rate=1e-3|3e-3|1e-2|3e-2:rho=0.003|0.01|0.03|0.1,aace:learning_rate=3e-3,aace:learning_rate=1e-2'
 find_rho finetune-convnext-noisy --model_name_or_path runs/study/pretrained-convnext $tuning --seeds 3 --train_size 100 --label_noise 0.2
@@ -158,8 +158,8 @@ searched vit-noisy-all-scaled "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" $
 searched vit-clean-long-scaled "aace:learning_rate=1e-4|3e-4|1e-3:$step:rho=10" $vit --train_size 300 --num_train_epochs 160
 searched finetune-convnext-noisy-scaled "aace:learning_rate=3e-4|1e-3|3e-3:$step:rho=10" $convnext_tuning --train_size 100 --label_noise 0.2
 searched finetune-convnext-clean-scaled "aace:learning_rate=1e-3|3e-3|1e-2:$step:rho=10" $convnext_tuning --train_size 50
-searched finetune-vit-lora-noisy-scaled "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 100 --label_noise 0.2
-searched finetune-vit-lora-clean-scaled "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 50
+searched finetune-vit-lora-noisy-scaled "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 100 --label_noise 0.2 --seeds 16
+searched finetune-vit-lora-clean-scaled "aace:learning_rate=3e-3|1e-2|3e-2:$step:rho=10" $lora_tuning --train_size 50 --seeds 16
 
 # ASAM, SAM's step scaled so, where it is not beside AACE's above.
 searched resnet-noisy-asam "asam:learning_rate=3e-4|1e-3|3e-3:rho=0.5|1|2|5|10" $resnet --label_noise 0.2 --train_size 400
@@ -170,8 +170,8 @@ searched vit-noisier-asam "asam:learning_rate=1e-4|3e-4:rho=0.1|0.2|0.5|1|2" $vi
 searched convnext-noisy-all-asam "asam:learning_rate=3e-4|1e-3|3e-3:rho=1|2|5|10" --label_noise 0.2 --num_train_epochs 30
 searched vit-noisy-all-asam "asam:learning_rate=3e-4|1e-3:rho=0.1|0.2|0.5|1" $vit --label_noise 0.2 --num_train_epochs 30
 searched vit-clean-long-asam "asam:learning_rate=1e-4|3e-4:rho=0.05|0.1|0.2|0.5" $vit --train_size 300 --num_train_epochs 160
-searched finetune-vit-lora-noisy-asam "asam:learning_rate=3e-3|1e-2|3e-2:rho=0.2|0.5|1|2" $lora_tuning --train_size 100 --label_noise 0.2
-searched finetune-vit-lora-clean-asam "asam:learning_rate=3e-3|1e-2|3e-2:rho=0.1|0.2|0.5|1" $lora_tuning --train_size 50
+searched finetune-vit-lora-noisy-asam "asam:learning_rate=3e-3|1e-2|3e-2:rho=0.2|0.5|1|2" $lora_tuning --train_size 100 --label_noise 0.2 --seeds 16
+searched finetune-vit-lora-clean-asam "asam:learning_rate=3e-3|1e-2|3e-2:rho=0.1|0.2|0.5|1" $lora_tuning --train_size 50 --seeds 16
 
 # AACE's step on the normalisation layers alone: on the noisy ConvNeXt and ViT by the whole batch and by parts of it, beside SAM's;
 # and by a quarter in the others, at two values of rho, as in those two.
@@ -208,7 +208,16 @@ searched vit-clean-long-norm "$(quarter '3e-4|1e-3')" $vit --train_size 300 --nu
 searched finetune-convnext-noisy-norm "$(quarter '3e-4|1e-3|3e-3')" $convnext_tuning --train_size 100 --label_noise 0.2
 searched finetune-convnext-clean-norm "$(quarter '1e-3|3e-3|1e-2')" $convnext_tuning --train_size 50
 
-# What find-rho advises for it.
+# What plain training reaches on the same images if all labels are right: at most that can be won where some are wrong.
+searched convnext-noisy-right "trainer:learning_rate=3e-4|1e-3|3e-3|1e-2" --train_size 400 --num_train_epochs 40
+searched convnext-noisy-all-right "trainer:learning_rate=3e-4|1e-3|3e-3|1e-2" --num_train_epochs 30
+searched resnet-noisy-right "trainer:learning_rate=3e-4|1e-3|3e-3|1e-2" $resnet --train_size 400
+searched vit-noisy-right "trainer:learning_rate=1e-4|3e-4|1e-3|3e-3" $vit --train_size 600 --num_train_epochs 80
+searched vit-noisy-all-right "trainer:learning_rate=1e-4|3e-4|1e-3|3e-3" $vit --num_train_epochs 30
+searched finetune-convnext-noisy-right "trainer:learning_rate=3e-4|1e-3|3e-3|1e-2" $convnext_tuning --train_size 100
+searched finetune-vit-lora-noisy-right "trainer:learning_rate=1e-3|3e-3|1e-2|3e-2" $lora_tuning --train_size 100 --seeds 16
+
+# What find-rho advises for the normalisation layers.
 norm="--perturb_modules norm --ascent_fraction 0.25 --rho 3,10,30,100"
 noisy="--label_noise 0.2 --train_size 400 --num_train_epochs 40"
 find_rho convnext-noisy-norm $noisy $norm
