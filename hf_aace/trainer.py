@@ -629,7 +629,7 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
         path = Path(self.args.output_dir, "README.md")
         present = ModelCard.load(path).data if path.is_file() else ModelCardData()
         own = self._tag_names if self._aace_args.rho > 0 else ()
-        kept = (present.tags or []) if own or tags is not None else []  # Trainer keeps them beside others only
+        kept = (present.tags or []) if own or tags is not None else []  # Trainer drops them unless it is given others
         tags = [*([tags] if isinstance(tags, str) else tags or []), *own, *kept]
         summary = TrainingSummary.from_trainer(
             self, language=language, license=license, tags=list(dict.fromkeys(tags)), **kwargs

@@ -208,7 +208,7 @@ searched vit-clean-long-norm "$(quarter '3e-4|1e-3')" $vit --train_size 300 --nu
 searched finetune-convnext-noisy-norm "$(quarter '3e-4|1e-3|3e-3')" $convnext_tuning --train_size 100 --label_noise 0.2
 searched finetune-convnext-clean-norm "$(quarter '1e-3|3e-3|1e-2')" $convnext_tuning --train_size 50
 
-# What plain training reaches on the same images if all labels are right: at most that can be won where some are wrong.
+# What plain training reaches on the same images if all labels are right: about the most that can be won where some are wrong.
 searched convnext-noisy-right "trainer:learning_rate=3e-4|1e-3|3e-3|1e-2" --train_size 400 --num_train_epochs 40
 searched convnext-noisy-all-right "trainer:learning_rate=3e-4|1e-3|3e-3|1e-2" --num_train_epochs 30
 searched resnet-noisy-right "trainer:learning_rate=3e-4|1e-3|3e-3|1e-2" $resnet --train_size 400
