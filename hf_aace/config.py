@@ -1,13 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of sharpness-aware training, as a dataclass beside `TrainingArguments`."""
+"""The settings of sharpness-aware training: a dataclass beside `TrainingArguments`, and the methods by name."""
 
 import math
 import re
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
+
+
+# The settings of each method's paper. The values of rho are those of the papers of SAM (arXiv 2010.01412) and ASAM (arXiv
+# 2102.11600) for small images; that of AACE (arXiv 2406.14329) is this library's, for fine-tuning with AdamW.
+METHODS: dict[str, dict[str, Any]] = {
+    "aace": {
+        "perturbation_loss": "aace",
+        "normalize_perturbation": False,
+        "adaptive_perturbation": False,
+        "rho": 0.01,
+    },
+    "sam": {
+        "perturbation_loss": "cross_entropy",
+        "normalize_perturbation": True,
+        "adaptive_perturbation": False,
+        "rho": 0.05,
+    },
+    "asam": {
+        "perturbation_loss": "cross_entropy",
+        "normalize_perturbation": True,
+        "adaptive_perturbation": True,
+        "rho": 0.5,
+    },
+}
+
+_CHOICES = {
+    "perturbation_loss": ["aace", "cross_entropy"],
+    "aace_target": ["adaptive", "uniform", "random"],
+    "ascent_scope": ["micro_batch", "full_batch"],
+}
+
+
+def method_title(args: "AACEArguments") -> str:
+    """
+    The short name of a method for tables, plots and model cards.
+
+    Args:
+        args ([`AACEArguments`]): The settings.
+
+    Returns:
+        `str`: `"Trainer"` for plain training, else `"AACE"`, `"SAM"` or `"ASAM"`, with what its settings change.
+    """
+    if args.rho == 0:
+        return "Trainer"
+    if args.perturbation_loss == "aace":
+        changes = ["adaptive"] * args.adaptive_perturbation + ["normalized"] * args.normalize_perturbation
+        return ", ".join(["AACE", *changes])
+    name = "ASAM" if args.adaptive_perturbation else "SAM"
+    return name if args.normalize_perturbation else f"{name}, not normalized"
 
 
 @dataclass
@@ -19,24 +68,41 @@ class AACEArguments:
     See [`AACEConfig`] for the fields.
     """
 
-    rho: float = field(
-        default=0.01,
+    method: Literal["aace", "sam", "asam"] | None = field(
+        default=None,
         metadata={
-            "help": "Size of the ascent step, >= 0. A step size (the factor of the ascent gradient), or with "
-            "`normalize_perturbation` the length of the step. 0 is plain training. `perturb_modules norm` needs 10 to 30."
+            "help": "The settings of a paper by name: `aace` (the default), `sam` or `asam`. It sets `perturbation_loss`, "
+            "`normalize_perturbation`, `adaptive_perturbation` and `rho`; one of them given beside it wins."
         },
     )
-    perturbation_loss: Literal["aace", "cross_entropy"] = field(
-        default="aace",
-        metadata={"help": "The loss whose gradient gives the ascent step: `aace`, or `cross_entropy` as in SAM."},
+    rho: float | None = field(
+        default=None,
+        metadata={
+            "help": "Size of the ascent step, >= 0. A step size (the factor of the ascent gradient), or with "
+            "`normalize_perturbation` the length of the step. 0 is plain training. By default that of the method: 0.01 for "
+            "`aace`, 0.05 for `sam`, 0.5 for `asam`. `perturb_modules norm` needs 10 to 30."
+        },
     )
-    normalize_perturbation: bool = field(
-        default=False,
-        metadata={"help": "Divide the ascent step by its gradient's norm, so that `rho` is a length, as in SAM."},
+    perturbation_loss: Literal["aace", "cross_entropy"] | None = field(
+        default=None,
+        metadata={
+            "help": "The loss whose gradient gives the ascent step: `aace`, or `cross_entropy` as in SAM. By default that of "
+            "the method."
+        },
     )
-    adaptive_perturbation: bool = field(
-        default=False,
-        metadata={"help": "Scale the ascent gradient by the squared weights, element by element, as in ASAM."},
+    normalize_perturbation: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Divide the ascent step by its gradient's norm, so that `rho` is a length, as in SAM. By default as the "
+            "method does."
+        },
+    )
+    adaptive_perturbation: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Scale the ascent gradient by the squared weights, element by element, as in ASAM. By default as the "
+            "method does."
+        },
     )
     aace_target: Literal["adaptive", "uniform", "random"] = field(
         default="adaptive",
@@ -83,6 +149,36 @@ class AACEArguments:
         },
     )
 
+    _applied_method: ClassVar[str | None] = "none yet"  # the method that the fields were last set by
+
+    def __post_init__(self):
+        self.check_aace_arguments()
+        if isinstance(self, TrainingArguments):
+            super().__post_init__()
+
+    def _apply_method(self) -> None:
+        """Sets the fields that were left out as the method has them, all at first, later those that an earlier method set."""
+        if self.method not in (None, *METHODS):
+            raise ValueError(f"`method` must be one of {list(METHODS)}, or left out, got {self.method!r}.")
+        first = self._applied_method == "none yet"
+        if self.method == self._applied_method:
+            return
+        settings = METHODS[self.method or "aace"]
+        earlier = dict.fromkeys(settings) if first else METHODS[self._applied_method or "aace"]
+        given = [name for name in settings if getattr(self, name) != earlier[name]]
+        for name in settings.keys() - set(given):
+            setattr(self, name, settings[name])
+        changed = [name for name in given if name != "rho" and getattr(self, name) != settings[name]]
+        if self.method is not None and changed and len(given) == len(settings):
+            raise ValueError(
+                f"`method={self.method!r}` was given together with all that it sets, of which "
+                + ", ".join(f"`{name}={getattr(self, name)!r}`" for name in changed)
+                + " is not its own. Leave out `method`, or the fields. (`dataclasses.replace` copies them all.)"
+            )
+        if changed:
+            self.method = None  # the settings are of no method's paper any more
+        self._applied_method = self.method
+
     def check_aace_arguments(self) -> None:
         """
         Checks the fields that this class adds. Called when an [`AACEConfig`] or a trainer is made, and again when
@@ -91,6 +187,7 @@ class AACEArguments:
         Raises:
             `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.
         """
+        self._apply_method()
         for name in ("rho", "ascent_fraction", "perturb_every", "ascent_every"):
             value = getattr(self, name)
             if not isinstance(value, Real):  # YAML reads `1e-2` as a string
@@ -107,10 +204,9 @@ class AACEArguments:
                 raise ValueError(
                     f"`{name}` must be a whole number of steps >= 1, got {value}. Use 1 to {meaning} on every step."
                 )
-        for name in ("perturbation_loss", "aace_target", "ascent_scope"):
-            choices = get_args(get_type_hints(AACEArguments)[name])
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if self.perturb_modules is not None:
             try:
                 re.compile(self.perturb_modules)
@@ -135,23 +231,27 @@ class AACEConfig(AACEArguments, TrainingArguments):
     | `False`                  | `True`                  | `rho * w**2 * g`                   |
     | `True`                   | `True`                  | `rho * w**2 * g / norm(abs(w) * g)`|
 
-    SAM (Foret et al., [arXiv 2010.01412](https://huggingface.co/papers/2010.01412)) is
-    `perturbation_loss="cross_entropy", normalize_perturbation=True`; ASAM (Kwon et al.,
-    [arXiv 2102.11600](https://huggingface.co/papers/2102.11600)) adds `adaptive_perturbation=True`. The default is AACE as
-    published (Ratchatorn & Tanaka, [arXiv 2406.14329](https://huggingface.co/papers/2406.14329)).
-
     Args:
-        rho (`float`, *optional*, defaults to `0.01`):
+        method (`str`, *optional*):
+            Sets the following four fields as a paper has them; one that is given beside it wins (and `method` is then `None`).
+
+            - `"aace"`, the default (Ratchatorn & Tanaka, [arXiv 2406.14329](https://huggingface.co/papers/2406.14329)):
+              `perturbation_loss="aace"`, not normalized, `rho=0.01`.
+            - `"sam"` (Foret et al., [arXiv 2010.01412](https://huggingface.co/papers/2010.01412)):
+              `perturbation_loss="cross_entropy"`, normalized, `rho=0.05`.
+            - `"asam"` (Kwon et al., [arXiv 2102.11600](https://huggingface.co/papers/2102.11600)): as `"sam"`, and adaptive,
+              `rho=0.5`.
+        rho (`float`, *optional*):
             Size of the ascent step, `>= 0`. Un-normalised it is a step size, in units of weight per unit of gradient;
             with `normalize_perturbation` it is a length in weight space. Independent of accumulation steps, number of
-            processes, label smoothing and the fp16 loss scale. The default is for all weights; `perturb_modules="norm"`
-            needs 10 to 30. `0` is plain training, bit for bit.
-        perturbation_loss (`str`, *optional*, defaults to `"aace"`):
+            processes, label smoothing and the fp16 loss scale. The default is the method's, for all weights;
+            `perturb_modules="norm"` needs 10 to 30. `0` is plain training, bit for bit.
+        perturbation_loss (`str`, *optional*):
             The loss whose gradient gives the ascent step: `"aace"` (descended: away from the true class) or
             `"cross_entropy"` (ascended, as SAM does). Always the mean over the samples, without label smoothing.
-        normalize_perturbation (`bool`, *optional*, defaults to `False`):
+        normalize_perturbation (`bool`, *optional*):
             Whether to divide the step by the norm of the gradient.
-        adaptive_perturbation (`bool`, *optional*, defaults to `False`):
+        adaptive_perturbation (`bool`, *optional*):
             Whether to scale the step by the squared weights, element by element.
         aace_target (`str`, *optional*, defaults to `"adaptive"`):
             The adversarial target over the wrong classes: `"adaptive"` (the model's own probabilities, the method),
@@ -187,7 +287,3 @@ class AACEConfig(AACEArguments, TrainingArguments):
     Raises:
         `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.
     """
-
-    def __post_init__(self):
-        self.check_aace_arguments()
-        super().__post_init__()

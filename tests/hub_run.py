@@ -45,7 +45,7 @@ def prepare(root):
     import PIL.Image
     from transformers import set_seed
 
-    from hf_aace.models import load_model_and_processor
+    from hf_aace.vision.models import load_model_and_processor
 
     set_seed(0)
     model, processor = load_model_and_processor("vit-tiny-digits", {0: "cat", 1: "dog", 2: "cow"})
@@ -116,8 +116,8 @@ def offline(folder):
     os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"})
 
     from hf_aace.cli import main
-    from hf_aace.data import load_image_dataset
-    from hf_aace.models import load_model_and_processor
+    from hf_aace.vision.datasets import load_image_dataset
+    from hf_aace.vision.models import load_model_and_processor
 
     model, _ = load_model_and_processor(f"{USER}/vit", {0: "black", 1: "white"})
     data = load_image_dataset(f"{USER}/colours", seed=0)

@@ -9,9 +9,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import alive, batch, convnext, digits, identical, trainer_for_single_steps, training_arguments, weights
 from transformers import TrainerCallback, TrainerState
 
-import hf_aace.callbacks
+import hf_aace.analysis.live_curves
 from hf_aace import AACEConfig, AACETrainer, aace_loss
-from hf_aace.callbacks import LiveCurvesCallback, PerturbationConsistencyCallback
+from hf_aace.analysis.live_curves import LiveCurvesCallback
+from hf_aace.callbacks import PerturbationConsistencyCallback
 from hf_aace.trainer import PerturbationCallback
 
 
@@ -171,7 +172,7 @@ class Notebook:
 
     def __init__(self, monkeypatch):
         self.shown, self.renewed = [], []
-        monkeypatch.setattr(hf_aace.callbacks, "is_in_notebook", lambda: True)
+        monkeypatch.setattr(hf_aace.analysis.live_curves, "is_in_notebook", lambda: True)
         monkeypatch.setattr("IPython.display.display", self.display)
 
     def display(self, picture, display_id):

@@ -21,7 +21,7 @@ from transformers.training_args import ParallelMode
 
 import hf_aace
 from hf_aace import AACEConfig, AACETrainer
-from hf_aace.models import load_model_and_processor
+from hf_aace.vision.models import load_model_and_processor
 
 
 class Launch:
@@ -289,7 +289,7 @@ def test_four_processes(tmp_path):
 @pytest.mark.parametrize("model", ["vit-tiny-digits", "convnext-tiny-digits"])
 def test_command_under_the_shipped_configuration_for_fsdp2(model, tmp_path):
     """By `accelerate launch`: it trains in shards, and leaves a model in one piece."""
-    config = Path(hf_aace.__file__).with_name("accelerate_configs") / "fsdp2.yaml"
+    config = Path(hf_aace.__file__).with_name("cli") / "accelerate_configs" / "fsdp2.yaml"
     launcher = [
         "accelerate.commands.launch",
         "--config_file",

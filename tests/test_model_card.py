@@ -9,7 +9,7 @@ from tiny import digits, training_arguments, vit
 from transformers import Trainer, TrainingArguments
 
 from hf_aace import AACEArguments, AACEConfig, AACETrainer
-from hf_aace.metrics import compute_metrics_fn
+from hf_aace.vision.metrics import compute_metrics_fn
 
 
 def card(output_dir, model=None, cls=AACEConfig, write=lambda trainer: trainer.create_model_card(), **kwargs):

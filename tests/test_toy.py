@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from toy import METHODS, TwoWeights, toy_data, toy_loss, toy_minimum, train_toy
 
-from hf_aace.sharpness import hessian_eigenvalues
-from hf_aace.toy import METHODS, TwoWeights, toy_data, toy_loss, toy_minimum, train_toy
+from hf_aace.analysis.sharpness import hessian_eigenvalues
 
 
 @pytest.fixture(scope="module")

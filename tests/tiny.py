@@ -144,3 +144,27 @@ def trainer_for_single_steps(model, output_dir, cls=None, **kwargs):
     trainer = (cls or AACETrainer)(model, training_arguments(AACEConfig, output_dir, **kwargs))
     trainer.current_gradient_accumulation_steps = 1
     return trainer
+
+
+class Small(nn.Module):
+    """A classifier of 303 parameters."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 3), nn.Tanh(), nn.Linear(3, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def small_data(sizes=(10, 7, 3)):
+    """Batches of unequal sizes, as the last one of a data set is."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "x": torch.randn(size, 20, generator=generator),
+            "labels": torch.randint(3, (size,), generator=generator),
+        }
+        for size in sizes
+    ]

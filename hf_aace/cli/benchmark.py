@@ -16,10 +16,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 from transformers import HfArgumentParser, set_seed
 
-from ..benchmark import default_methods, measure, random_batch, summarize
+from ..analysis.plots import plot_costs
 from ..config import AACEArguments, AACEConfig
-from ..models import model_from_architecture
-from ..plots import plot_costs
+from ..study.cost import default_methods, measure, random_batch, summarize
+from ..vision.models import model_from_architecture
 from .options import last_part, pick_device
 from .output import HelpFormatter, table
 
@@ -31,7 +31,7 @@ class BenchmarkArguments:
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"convnext-tiny-digits"`):
-            The architecture, as [`~hf_aace.models.model_from_architecture`] takes it.
+            The architecture, as [`~hf_aace.vision.models.model_from_architecture`] takes it.
         config_overrides (`dict`, *optional*):
             Fields of its configuration to change, in JSON.
         batch_size (`int`, *optional*, defaults to `64`):

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..study import Candidate, Result, candidates_of, choose, rho_values, summarize, write_results
-from ..study_plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
+from ..study.plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
+from ..study.statistics import Candidate, Result, candidates_of, choose, rho_values, summarize, write_results
 from . import main
 from .options import config_as_options, last_part
 from .output import HelpFormatter, table, write_report

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .._compat import image_classification_evaluator
-from ..data import load_image_dataset
-from ..inference import classify
-from ..metrics import load_metric
-from ..models import load_classifier
-from ..plots import plot_confusion_matrix, plot_image_grid
+from ..analysis.plots import plot_confusion_matrix, plot_image_grid
+from ..vision.datasets import load_image_dataset
+from ..vision.inference import classify
+from ..vision.metrics import load_metric
+from ..vision.models import load_classifier
 from .options import (
     ImagesArguments,
     PretrainedArguments,
@@ -41,7 +41,7 @@ class EvaluationArguments(ImagesArguments):
         split (`str`, *optional*, defaults to `"test"`):
             The images to use: `"test"`, `"train"` or `"all"`.
         metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1"]`):
-            The metrics, as [`~hf_aace.metrics.load_metric`] knows them.
+            The metrics, as [`~hf_aace.vision.metrics.load_metric`] knows them.
         num_mistakes (`int`, *optional*, defaults to `25`):
             Number of the worst mistakes to show.
         batch_size (`int`, *optional*, defaults to `32`):

@@ -5,8 +5,8 @@ import shlex
 
 from tqdm.auto import tqdm
 
-from ..study import Candidate, advise_rho, rho_values
-from ..study_plots import plot_accuracy_by_rho
+from ..study.plots import plot_accuracy_by_rho
+from ..study.statistics import Candidate, recommend_rho, rho_values
 from .compare import Study, study_parser
 from .output import table, write_report
 
@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
     runs = [(candidate, seed) for seed in study.seeds for candidate in candidates]
     with study, tqdm(total=len(runs), desc="runs") as bar:
         results = study.train(runs, bar)
-    advice = advise_rho(results)
+    advice = recommend_rho(results)
 
     print(f"{study.title}, accuracy on validation images in per cent")
     lines = [

@@ -15,7 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..config import AACEArguments, AACEConfig
-from ..models import BUILTIN_MODELS
+from ..vision.models import BUILTIN_MODELS
 from .output import HelpFormatter
 
 
@@ -183,14 +183,14 @@ class DataArguments(ImagesArguments):
         class_weights (`str`, *optional*, defaults to `"none"`):
             `"balanced"` to weight each class inversely to its number of training images.
         augmentation (`str`, *optional*):
-            `"none"`, `"default"` or `"randaugment"`, see [`~hf_aace.augmentation.Augmentation`]. Defaults to `"none"` for a
+            `"none"`, `"default"` or `"randaugment"`, see [`~hf_aace.vision.augmentation.Augmentation`]. Defaults to `"none"` for a
             built-in model and for digits, to `"default"` for others.
         mixup (`float`, *optional*, defaults to `0.0`):
             Parameter of the Beta distribution of mixup; 0 is off.
         cutmix (`float`, *optional*, defaults to `0.0`):
             Parameter of the Beta distribution of cutmix; 0 is off.
         metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1", "confusion_matrix"]`):
-            The metrics, as [`~hf_aace.metrics.load_metric`] knows them.
+            The metrics, as [`~hf_aace.vision.metrics.load_metric`] knows them.
 
     The other arguments are those of [`ImagesArguments`].
     """

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from datasets.utils import tqdm
 
-from ..data import files_in
-from ..images import IMAGE_SUFFIXES
-from ..inference import classify
-from ..models import load_classifier
+from ..vision.datasets import files_in
+from ..vision.images import IMAGE_SUFFIXES
+from ..vision.inference import classify
+from ..vision.models import load_classifier
 from .options import PretrainedArguments, command_parser, pick_device, required
 
 

@@ -16,9 +16,9 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
-from ..data import load_image_dataset
-from ..images import image_transform
-from ..models import model_classes
+from ..vision.datasets import load_image_dataset
+from ..vision.images import image_transform
+from ..vision.models import model_classes
 from .options import TRAIN_OPTIONS_NAME, checkpoints_in, last_part, pick_device, train_options
 
 

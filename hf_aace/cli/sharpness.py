@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from transformers import HfArgumentParser
 
-from ..plots import plot_margins, plot_sharpness
-from ..sharpness import measure_sharpness
+from ..analysis.plots import plot_margins, plot_sharpness
+from ..analysis.sharpness import measure_sharpness
 from .output import HelpFormatter, table
 from .runs import Run, RunArguments, open_runs
 
@@ -25,10 +25,10 @@ _ROWS = (
     ("aace", "AACE loss (nats)"),
     ("cross_entropy_grad_norm", "its gradient: cross-entropy"),
     ("aace_grad_norm", "its gradient: AACE"),
-    ("worst_case_rise", "worst case, radius {rho:g}"),
+    ("sam_sharpness", "worst case, radius {rho:g}"),
     ("adaptive_worst_case_rise", "worst case, adaptive, {adaptive_rho:g}"),
     ("m_sharpness", "m-sharpness, m {m}, radius {rho:g}"),
-    ("average_rise", "average, radius {average_rho:g}"),
+    ("average_sharpness", "average, radius {average_rho:g}"),
     ("top_eigenvalue", "top Hessian eigenvalue"),
     ("hessian_trace", "Hessian trace"),
 )
@@ -37,7 +37,7 @@ _ROWS = (
 @dataclass
 class SharpnessArguments:
     """
-    What to measure, as for [`~hf_aace.sharpness.measure_sharpness`].
+    What to measure, as for [`~hf_aace.analysis.sharpness.measure_sharpness`].
 
     Args:
         rho (`float`, *optional*, defaults to `0.05`):

@@ -27,16 +27,16 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import HubStrategy, PredictionOutput
 from transformers.utils import logging
 
-from ..augmentation import Augmentation, AugmentedAACETrainer
+from ..analysis.plots import plot_training_curves
 from ..config import AACEConfig
-from ..data import load_image_dataset
-from ..images import image_transform
-from ..metrics import compute_metrics_fn, load_metric, predicted_classes
-from ..models import add_lora, freeze_backbone, load_model_and_processor, merge_lora
-from ..plots import plot_training_curves
-from ..streaming import stream_image_dataset, transform_stream
 from ..trainer import AACETrainer
-from ..training_loss import TrainingLoss, balanced_class_weights
+from ..vision.augmentation import Augmentation, AugmentedAACETrainer
+from ..vision.datasets import load_image_dataset
+from ..vision.images import image_transform
+from ..vision.metrics import compute_metrics_fn, load_metric, predicted_classes
+from ..vision.models import add_lora, freeze_backbone, load_model_and_processor, merge_lora
+from ..vision.streaming import stream_image_dataset, transform_stream
+from ..vision.weighted_loss import WeightedCrossEntropy, balanced_class_weights
 from .options import (
     DataArguments,
     ModelArguments,
@@ -103,7 +103,7 @@ class LaunchArguments:
 
 def _launch(options: argparse.Namespace, argv: list[str]) -> int:
     """Runs `hf-aace train` with the options `argv` in the processes that `options` ask for."""
-    shipped = Path(__file__).parents[1] / "accelerate_configs"
+    shipped = Path(__file__).with_name("accelerate_configs")
     config = shipped / f"{options.accelerate_config}.yaml"
     if not config.is_file():
         config = Path(options.accelerate_config)
@@ -223,7 +223,7 @@ def _prepare(
         weights = balanced_class_weights(dataset["train"]["label"][:], len(id2label))
     compute_loss_func = None  # the model's own
     if weights is not None or (augmentation is not None and augmentation.soft_labels):
-        compute_loss_func = TrainingLoss(weights, training_args.label_smoothing_factor)
+        compute_loss_func = WeightedCrossEntropy(weights, training_args.label_smoothing_factor)
     if data_args.streaming:
         dataset = transform_stream(dataset, processor, data_args.skip_corrupt_images)
     else:

@@ -3,7 +3,7 @@
 
 from datasets import ClassLabel, DatasetDict, Features, Image
 
-from hf_aace.data import load_image_dataset
+from hf_aace.vision.datasets import load_image_dataset
 
 
 def digits_between(first: int, last: int) -> DatasetDict:

@@ -29,13 +29,13 @@ from transformers import Trainer, TrainerCallback, set_seed
 from hf_aace import aace_loss, perturbed
 from hf_aace.callbacks import PerturbationConsistencyCallback
 from hf_aace.cli.train import train_parser
-from hf_aace.data import load_image_dataset
-from hf_aace.images import image_transform
-from hf_aace.metrics import compute_metrics_fn
-from hf_aace.models import load_model_and_processor
 from hf_aace.perturbation import replayed_rng
-from hf_aace.study import mean_and_error
+from hf_aace.study.statistics import mean_and_error
 from hf_aace.trainer import AACETrainer
+from hf_aace.vision.datasets import load_image_dataset
+from hf_aace.vision.images import image_transform
+from hf_aace.vision.metrics import compute_metrics_fn
+from hf_aace.vision.models import load_model_and_processor
 
 
 TUNING = (

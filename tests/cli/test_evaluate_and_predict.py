@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hf-aace evaluate` and `hf-aace predict`: what they measure and write, and what they say when the input is bad."""
+
+import csv
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers import set_seed
+
+from hf_aace.cli import main
+from hf_aace.vision.datasets import load_image_dataset
+from hf_aace.vision.inference import classify
+from hf_aace.vision.models import load_model_and_processor
+
+
+COLOURS = ["black", "grey", "white"]
+
+
+@pytest.fixture(autouse=True)
+def _in_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def save_model(folder, classes):
+    """A model that was never trained, so that it errs."""
+    set_seed(1)
+    model, processor = load_model_and_processor("convnext-tiny-digits", dict(enumerate(classes)))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def save_images(folder, classes=COLOURS, count=8):
+    for number, name in enumerate(classes):
+        (Path(folder) / name).mkdir(parents=True)
+        for index in range(count):
+            image = PIL.Image.new("L", (8, 8), min(255, 120 * number + index))
+            image.save(Path(folder) / name / f"{index}.png")
+
+
+def message(capsys, *argv):
+    capsys.readouterr()
+    assert main(list(argv)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("hf-aace: error: ")
+    return error
+
+
+def table(path="predictions.csv"):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- evaluate --------------------------------------------------------------
+
+
+def test_results_are_those_of_the_model_on_the_test_images(capsys):
+    model, processor = save_model("model", [str(digit) for digit in range(10)])
+    assert main(["evaluate", "--model_name_or_path", "model", "--num_mistakes", "7"]) == 0
+    folder = Path("runs/evaluate-model-digits")
+    results = json.loads((folder / "evaluation.json").read_text())
+
+    test = load_image_dataset("digits", seed=0)["test"]
+    inputs = processor([image.convert("RGB") for image in test["image"]], return_tensors="pt")
+    with torch.no_grad():
+        probabilities = model.eval()(**inputs).logits.softmax(-1).numpy()
+    labels, predicted = np.array(test["label"][:]), probabilities.argmax(-1)
+    matrix = np.zeros((10, 10), dtype=int)
+    np.add.at(matrix, (labels, predicted), 1)
+    assert results["images"] == 500
+    assert results["accuracy"] == pytest.approx((labels == predicted).mean())
+    assert np.array_equal(results["confusion_matrix"], matrix)
+    assert {"macro_f1", "samples_per_second", "total_time_in_seconds"} <= set(results)
+
+    # The worst mistakes: wrong, and of all that are wrong with the least probability of the truth, in order.
+    truth = np.sort(probabilities[np.arange(500), labels][labels != predicted])
+    mistakes = results["worst_mistakes"]
+    assert [row["label_score"] for row in mistakes] == pytest.approx(truth[:7].tolist(), abs=1e-5)
+    assert all(row["label"] != row["prediction"] for row in mistakes)
+    for name in ("confusion_matrix.png", "mistakes.png"):
+        with PIL.Image.open(folder / name) as picture:
+            picture.load()
+    assert f"accuracy {results['accuracy']:.4f}" in capsys.readouterr().out
+
+
+def test_a_run_is_evaluated_on_the_data_that_it_was_trained_on(capsys):
+    """Read as it was then, unless the command line says otherwise; the columns of one data set are not those of another."""
+    save_model("model", COLOURS)
+    save_images("images")
+    Path("images/black/broken.png").write_bytes(b"no image")
+    trained = {"dataset_name": "images", "image_column_name": "image", "skip_corrupt_images": True, "rho": 0.1}
+    Path("model/train_options.json").write_text(json.dumps(trained))
+    argv = ["evaluate", "--model_name_or_path", "model", "--split", "all"]
+    assert main(argv) == 0
+    results = json.loads(Path("runs/evaluate-model-images/evaluation.json").read_text())
+    assert (results["dataset"], results["images"]) == ("images", 24)
+    assert "broken.png" in message(capsys, *argv, "--skip_corrupt_images", "false")
+
+    save_model("model/checkpoint-1", COLOURS)  # of this run
+    assert main(["evaluate", "--model_name_or_path", "model/checkpoint-1", "--output_dir", "checkpoint"]) == 0
+    assert json.loads(Path("checkpoint/evaluation.json").read_text())["dataset"] == "images"
+
+    rows = {"picture": [PIL.Image.new("L", (8, 8))] * 6, "colour": [0, 1, 2] * 2}
+    features = datasets.Features(picture=datasets.Image(), colour=datasets.ClassLabel(names=COLOURS))
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk("saved")
+    other = [*argv, "--dataset_name", "saved", "--label_column_name", "colour"]
+    assert main([*other, "--output_dir", "out"]) == 0
+    assert json.loads(Path("out/evaluation.json").read_text())["images"] == 6
+    assert "shade" in message(capsys, *argv, "--dataset_name", "saved", "--label_column_name", "shade")
+
+
+def test_classes_are_matched_by_name_whatever_their_order():
+    model, processor = save_model("model", ["white", "unseen", "black", "grey"])
+    save_images("images")
+    argv = ["evaluate", "--model_name_or_path", "model", "--dataset_name", "images", "--split", "all"]
+    assert main([*argv, "--output_dir", "out", "--metrics", "accuracy"]) == 0
+    results = json.loads(Path("out/evaluation.json").read_text())
+    assert results["classes"] == ["white", "unseen", "black", "grey"]
+    assert results["images"] == 24
+    assert np.sum(results["confusion_matrix"], axis=1).tolist() == [8, 0, 8, 8]
+    right = 0
+    for path in Path("images").rglob("*.png"):
+        inputs = processor([PIL.Image.open(path).convert("RGB")], return_tensors="pt")
+        with torch.no_grad():
+            right += model.config.id2label[model.eval()(**inputs).logits.argmax().item()] == path.parent.name
+    assert results["accuracy"] == pytest.approx(right / 24)
+    assert all(Path(row["image"]).is_file() for row in results["worst_mistakes"])
+
+
+def test_a_perfect_model_has_no_mistakes_to_draw(monkeypatch):
+    save_model("model", COLOURS)
+    save_images("images")
+    truth = {name: index for index, name in enumerate(COLOURS)}
+
+    def perfect(model, processor, images, batch_size):
+        for image in images:
+            yield np.eye(3)[truth[Path(image["path"]).parent.name]]
+
+    monkeypatch.setattr("hf_aace.cli.evaluate.classify", perfect)
+    Path("out").mkdir()
+    Path("out/mistakes.png").write_bytes(b"of an earlier call")
+    argv = ["evaluate", "--model_name_or_path", "model", "--dataset_name", "images", "--output_dir", "out"]
+    assert main(argv) == 0
+    assert json.loads(Path("out/evaluation.json").read_text())["accuracy"] == 1
+    assert not Path("out/mistakes.png").exists()
+
+
+def test_classes_that_the_model_does_not_know_are_named(capsys):
+    save_model("model", ["black", "white", "red"])
+    save_images("images")
+    error = message(capsys, "evaluate", "--model_name_or_path", "model", "--dataset_name", "images")
+    assert "does not know these classes of the data: grey. It knows black, white, red" in error
+
+
+def test_classes_without_names_are_matched_by_number_if_as_many(capsys):
+    save_images("images")
+    save_model("three", ["LABEL_0", "LABEL_1", "LABEL_2"])
+    argv = ["--dataset_name", "images", "--output_dir", "out"]
+    assert main(["evaluate", "--model_name_or_path", "three", *argv]) == 0
+    save_model("two", ["LABEL_0", "LABEL_1"])
+    error = message(capsys, "evaluate", "--model_name_or_path", "two", *argv)
+    assert "2 classes without names, the data 3" in error
+
+
+# ---- predict ---------------------------------------------------------------
+
+
+def test_table_has_the_likeliest_classes_of_each_image():
+    model, processor = save_model("model", COLOURS)
+    save_images("images", count=3)
+    PIL.Image.fromarray(np.full((9, 7, 4), 200, dtype=np.uint8)).save("images/transparent.webp")
+    argv = ["predict", "--model_name_or_path", "model", "--images", "images", "--top_k", "2", "--batch_size", "4"]
+    assert main([*argv, "--output_file", "tables/p.csv"]) == 0
+    rows = table("tables/p.csv")
+    assert [row["image"] for row in rows] == sorted(
+        path.relative_to("images").as_posix() for path in Path("images").rglob("*.*")
+    )
+    for row in rows[:-1]:
+        inputs = processor([PIL.Image.open(Path("images") / row["image"]).convert("RGB")], return_tensors="pt")
+        with torch.no_grad():
+            probabilities = model.eval()(**inputs).logits.softmax(-1)[0]
+        scores, classes = probabilities.topk(2)
+        assert [row["label_1"], row["label_2"]] == [model.config.id2label[index] for index in classes.tolist()]
+        assert [float(row["score_1"]), float(row["score_2"])] == pytest.approx(scores.tolist(), abs=1e-5)
+        assert row["error"] == ""
+
+
+def test_unreadable_images_are_named_and_do_not_stop_it(capsys):
+    save_model("model", COLOURS)
+    save_images("images", count=2)
+    Path("images/black/broken.jpg").write_bytes(b"\xff\xd8\xff no image")
+    for name in ("notes.txt", "scan.pdf"):  # Pillow writes pdf, but does not read it
+        Path("images", name).write_text("not an image, and not taken for one")
+    assert main(["predict", "--model_name_or_path", "model", "--images", "images"]) == 0
+    captured = capsys.readouterr()
+    assert "cannot read black/broken.jpg" in captured.err
+    assert "7 images, of which 1 could not be read" in captured.out
+    bad = [row for row in table() if row["error"]]
+    assert [row["image"] for row in bad] == ["black/broken.jpg"]
+    assert bad[0]["label_1"] == "" and "broken.jpg" in bad[0]["error"]
+    assert sum(row["label_1"] in COLOURS for row in table()) == 6
+
+
+def test_images_behind_links_to_folders_are_found():
+    """As in training."""
+    save_model("model", COLOURS)
+    save_images("images", count=2)
+    Path("linked").mkdir()
+    Path("linked/all").symlink_to(Path("images").resolve())
+    assert main(["predict", "--model_name_or_path", "model", "--images", "linked"]) == 0
+    assert len(table()) == 6
+
+
+def test_a_single_image_is_enough():
+    save_model("model", COLOURS)
+    PIL.Image.new("RGB", (5, 5)).save("one.png")
+    assert main(["predict", "--model_name_or_path", "model", "--images", "one.png"]) == 0
+    assert [row["image"] for row in table()] == ["one.png"]
+
+
+def test_images_are_read_when_they_are_needed():
+    """However many there are: memory stays flat."""
+    model, processor = save_model("model", COLOURS)
+    asked = []
+
+    def images():
+        for index in range(100):
+            asked.append(index)
+            yield PIL.Image.new("RGB", (8, 8))
+
+    answers = classify(model, processor, images(), batch_size=4)
+    next(answers)
+    assert len(asked) == 4
+
+
+def test_probabilities_are_those_of_a_model_in_evaluation_mode():
+    """Whatever mode it is in: one may classify in the middle of a training."""
+    model, processor = save_model("model", COLOURS)
+    images = [PIL.Image.new("L", (8, 8), value) for value in (0, 120, 240)]
+    model.classifier = torch.nn.Sequential(torch.nn.Dropout(0.9), model.classifier)
+    first, again = (list(classify(model.train(), processor, images)) for _ in range(2))
+    assert np.array_equal(first, again) and not model.training
+
+
+def test_probabilities_are_of_32_bits_whatever_the_scores():
+    """In 16 bits they would not sum to 1, and many would be equal."""
+    model, processor = save_model("model", COLOURS)
+    with torch.autocast("cpu", torch.bfloat16):
+        (probabilities,) = classify(model, processor, [PIL.Image.new("L", (8, 8), 120)])
+    assert probabilities.dtype == np.float32 and probabilities.sum() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["evaluate"], "`model_name_or_path` is needed"),
+        (["predict", "--images", "images"], "`model_name_or_path` is needed"),
+        (["predict", "--model_name_or_path", "model"], "`images` is needed"),
+        (["predict", "--model_name_or_path", "model", "--images", "none"], "there is no 'none'"),
+        (["predict", "--model_name_or_path", "model", "--images", "model"], "holds no images"),
+        (
+            ["predict", "--model_name_or_path", "model", "--images", "bad"],
+            "None of the 1 images in 'bad' could be read",
+        ),
+        (
+            ["predict", "--model_name_or_path", "model", "--images", "images", "--top_k", "4"],
+            "`top_k` must lie between",
+        ),
+        (["predict", "--model_name_or_path", "model", "--images", "images", "--device", "tpu"], "`device` must be"),
+        (["evaluate", "--model_name_or_path", "missing"], "`model_name_or_path` is 'missing'"),
+        (
+            ["evaluate", "--model_name_or_path", "headless"],
+            "no trained weights for classifier.bias, classifier.weight",
+        ),
+        (["evaluate", "--model_name_or_path", "adapter"], "holds an adapter"),
+        (["evaluate", "--model_name_or_path", "vit-tiny-digits"], "a model to train that knows nothing yet"),
+        (["evaluate", "--model_name_or_path", "model", "--metrics", "nonsense"], "no metric 'nonsense'"),
+    ],
+)
+def test_bad_input_is_told_in_one_sentence(capsys, argv, expected):
+    model, processor = save_model("model", COLOURS)
+    save_images("images", count=1)
+    Path("bad").mkdir()
+    Path("bad/1.png").write_bytes(b"")
+    model.convnext.save_pretrained("headless")
+    processor.save_pretrained("headless")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    assert expected in message(capsys, *argv)
+
+
+def test_options_come_from_a_file_too():
+    save_model("model", COLOURS)
+    save_images("images", count=1)
+    Path("predict.yaml").write_text("model_name_or_path: model\nimages: images\ntop_k: 2\noutput_file: a.csv\n")
+    assert main(["predict", "--config", "predict.yaml", "--output_file", "b.csv"]) == 0
+    assert not Path("a.csv").exists()
+    assert "label_2" in table("b.csv")[0]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_help_and_usage_errors(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "--model_name_or_path" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--model_name_or_paht", "x"])
+    assert stop.value.code == 2
+    assert "Did you mean --model_name_or_path?" in capsys.readouterr().err

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hf-aace sharpness` and `hf-aace plot`: what they read of runs, what they leave, and what they say of bad input."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_aace.analysis.sharpness import losses_and_gradient_norms, measure_sharpness
+from hf_aace.cli import main
+from hf_aace.vision.datasets import load_image_dataset
+
+
+TINY = [
+    "train",
+    "--train_size",
+    "40",
+    "--label_noise",
+    "0.2",
+    "--max_steps",
+    "2",
+    "--disable_tqdm",
+    "true",
+    "--metrics",
+    "accuracy",
+]
+SAM = ["--perturbation_loss", "cross_entropy", "--normalize_perturbation", "true"]
+QUICK = ["--steps", "2", "--directions", "2", "--m", "20", "--eigenvalues", "0"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Four runs: plain with two seeds, SAM and AACE."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, options in {
+        "plain-0": ["--rho", "0", "--seed", "0"],
+        "plain-1": ["--rho", "0", "--seed", "1"],
+        "sam": ["--rho", "0.1", *SAM],
+        "aace": ["--rho", "0.1"],
+    }.items():
+        assert main([*TINY, *options, "--output_dir", str(folder / name)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(runs, tmp_path_factory):
+    """What `hf-aace sharpness` leaves."""
+    out = tmp_path_factory.mktemp("sharpness")
+    folders = [str(runs / name) for name in ("plain-0", "plain-1", "aace")]
+    assert main(["sharpness", *folders, *QUICK, "--output_dir", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _in_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def said(capsys, *argv):
+    """What the command prints when it refuses its arguments."""
+    capsys.readouterr()
+    assert main(list(argv)) == 1
+    return capsys.readouterr().err
+
+
+def test_runs_are_measured_on_the_data_that_they_were_trained_on(runs, measured):
+    """The same images with the same wrong labels."""
+    report = json.loads((measured / "sharpness.json").read_text())
+    assert {name: len(group) for name, group in report["runs"].items()} == {"Trainer": 2, "AACE, rho 0.1": 1}
+    for seed, entry in enumerate(report["runs"]["Trainer"]):
+        folder = runs / f"plain-{seed}"
+        data = load_image_dataset("digits", seed=seed, train_size=40, label_noise=0.2)["train"]
+        images = [image.convert("RGB") for image in data["image"]]
+        inputs = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        expected = losses_and_gradient_norms(model, [{**inputs, "labels": torch.tensor(data["label"][:])}])
+        assert {key: entry[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+        assert entry["samples"] == 40 and entry["step"] == 2
+
+
+def test_the_table_and_the_pictures_are_there(runs, measured, tmp_path, capsys):
+    for name in ("sharpness", "margins"):
+        with PIL.Image.open(measured / f"{name}.png") as picture:
+            picture.load()
+        assert (measured / f"{name}.svg").read_text().startswith("<?xml")
+    folders = [str(runs / name) for name in ("plain-0", "plain-1", "sam")]
+    before = load_file(runs / "sam" / "model.safetensors")
+    assert main(["sharpness", *folders, *QUICK, "--output_dir", "out"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    report = json.loads((tmp_path / "out" / "sharpness.json").read_text())["runs"]
+    rows = {line[:35].strip(): line[35:].split() for line in lines if line.startswith(("worst case, radius", "runs"))}
+    values = [run["sam_sharpness"] for run in report["Trainer"]]
+    assert f"{np.mean(values):.4g}" in rows["worst case, radius 0.05"]
+    assert f"{np.std(values, ddof=1) / 2**0.5:.1g}" in rows["worst case, radius 0.05"]
+    assert not any("Hessian" in line for line in lines)
+    after = load_file(runs / "sam" / "model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_what_was_measured_is_not_measured_again(runs, tmp_path, capsys, monkeypatch):
+    """Be it that it was interrupted, or that a run is added; but with other settings, or of other weights."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "aace", folder, ignore=shutil.ignore_patterns("checkpoint-*", "sharpness.json"))
+    calls = []
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return measure_sharpness(*args, **kwargs)
+
+    monkeypatch.setattr("hf_aace.cli.sharpness.measure_sharpness", count)
+    argv = ["sharpness", str(folder), *QUICK]
+    for options, expected in [([], 1), ([], 1), (["--rho", "0.1"], 2), (["--rho", "0.1", "--split", "test"], 3)]:
+        assert main([*argv, *options, "--output_dir", "out"]) == 0
+        assert len(calls) == expected
+    report = json.loads((tmp_path / "out" / "sharpness.json").read_text())
+    (folder / "model.safetensors").touch()
+    assert main([*argv, "--rho", "0.1", "--split", "test", "--output_dir", "again"]) == 0
+    assert len(calls) == 4
+    again = json.loads((tmp_path / "again" / "sharpness.json").read_text())
+    assert again["runs"]["AACE, rho 0.1"][0]["margins"] == report["runs"]["AACE, rho 0.1"][0]["margins"]
+    assert "1 measured, 1 of them before." in capsys.readouterr().out
+
+
+def test_runs_that_cannot_be_written_to_are_measured_and_drawn(runs, tmp_path, monkeypatch):
+    """Another user's, say: then nothing is kept in them. (Not by `chmod`, which does not hold the superuser back.)"""
+    folder = tmp_path / "run"
+    shutil.copytree(
+        runs / "aace", folder, ignore=shutil.ignore_patterns("checkpoint-*", "sharpness.json", "landscapes")
+    )
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+    before = set(folder.iterdir())
+    assert main(["sharpness", str(folder), *QUICK]) == 0
+    assert main(["plot", str(folder), "--points", "2", "--max_samples", "10", "--figures", "contour"]) == 0
+    assert set(folder.iterdir()) == before
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"sharpness", "plot"}
+
+
+def test_only_our_lines_are_on_the_screen(runs, capsys):
+    """Not the libraries' progress bars, several for each run."""
+    assert main(["sharpness", str(runs / "plain-0"), *QUICK, "--max_samples", "10"]) == 0
+    assert "%|" not in capsys.readouterr().err
+
+
+def test_checkpoints_are_measured_for_the_course(runs, capsys):
+    options = ["--steps", "1", "--directions", "2", "--m", "0", "--eigenvalues", "1", "--products", "6"]
+    options += ["--max_samples", "10"]
+    assert main(["sharpness", str(runs / "aace"), *options, "--checkpoints", "true"]) == 0
+    assert "top Hessian eigenvalue" in capsys.readouterr().out
+    entries = json.loads((runs / "aace" / "sharpness.json").read_text())["measures"]
+    assert [entry["step"] for entry in entries] == [1, 2, 2]
+    assert entries[0]["cross_entropy"] != entries[1]["cross_entropy"]
+    assert entries[1]["sam_sharpness"] == entries[2]["sam_sharpness"], "the last checkpoint is the model"
+
+
+def test_plot_draws_runs_side_by_side_and_keeps_the_grids(runs, measured, tmp_path, capsys):
+    folders = [str(runs / name) for name in ("plain-0", "plain-1", "sam", "aace")]
+    options = ["--points", "2", "--formats", "png", "--max_samples", "10"]
+    assert main(["plot", *folders, *options]) == 0
+    names = {path.name for path in (tmp_path / "runs" / "plot").iterdir()}
+    assert names == {"dynamics.png", "contour.png", "surface.png", "path.png"}
+    assert capsys.readouterr().out.count("Picture: ") == 4
+    grids = {path: path.stat().st_mtime_ns for path in runs.glob("*/landscapes/*.npz")}
+    assert sorted(path.name.split("-")[0] for path in grids) == ["path"] * 2 + ["surface"] * 3
+    assert main(["plot", *folders, *options, "--figures", "contour", "path"]) == 0
+    assert grids == {path: path.stat().st_mtime_ns for path in runs.glob("*/landscapes/*.npz")}
+
+
+def test_names_and_data_can_be_given_for_runs_that_do_not_say(runs, tmp_path, capsys):
+    shutil.copytree(runs / "sam", tmp_path / "mine")
+    (tmp_path / "mine" / "train_options.json").unlink()
+    assert "Give it by `--dataset_name`" in said(capsys, "sharpness", "mine")
+    given = ["--dataset_name", "digits", "--split", "test", "--max_samples", "30", "--names", "My method"]
+    assert main(["sharpness", "mine", *given, *QUICK, "--m", "0"]) == 0
+    report = json.loads((tmp_path / "runs" / "sharpness" / "sharpness.json").read_text())
+    assert report["runs"]["My method"][0]["samples"] == 30
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged_unasked(runs, tmp_path, capsys):
+    shutil.copytree(runs / "plain-0", tmp_path / "other")
+    options = json.loads((runs / "plain-0" / "train_options.json").read_text())
+    (tmp_path / "other" / "train_options.json").write_text(json.dumps(options | {"train_size": 30}))
+    message = said(capsys, "plot", str(runs / "plain-0"), "other")
+    assert "both be called 'Trainer'" in message and "train_size" in message and "--names" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sharpness", "nowhere"], "There is no folder 'nowhere'"),
+        (["plot", "empty", "--figures", "dynamics"], "no trainer_state.json"),
+        (["sharpness", "empty"], "no config.json"),
+        (["sharpness", "empty", "--names", "a", "b"], "`names` must hold one for each of the 1 runs, got 2"),
+        (["sharpness", "empty", "--split", "valid"], "`split` must be `train` or `test`, got 'valid'"),
+        (["sharpness", "empty", "--max_samples", "0"], "`max_samples` must be at least 1, got 0"),
+        (["sharpness", "empty", "--device", "tpu"], "`device` must be"),
+        (["plot", "empty", "--figures", "pie"], "`figures` must be of dynamics"),
+        (["plot", "empty", "--width", "0"], "`width` must be at least 2"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(argv, message, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert message in said(capsys, *argv)
+
+
+def test_other_classes_than_the_models_are_refused(runs, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for index in range(5):
+            PIL.Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / "pets" / name / f"{index}.png")
+    message = said(capsys, "sharpness", str(runs / "sam"), "--dataset_name", "pets", "--train_size", "4")
+    assert "does not know these classes of the data: cat, dog" in message
+
+
+def test_classes_in_another_order_are_the_same(runs, tmp_path):
+    """Their names say what they are, not their numbers."""
+    digits = load_image_dataset("digits", seed=0, train_size=60)["train"]
+    names = [str(name) for name in reversed(range(10))]
+    turned = {"image": digits["image"][:], "label": [9 - label for label in digits["label"]]}
+    features = Features(image=Image(), label=ClassLabel(names=names))
+    for name, data in {"same": digits, "turned": Dataset.from_dict(turned, features=features)}.items():
+        DatasetDict(train=data, test=data).save_to_disk(name)
+        data = ["--dataset_name", name, "--train_size", "60", "--label_noise", "0"]
+        assert main(["sharpness", str(runs / "sam"), *data, *QUICK, "--output_dir", f"of-{name}"]) == 0
+    losses = [
+        json.loads((tmp_path / f"of-{name}" / "sharpness.json").read_text())["runs"]["SAM, rho 0.1"][0][
+            "cross_entropy"
+        ]
+        for name in ("same", "turned")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_streamed_images_are_to_be_named(runs, tmp_path, capsys):
+    """Which were read of them, no other reading can tell."""
+    shutil.copytree(runs / "sam", tmp_path / "streamed")
+    options = json.loads((runs / "sam" / "train_options.json").read_text())
+    (tmp_path / "streamed" / "train_options.json").write_text(json.dumps(options | {"streaming": True}))
+    assert "streamed its images. Say by `--dataset_name`" in said(capsys, "sharpness", "streamed")
+
+
+def test_measures_of_an_earlier_run_in_the_folder_are_not_drawn(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs / "sam", tmp_path / "again")
+    assert main(["sharpness", "again", *QUICK, "--checkpoints", "true"]) == 0
+    drawn = []
+    monkeypatch.setattr("hf_aace.cli.plot.plot_dynamics", lambda histories, *args, **kwargs: drawn.append(histories))
+    assert main(["plot", "again", "--figures", "dynamics"]) == 0
+    for path in (tmp_path / "again").rglob("*.safetensors"):
+        path.touch()  # trained anew
+    assert main(["plot", "again", "--figures", "dynamics"]) == 0
+    assert [any("sam_sharpness" in entry for entry in each["SAM, rho 0.1"][0]) for each in drawn] == [True, False]

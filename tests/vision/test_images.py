@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of every mode and size come out as the picture that a person sees; what cannot be decoded is named."""
+
+import io
+import struct
+import zlib
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
+
+from hf_aace.cli import main
+from hf_aace.vision.datasets import load_image_dataset
+from hf_aace.vision.images import decode_image, image_transform
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def encoded(image, form="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return {"bytes": buffer.getvalue(), "path": f"picture.{form.lower()}"}
+
+
+def decoded(image, form="PNG", **options):
+    """The pixels, and those of the same image handed over decoded, which must be no others."""
+    pixels = np.asarray(decode_image(encoded(image, form, **options)))
+    assert pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
+    with PIL.Image.open(io.BytesIO(encoded(image, form, **options)["bytes"])) as opened:
+        assert np.array_equal(np.asarray(decode_image(opened)), pixels)
+    return pixels.astype(int)
+
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+GREY = COLOURS[:, :, 0]
+
+
+def test_colours_and_grey_are_kept():
+    assert np.array_equal(decoded(PIL.Image.fromarray(COLOURS)), COLOURS)
+    assert np.array_equal(decoded(PIL.Image.fromarray(GREY)), np.stack([GREY] * 3, axis=2))
+    assert np.array_equal(decoded(PIL.Image.fromarray(GREY > 99)), np.stack([(GREY > 99) * 255] * 3, axis=2))
+
+
+def test_a_palette_gives_its_colours():
+    image = PIL.Image.fromarray(COLOURS).quantize(64)
+    assert np.array_equal(decoded(image), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white(mode):
+    """Not black, and not the colour that the file happens to have there."""
+    alpha = np.zeros_like(GREY)
+    alpha[:, 2:] = 255
+    if mode == "P":
+        image = PIL.Image.fromarray((GREY > 99).astype(np.uint8) + 1, "L")
+        image = PIL.Image.fromarray(np.where(alpha == 0, 0, np.asarray(image)).astype(np.uint8)).convert("P")
+        image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+        pixels = decoded(image, transparency=0)
+        visible = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]])[np.asarray(image)]
+    else:
+        image = PIL.Image.fromarray(COLOURS).convert(mode)
+        image.putalpha(PIL.Image.fromarray(alpha))
+        pixels = decoded(image)
+        visible = np.asarray(PIL.Image.fromarray(COLOURS).convert(mode[:-1]).convert("RGB"))
+    assert (pixels[:, :2] == 255).all()
+    assert np.array_equal(pixels[:, 2:], visible[:, 2:])
+
+
+def test_half_transparent_is_half_way_to_white():
+    image = PIL.Image.fromarray(COLOURS).convert("RGBA")
+    image.putalpha(128)
+    assert np.abs(decoded(image) - (255.0 + COLOURS) / 2).max() <= 1.5
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+@pytest.mark.parametrize("highest", [1, 200, 4095, 65535])
+def test_16_bits_are_scaled_by_their_range(form, highest):
+    """Clipping, which is what Pillow's own conversion does, would leave all but the darkest 256 values white."""
+    deep = np.linspace(0, highest, 30).round().astype(np.uint16).reshape(5, 6)
+    pixels = decoded(PIL.Image.fromarray(deep), form)
+    assert np.abs(pixels - deep[:, :, None] / 65535 * 255).max() <= 0.5
+
+
+@pytest.mark.parametrize("values", [np.linspace(-3, 7, 30), np.linspace(0, 2**30, 30).astype(np.int32)])
+def test_32_bits_are_scaled_from_their_lowest_to_their_highest_value(values):
+    values = values.astype(np.float32) if values.dtype == np.float64 else values
+    pixels = decoded(PIL.Image.fromarray(values.reshape(5, 6)), "TIFF")
+    assert np.abs(pixels[:, :, 0] - np.linspace(0, 255, 30).reshape(5, 6)).max() <= 0.51
+
+
+def test_cmyk_is_converted():
+    red = PIL.Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert np.abs(decoded(red, "JPEG", quality=95) - [255, 0, 0]).max() < 12
+    assert np.array_equal(decoded(red, "TIFF"), np.broadcast_to([255, 0, 0], (16, 16, 3)))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [(1, lambda p: p), (3, lambda p: p[::-1, ::-1]), (6, lambda p: np.rot90(p, -1)), (8, np.rot90), (2, np.fliplr)],
+)
+def test_the_camera_orientation_is_undone(orientation, upright):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(decoded(PIL.Image.fromarray(COLOURS), exif=exif), upright(COLOURS))
+
+
+# ---- Huge images -----------------------------------------------------------
+
+
+def photograph(width, height):
+    """Smooth shapes, as photographs have."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / width * a + y / height * b) for a, b in ((9, 4), (3, 12), (16, 7))]
+    return PIL.Image.fromarray(np.round(127.5 + 120 * np.stack(waves, axis=2)).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("processor", "smallest"),
+    [
+        (ViTImageProcessorPil(size={"height": 32, "width": 32}), 64),
+        (ConvNextImageProcessorPil(size={"shortest_edge": 32}), 64),
+        (ViTImageProcessorPil(size={"height": 32, "width": 32}, do_resize=False), 512),
+    ],
+)
+def test_a_huge_jpeg_is_decoded_at_a_size_that_suffices(processor, smallest, monkeypatch):
+    """Of 1024 x 512 pixels, 128 x 64 leave the processor twice what it needs, and it comes to nearly the same picture."""
+    seen = []
+    original = type(processor).__call__
+    monkeypatch.setattr(
+        type(processor),
+        "__call__",
+        lambda self, images, **kwargs: seen.extend(images) or original(self, images, **kwargs),
+    )
+    image = encoded(photograph(1024, 512), "JPEG", quality=95)
+    ours = image_transform(processor)({"image": [image], "label": [0]})["pixel_values"]
+    assert seen[0].size == (2 * smallest, smallest)
+    whole = original(processor, [decode_image(image)], return_tensors="pt")["pixel_values"]
+    assert ours.shape == whole.shape
+    assert (ours - whole).abs().mean() < 0.01 * (whole.max() - whole.min())
+
+
+def test_an_image_that_is_not_huge_is_decoded_whole():
+    image = encoded(photograph(127, 127), "JPEG")
+    assert decode_image(image, min_size=64).size == (127, 127)
+    assert decode_image(encoded(photograph(512, 512)), min_size=64).size == (512, 512)  # PNG cannot
+
+
+def png_of_size(width, height):
+    """A PNG that says it has so many pixels, in a few bytes."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_a_decompression_bomb_is_refused_by_name(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            PIL.Image.fromarray(COLOURS).save(tmp_path / name / f"{index}.png")
+    (tmp_path / "cat" / "bomb.png").write_bytes(png_of_size(100_000, 100_000))
+    with pytest.raises(ValueError, match=r"1 of the 7 images .*cat/bomb.png \(Image size .* decompression bomb"):
+        load_image_dataset(str(tmp_path), seed=0)
+    bomb = {"bytes": None, "path": str(tmp_path / "cat" / "bomb.png")}
+    with pytest.raises(ValueError, match=r"The image '.*cat/bomb.png' cannot be decoded: .* decompression bomb"):
+        decode_image(bomb)
+
+
+# ---- Corrupt images --------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten images of each of two classes, two of which are no images; and their names."""
+    broken = ["cat/3.png", "dog/7.png"]
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for index in range(10):
+            PIL.Image.fromarray(COLOURS + np.uint8(index)).save(tmp_path / "pets" / name / f"{index}.png")
+    for name in broken:
+        whole = (tmp_path / "pets" / name).read_bytes()
+        (tmp_path / "pets" / name).write_bytes(whole[:-40])
+    return tmp_path / "pets", broken
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_aace.vision.datasets.logger.warning", said.append)
+    return said
+
+
+def test_corrupt_images_are_left_out_and_counted_if_asked(folder, warnings):
+    path, broken = folder
+    dataset = load_image_dataset(str(path), seed=0, skip_corrupt_images=True)
+    assert len(dataset["train"]) + len(dataset["test"]) == 18
+    for split in dataset.values():
+        assert all(np.asarray(image).size for image in split["image"])  # decodes each
+    assert len(warnings) == 1 and "2 of the 20 images" in warnings[0] and "left out" in warnings[0]
+    assert all(name in warnings[0] for name in broken) and "cat/2.png" not in warnings[0]
+
+
+def test_corrupt_images_inside_parquet_are_found_too(folder, tmp_path, warnings):
+    path, _ = folder
+    rows = [
+        {"image": {"bytes": file.read_bytes(), "path": file.name}, "label": file.parent.name}
+        for file in sorted(path.rglob("*.png"))
+    ]
+    rows.append({"image": None, "label": "cat"})
+    (tmp_path / "table").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "table" / "images.parquet")
+    with pytest.raises(ValueError, match=r"3 of the 21 images .*: 3.png \(.*\), 7.png \(.*\), row 20 \(no image\)"):
+        load_image_dataset(str(tmp_path / "table"), seed=0)
+    dataset = load_image_dataset(str(tmp_path / "table"), seed=0, skip_corrupt_images=True)
+    assert len(dataset["train"]) + len(dataset["test"]) == 18
+
+
+def test_the_command_skips_corrupt_images(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "--dataset_name", "pets", "--max_steps", "1", "--output_dir", "out", "--disable_tqdm", "true"]
+    assert main(argv) == 1
+    assert "2 of the 20 images of 'pets' cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*argv, "--skip_corrupt_images", "true"]) == 0
