@@ -2,7 +2,7 @@
 """`hf-aace evaluate`: how good a trained classifier is, and where it errs."""
 
 import argparse
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from .options import (
     PretrainedArguments,
     command_parser,
     last_part,
+    option,
     pick_device,
     required,
     train_options,
@@ -34,46 +35,23 @@ from .runs import in_the_classes_of
 
 @dataclass
 class EvaluationArguments(ImagesArguments):
-    """
-    What to evaluate on, and what to measure.
+    """What to evaluate on, and what to measure."""
 
-    Args:
-        split (`str`, *optional*, defaults to `"test"`):
-            The images to use: `"test"`, `"train"` or `"all"`.
-        metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1"]`):
-            The metrics, as [`~hf_aace.vision.metrics.load_metric`] knows them.
-        num_mistakes (`int`, *optional*, defaults to `25`):
-            Number of the worst mistakes to show.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Images at a time.
-        device (`str`, *optional*, defaults to `"auto"`):
-            `"cpu"`, `"cuda"`, or `"auto"`: a GPU if there is one.
-        output_dir (`str`, *optional*):
-            Where the results go. Defaults to a folder in `runs` named by model and data.
-
-    The other arguments are those of [`ImagesArguments`]. For a run of `hf-aace train` they default to what it was trained on.
-    """
-
-    split: Literal["test", "train", "all"] = field(
-        default="test",
-        metadata={
-            "help": "The test images, which `hf-aace train` sets apart if the data set does not; the training images; or all, "
-            "for images that the model was not trained on."
-        },
+    split: Literal["test", "train", "all"] = option(
+        "test",
+        "The test images, which `hf-aace train` sets apart if the data set does not; the training images; or all, "
+        "for images that the model was not trained on.",
     )
-    metrics: list[str] = field(
-        default_factory=lambda: ["accuracy", "macro_f1"],
-        metadata={"help": "Metrics: `accuracy`, `macro_f1`, or any that `evaluate.load` finds on the Hub."},
+    metrics: list[str] = option(  # noqa: RUF009
+        ["accuracy", "macro_f1"], "Metrics: `accuracy`, `macro_f1`, or any that `evaluate.load` finds on the Hub."
     )
-    num_mistakes: int = field(default=25, metadata={"help": "How many of the worst mistakes to list and to draw."})
-    batch_size: int = field(default=32, metadata={"help": "Images at a time."})
-    device: str = field(default="auto", metadata={"help": "`cpu`, `cuda`, or `auto`: a GPU if there is one."})
-    output_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where evaluation.json, confusion_matrix.png and mistakes.png go. By default a folder in `runs` named by "
-            "model and data."
-        },
+    num_mistakes: int = option(25, "How many of the worst mistakes to list and to draw.")
+    batch_size: int = option(32, "Images at a time.")
+    device: str = option("auto", "`cpu`, `cuda`, or `auto`: a GPU if there is one.")
+    output_dir: str | None = option(
+        None,
+        "Where evaluation.json, confusion_matrix.png and mistakes.png go. By default a folder in `runs` named by "
+        "model and data.",
     )
 
     def __post_init__(self):

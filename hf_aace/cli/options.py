@@ -22,99 +22,61 @@ from .output import HelpFormatter
 TRAIN_OPTIONS_NAME = "train_options.json"
 
 
-@dataclass
-class PretrainedArguments:
+def option(default: Any, help: str) -> Any:
     """
-    Which model to load, and what it may bring with it.
+    Make a field of a dataclass that is an option of a command.
 
     Args:
-        model_name_or_path (`str`, *optional*):
-            A local folder, or a model id on the Hub.
-        model_revision (`str`, *optional*, defaults to `"main"`):
-            The branch, tag or commit on the Hub.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run Python code that comes with the model.
-        allow_pickle (`bool`, *optional*, defaults to `False`):
-            Whether to load weights that are not safetensors.
+        default (`Any`): The default. A list is copied for each instance.
+        help (`str`): The text of the option in `--help`.
     """
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The model: a local folder, or a model id on the Hub. Needed."}
+
+@dataclass
+class PretrainedArguments:
+    """Which model to load, and what it may bring with it."""
+
+    model_name_or_path: str | None = option(None, "The model: a local folder, or a model id on the Hub. Needed.")
+    model_revision: str = option("main", "Branch, tag or commit of a model on the Hub, to pin what is loaded.")
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model. Only for a model whose code you have read."
     )
-    model_revision: str = field(
-        default="main", metadata={"help": "Branch, tag or commit of a model on the Hub, to pin what is loaded."}
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run Python code that comes with the model. Only for a model whose code you have read."},
-    )
-    allow_pickle: bool = field(
-        default=False,
-        metadata={"help": "Load weights also from `pytorch_model.bin`, not only from safetensors."},
-    )
+    allow_pickle: bool = option(False, "Load weights also from `pytorch_model.bin`, not only from safetensors.")
 
 
 @dataclass
 class ModelArguments(PretrainedArguments):
-    """
-    Which model to train, and what of it.
+    """Which model to train, and what of it."""
 
-    Args:
-        model_name_or_path (`str`, *optional*, defaults to `"convnext-tiny-digits"`):
-            A built-in model, a local folder, or a model id on the Hub.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            The dtype of the weights: `"float32"`, `"bfloat16"` or `"float16"`.
-        freeze_backbone (`bool`, *optional*, defaults to `False`):
-            Whether to train the classification head only.
-        lora (`bool`, *optional*, defaults to `False`):
-            Whether to train low-rank adapters and the head.
-        lora_rank (`int`, *optional*, defaults to `16`):
-            Rank of the adapters.
-        lora_alpha (`float`, *optional*, defaults to `16.0`):
-            The adapters are scaled by `lora_alpha / lora_rank`.
-        lora_target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
-            The layers to adapt.
-
-    The other arguments are those of [`PretrainedArguments`].
-    """
-
-    model_name_or_path: str = field(
-        default="convnext-tiny-digits",
-        metadata={
-            "help": "The model: `convnext-tiny-digits`, `vit-tiny-digits` or `resnet-tiny-digits` (small, from scratch, for 8x8 "
-            "images), a local folder, or a model id on the Hub. Learning rate, batch size, epochs and the like have other "
-            "defaults for the built-in three, shown here, than for models to fine-tune."
-        },
+    model_name_or_path: str = option(
+        "convnext-tiny-digits",
+        "The model: `convnext-tiny-digits`, `vit-tiny-digits` or `resnet-tiny-digits` (small, from scratch, for 8x8 "
+        "images), a local folder, or a model id on the Hub. Learning rate, batch size, epochs and the like have other "
+        "defaults for the built-in three, shown here, than for models to fine-tune.",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32",
-        metadata={
-            "help": "Dtype of the loaded weights. 16 bits save memory with `lora` or `freeze_backbone`, where what is trained "
-            "stays in 32 bits, and need `bf16` or `fp16`; other training in 16-bit weights is refused unless `rho` is 0, as "
-            "their rounding swallows the perturbation. For speed, set `bf16` alone."
-        },
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32",
+        "Dtype of the loaded weights. 16 bits save memory with `lora` or `freeze_backbone`, where what is trained "
+        "stays in 32 bits, and need `bf16` or `fp16`; other training in 16-bit weights is refused unless `rho` is 0, as "
+        "their rounding swallows the perturbation. For speed, set `bf16` alone.",
     )
-    freeze_backbone: bool = field(
-        default=False,
-        metadata={"help": "Train the classification head only. BatchNorm statistics still follow the images."},
+    freeze_backbone: bool = option(
+        False, "Train the classification head only. BatchNorm statistics still follow the images."
     )
-    lora: bool = field(
-        default=False,
-        metadata={
-            "help": "Train low-rank adapters and the head (pip install 'hf-aace[peft]'). They are merged into the saved "
-            "model, which loads like any other, and saved by themselves in `adapter/`."
-        },
+    lora: bool = option(
+        False,
+        "Train low-rank adapters and the head (pip install 'hf-aace[peft]'). They are merged into the saved "
+        "model, which loads like any other, and saved by themselves in `adapter/`.",
     )
-    lora_rank: int = field(default=16, metadata={"help": "With `lora`: rank of the adapters."})
-    lora_alpha: float = field(
-        default=16.0, metadata={"help": "With `lora`: the adapters are scaled by `lora_alpha / lora_rank`."}
-    )
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={
-            "help": "With `lora`: the layers to adapt, by the ends of their names, such as `q_proj v_proj`. `all-linear` "
-            "is every linear layer but the head; a network of convolutions (ResNet) has none, so name some."
-        },
+    lora_rank: int = option(16, "With `lora`: rank of the adapters.")
+    lora_alpha: float = option(16.0, "With `lora`: the adapters are scaled by `lora_alpha / lora_rank`.")
+    lora_target_modules: list[str] = option(  # noqa: RUF009
+        ["all-linear"],
+        "With `lora`: the layers to adapt, by the ends of their names, such as `q_proj v_proj`. `all-linear` "
+        "is every linear layer but the head; a network of convolutions (ResNet) has none, so name some.",
     )
 
     def __post_init__(self):
@@ -124,131 +86,70 @@ class ModelArguments(PretrainedArguments):
 
 @dataclass
 class ImagesArguments:
-    """
-    Which labelled images.
+    """Which labelled images."""
 
-    Args:
-        dataset_name (`str`, *optional*, defaults to `"digits"`):
-            `"digits"`, a folder of images, a folder written by `save_to_disk`, parquet or WebDataset files, or the id of a data
-            set on the Hub.
-        image_column_name (`str`, *optional*):
-            The column of the images. Found if left out.
-        label_column_name (`str`, *optional*):
-            The column of the labels: classes, strings or integers. Found if left out.
-        skip_corrupt_images (`bool`, *optional*, defaults to `False`):
-            Whether to leave out images that cannot be decoded, rather than stop.
-    """
-
-    dataset_name: str = field(
-        default="digits",
-        metadata={
-            "help": "The images: `digits` (8x8 scans, bundled with scikit-learn), a folder with one sub-folder of "
-            "images for each class (perhaps below `train` and `test`), a folder written by `save_to_disk`, a file or folder "
-            "in parquet or of WebDataset shards (.tar), or the id of a data set on the Hub."
-        },
+    dataset_name: str = option(
+        "digits",
+        "The images: `digits` (8x8 scans, bundled with scikit-learn), a folder with one sub-folder of "
+        "images for each class (perhaps below `train` and `test`), a folder written by `save_to_disk`, a file or folder "
+        "in parquet or of WebDataset shards (.tar), or the id of a data set on the Hub.",
     )
-    image_column_name: str | None = field(
-        default=None, metadata={"help": "The column of the images. By default the first that holds images."}
+    image_column_name: str | None = option(None, "The column of the images. By default the first that holds images.")
+    label_column_name: str | None = option(
+        None,
+        "The column of the labels: classes, strings or integers (a field of a JSON column as `json.label`). By "
+        "default one that is typed as classes, or is called `label` or the like.",
     )
-    label_column_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "The column of the labels: classes, strings or integers (a field of a JSON column as `json.label`). By "
-            "default one that is typed as classes, or is called `label` or the like."
-        },
-    )
-    skip_corrupt_images: bool = field(
-        default=False,
-        metadata={
-            "help": "Decode all images beforehand, and name, count and leave out those that cannot be. Without it they are an "
-            "error."
-        },
+    skip_corrupt_images: bool = option(
+        False,
+        "Decode all images beforehand, and name, count and leave out those that cannot be. Without it they are an "
+        "error.",
     )
 
 
 @dataclass
 class DataArguments(ImagesArguments):
-    """
-    What to train on, and what to measure.
+    """What to train on, and what to measure."""
 
-    Args:
-        streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read the images in the course of training only.
-        train_size (`int`, *optional*):
-            Train on this many images only. Defaults to all.
-        label_noise (`float`, *optional*, defaults to `0.0`):
-            Share of the training labels to replace by wrong ones.
-        validation_size (`float`, *optional*, defaults to `0.0`):
-            Share of the training images to set apart and evaluate on in the course of training.
-        class_weights (`str`, *optional*, defaults to `"none"`):
-            `"balanced"` to weight each class inversely to its number of training images.
-        augmentation (`str`, *optional*):
-            `"none"`, `"default"` or `"randaugment"`, see [`~hf_aace.vision.augmentation.Augmentation`]. Defaults to `"none"` for a
-            built-in model and for digits, to `"default"` for others.
-        mixup (`float`, *optional*, defaults to `0.0`):
-            Parameter of the Beta distribution of mixup; 0 is off.
-        cutmix (`float`, *optional*, defaults to `0.0`):
-            Parameter of the Beta distribution of cutmix; 0 is off.
-        metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1", "confusion_matrix"]`):
-            The metrics, as [`~hf_aace.vision.metrics.load_metric`] knows them.
-
-    The other arguments are those of [`ImagesArguments`].
-    """
-
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "Read the images in the course of training, rather than download and prepare them all beforehand. For hub "
-            "ids, parquet and WebDataset. Needs `max_steps` and a labelled test split; `train_size` then takes the first ones."
-        },
+    streaming: bool = option(
+        False,
+        "Read the images in the course of training, rather than download and prepare them all beforehand. For hub "
+        "ids, parquet and WebDataset. Needs `max_steps` and a labelled test split; `train_size` then takes the first ones.",
     )
-    train_size: int | None = field(
-        default=None,
-        metadata={"help": "Train on this many images only, drawn with `seed`, each class keeping its share."},
+    train_size: int | None = option(
+        None, "Train on this many images only, drawn with `seed`, each class keeping its share."
     )
-    label_noise: float = field(
-        default=0.0,
-        metadata={"help": "Share of the training labels, in [0, 1), replaced by wrong ones drawn with `seed`."},
+    label_noise: float = option(
+        0.0, "Share of the training labels, in [0, 1), replaced by wrong ones drawn with `seed`."
     )
-    validation_size: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the training images, in [0, 1), set apart with `seed` (before `train_size`): the evaluations "
-            "before the end then use these, and the test images are for the end alone."
-        },
+    validation_size: float = option(
+        0.0,
+        "Share of the training images, in [0, 1), set apart with `seed` (before `train_size`): the evaluations "
+        "before the end then use these, and the test images are for the end alone.",
     )
-    class_weights: Literal["none", "balanced"] = field(
-        default="none",
-        metadata={
-            "help": "`balanced` weights the training loss of each class inversely to its number of training images, so that "
-            "rare ones count as much as frequent ones. The ascent is not weighted. `eval_loss` is, as it is the same loss."
-        },
+    class_weights: Literal["none", "balanced"] = option(
+        "none",
+        "`balanced` weights the training loss of each class inversely to its number of training images, so that "
+        "rare ones count as much as frequent ones. The ascent is not weighted. `eval_loss` is, as it is the same loss.",
     )
-    augmentation: Literal["none", "default", "randaugment"] = field(
-        default="none",
-        metadata={
-            "help": "Random changes of the training images, on the device: `default` crops "
-            "and flips, `randaugment` also turns, shears, darkens and so on. `none` by default for the built-in models and for "
-            "digits, `default` for models to fine-tune."
-        },
+    augmentation: Literal["none", "default", "randaugment"] = option(
+        "none",
+        "Random changes of the training images, on the device: `default` crops "
+        "and flips, `randaugment` also turns, shears, darkens and so on. `none` by default for the built-in models and for "
+        "digits, `default` for models to fine-tune.",
     )
-    mixup: float = field(
-        default=0.0,
-        metadata={"help": "Blend pairs of images, and their labels, in a ratio from Beta(mixup, mixup). 0 is off."},
+    mixup: float = option(
+        0.0, "Blend pairs of images, and their labels, in a ratio from Beta(mixup, mixup). 0 is off."
     )
-    cutmix: float = field(
-        default=0.0,
-        metadata={
-            "help": "Put a rectangle of one image into another, and the same share of its label, from Beta(cutmix, cutmix). 0 is "
-            "off. With `mixup` too, each batch gets one of the two."
-        },
+    cutmix: float = option(
+        0.0,
+        "Put a rectangle of one image into another, and the same share of its label, from Beta(cutmix, cutmix). 0 is "
+        "off. With `mixup` too, each batch gets one of the two.",
     )
-    metrics: list[str] = field(
-        default_factory=lambda: ["accuracy", "macro_f1", "confusion_matrix"],
-        metadata={
-            "help": "Metrics: `accuracy`, `macro_f1`, `confusion_matrix` (once, at the end), or any that "
-            "`evaluate.load` finds on the Hub."
-        },
+    metrics: list[str] = option(  # noqa: RUF009
+        ["accuracy", "macro_f1", "confusion_matrix"],
+        "Metrics: `accuracy`, `macro_f1`, `confusion_matrix` (once, at the end), or any that "
+        "`evaluate.load` finds on the Hub.",
     )
 
     def __post_init__(self):

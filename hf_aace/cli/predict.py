@@ -3,7 +3,7 @@
 
 import csv
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,41 +13,22 @@ from ..vision.datasets import files_in
 from ..vision.images import IMAGE_SUFFIXES
 from ..vision.inference import classify
 from ..vision.models import load_classifier
-from .options import PretrainedArguments, command_parser, pick_device, required
+from .options import PretrainedArguments, command_parser, option, pick_device, required
 
 
 @dataclass
 class PredictionArguments:
-    """
-    What to classify.
+    """What to classify."""
 
-    Args:
-        images (`str`, *optional*):
-            A folder, whose images are taken at any depth, or a single image.
-        output_file (`str`, *optional*, defaults to `"predictions.csv"`):
-            The table to write.
-        top_k (`int`, *optional*, defaults to `1`):
-            How many classes to name for each image.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Images at a time.
-        device (`str`, *optional*, defaults to `"auto"`):
-            `"cpu"`, `"cuda"`, or `"auto"`: a GPU if there is one.
-    """
-
-    images: str | None = field(
-        default=None,
-        metadata={"help": "A folder, whose images are taken at any depth, or a single image. Needed."},
+    images: str | None = option(None, "A folder, whose images are taken at any depth, or a single image. Needed.")
+    output_file: str = option(
+        "predictions.csv",
+        "The table to write (CSV): a row for each image, with its path in the folder, the classes and their "
+        "probabilities, and in the last column why it could not be read.",
     )
-    output_file: str = field(
-        default="predictions.csv",
-        metadata={
-            "help": "The table to write (CSV): a row for each image, with its path in the folder, the classes and their "
-            "probabilities, and in the last column why it could not be read."
-        },
-    )
-    top_k: int = field(default=1, metadata={"help": "How many classes to name for each image, the likeliest first."})
-    batch_size: int = field(default=32, metadata={"help": "Images at a time."})
-    device: str = field(default="auto", metadata={"help": "`cpu`, `cuda`, or `auto`: a GPU if there is one."})
+    top_k: int = option(1, "How many classes to name for each image, the likeliest first.")
+    batch_size: int = option(32, "Images at a time.")
+    device: str = option("auto", "`cpu`, `cuda`, or `auto`: a GPU if there is one.")
 
 
 def run(argv: list[str]) -> int:

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -42,6 +42,7 @@ from .options import (
     ModelArguments,
     checkpoints_in,
     last_part,
+    option,
     options_of_run,
     train_options,
     training_parser,
@@ -57,48 +58,20 @@ _LAUNCHED = "HF_AACE_LAUNCHED"
 
 @dataclass
 class LaunchArguments:
-    """
-    Which processes to train in, as for `accelerate launch`. Without a configuration, the present process.
+    """Which processes to train in, as for `accelerate launch`. Without a configuration, the present process."""
 
-    Args:
-        accelerate_config (`str`, *optional*):
-            `"single_gpu"`, `"ddp"`, `"fsdp2"`, or the path of a configuration file of accelerate.
-        num_processes (`int`, *optional*):
-            Number of processes on all machines together. Defaults to one for each GPU, taking each machine to have as
-            many as this one.
-        num_machines (`int`, *optional*, defaults to `1`):
-            Number of machines. The command is started on each.
-        machine_rank (`int`, *optional*, defaults to `0`):
-            The number of this machine, from 0.
-        main_process_ip (`str`, *optional*):
-            The address of machine 0.
-        main_process_port (`int`, *optional*):
-            A free port on machine 0. Defaults to any, for one machine.
-    """
-
-    accelerate_config: str | None = field(
-        default=None,
-        metadata={
-            "help": "Start the processes that a configuration of accelerate asks for: `single_gpu`, `ddp`, `fsdp2`, or the "
-            "path of a file that `accelerate config` wrote."
-        },
+    accelerate_config: str | None = option(
+        None,
+        "Start the processes that a configuration of accelerate asks for: `single_gpu`, `ddp`, `fsdp2`, or the "
+        "path of a file that `accelerate config` wrote.",
     )
-    num_processes: int | None = field(
-        default=None,
-        metadata={
-            "help": "With `accelerate_config`: number of processes, on all machines. One for each GPU by default."
-        },
+    num_processes: int | None = option(
+        None, "With `accelerate_config`: number of processes, on all machines. One for each GPU by default."
     )
-    num_machines: int = field(default=1, metadata={"help": "With `accelerate_config`: number of machines."})
-    machine_rank: int = field(
-        default=0, metadata={"help": "With `accelerate_config`: number of this machine, from 0."}
-    )
-    main_process_ip: str | None = field(
-        default=None, metadata={"help": "With `accelerate_config`: address of machine 0."}
-    )
-    main_process_port: int | None = field(
-        default=None, metadata={"help": "With `accelerate_config`: a free port on machine 0."}
-    )
+    num_machines: int = option(1, "With `accelerate_config`: number of machines.")
+    machine_rank: int = option(0, "With `accelerate_config`: number of this machine, from 0.")
+    main_process_ip: str | None = option(None, "With `accelerate_config`: address of machine 0.")
+    main_process_port: int | None = option(None, "With `accelerate_config`: a free port on machine 0.")
 
 
 def _launch(options: argparse.Namespace, argv: list[str]) -> int:
