@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-aace evaluate`: how good a trained classifier is, and where it errs."""
+"""`hf-aace evaluate`: measure how good a trained classifier is, and where it errs."""
 
 import argparse
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -10,36 +11,28 @@ import evaluate
 import numpy as np
 from datasets import Dataset, Image, concatenate_datasets
 from datasets.utils import tqdm
+from sklearn.metrics import confusion_matrix
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .._compat import image_classification_evaluator
 from ..analysis.plots import plot_confusion_matrix, plot_image_grid
 from ..vision.datasets import load_image_dataset
 from ..vision.inference import classify
 from ..vision.metrics import load_metric
 from ..vision.models import load_classifier
-from .options import (
-    ImagesArguments,
-    PretrainedArguments,
-    command_parser,
-    last_part,
-    option,
-    pick_device,
-    required,
-    train_options,
-)
+from .options import ImagesArguments, PretrainedArguments, last_part, pick_device, required, train_options
 from .output import write_report
+from .parser import command_parser, option
 from .runs import in_the_classes_of
 
 
 @dataclass
 class EvaluationArguments(ImagesArguments):
-    """What to evaluate on, and what to measure."""
+    """Which images to evaluate on, and what to measure."""
 
     split: Literal["test", "train", "all"] = option(
         "test",
-        "The test images, which `hf-aace train` sets apart if the data set does not; the training images; or all, "
+        "The test images, which `hf-aace train` sets apart if the dataset does not; the training images; or all, "
         "for images that the model was not trained on.",
     )
     metrics: list[str] = option(  # noqa: RUF009
@@ -54,13 +47,9 @@ class EvaluationArguments(ImagesArguments):
         "model and data.",
     )
 
-    def __post_init__(self):
-        if isinstance(self.metrics, str):  # a single name in a configuration file
-            self.metrics = [self.metrics]
-
 
 def _defaults(chosen: argparse.Namespace) -> dict[str, Any]:
-    """The data that a run of `hf-aace train` was trained on, unless others are chosen."""
+    """Return the options of the data that a run of `hf-aace train` was trained on, unless other data are chosen."""
     options = train_options(Path(chosen.model_name_or_path)) if chosen.model_name_or_path else {}
     if chosen.dataset_name not in (ImagesArguments.dataset_name, options.get("dataset_name")):
         return {}
@@ -68,7 +57,7 @@ def _defaults(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(argv: list[str]) -> int:
-    """Runs the command with the arguments `argv`; returns the exit code."""
+    """Run the command with the arguments `argv`; return the exit code."""
     parser = command_parser(
         "evaluate",
         "Measures how good an image classifier is, and leaves metrics, the confusion matrix and the worst mistakes in "
@@ -77,9 +66,7 @@ def run(argv: list[str]) -> int:
         argv,
         _defaults,
     )
-    source, options, *_ = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    source, options = parser.read(argv)
     name = required("model_name_or_path", source.model_name_or_path)
     if options.num_mistakes < 0 or options.batch_size < 1:
         raise ValueError(
@@ -103,15 +90,13 @@ def run(argv: list[str]) -> int:
     data = concatenate_datasets([splits["train"], splits["test"]]) if options.split == "all" else splits[options.split]
     data = in_the_classes_of(model.config.id2label, data)
 
-    pipe = _Pipeline(model.to(device), processor, options.batch_size, len(data))
-    results = image_classification_evaluator().compute(
-        pipe, data.cast_column("image", Image(decode=False)), metric=metric, label_mapping=None
-    )
-    probabilities, labels = np.stack(pipe.probabilities), np.array(data["label"][:])
+    started = time.perf_counter()
+    probabilities = _classify(model.to(device), processor, data, options.batch_size)
+    seconds = time.perf_counter() - started
+    labels, predicted = np.array(data["label"][:]), probabilities.argmax(axis=-1)
+    scores = metric.compute(predictions=predicted, references=labels)
     classes = list(model.config.id2label.values())
-    matrix = load_metric("confusion_matrix").compute(
-        predictions=probabilities.argmax(axis=-1), references=labels, num_classes=len(classes)
-    )["confusion_matrix"]
+    matrix = confusion_matrix(labels, predicted, labels=range(len(classes))).tolist()
     mistakes = _worst_mistakes(data, probabilities, labels, classes, options.num_mistakes)
 
     default = Path("runs") / f"evaluate-{last_part(name)}-{last_part(options.dataset_name)}"
@@ -122,7 +107,10 @@ def run(argv: list[str]) -> int:
         "dataset": options.dataset_name,
         "split": options.split,
         "images": len(data),
-        **results,
+        **scores,
+        "total_time_in_seconds": seconds,
+        "samples_per_second": len(data) / seconds,
+        "latency_in_seconds": seconds / len(data),
         "classes": classes,
         "confusion_matrix": matrix,
         "worst_mistakes": [{key: value for key, value in row.items() if key != "row"} for row in mistakes],
@@ -140,38 +128,30 @@ def run(argv: list[str]) -> int:
             "The worst mistakes",
             folder / "mistakes.png",
         )
-    scores = ", ".join(
-        f"{key} {value:.4f}" for key, value in results.items() if isinstance(value, float) and "second" not in key
-    )
-    print(f"Result:  {scores} on {len(data)} images")
-    print(f"Speed:   {results['samples_per_second']:.0f} images a second")
+    told = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if isinstance(value, float))
+    print(f"Result:  {told} on {len(data)} images")
+    print(f"Speed:   {len(data) / seconds:.0f} images a second")
     print(f"Numbers: {folder / 'evaluation.json'}")
     print(f"Drawn:   {folder / 'confusion_matrix.png'}" + (f", {folder / 'mistakes.png'}" if mistakes else ""))
     return 0
 
 
-class _Pipeline:
-    """What the evaluator takes for a pipeline. Unlike that of Transformers, it decodes images as training does."""
-
-    task = "image-classification"
-
-    def __init__(self, model: PreTrainedModel, processor: BaseImageProcessor, batch_size: int, total: int):
-        self._model, self._processor, self._batch_size, self._total = model, processor, batch_size, total
-        self.probabilities: list[np.ndarray] = []
-
-    def __call__(self, images) -> list[list[dict[str, Any]]]:
-        answers = classify(self._model, self._processor, images, batch_size=self._batch_size)
-        for answer in tqdm(answers, total=self._total, desc="Evaluating", unit="image"):
-            if isinstance(answer, ValueError):
-                raise answer
-            self.probabilities.append(answer)
-        return [[{"label": int(p.argmax()), "score": float(p.max())}] for p in self.probabilities]
+def _classify(model: PreTrainedModel, processor: BaseImageProcessor, data: Dataset, batch_size: int) -> np.ndarray:
+    """Return the probabilities of the classes, of shape `(images, classes)`."""
+    encoded = data.cast_column("image", Image(decode=False))["image"]
+    answers = classify(model, processor, encoded, batch_size=batch_size)
+    probabilities = []
+    for answer in tqdm(answers, total=len(data), desc="Evaluating", unit="image"):
+        if isinstance(answer, ValueError):
+            raise answer
+        probabilities.append(answer)
+    return np.stack(probabilities)
 
 
 def _worst_mistakes(
     data: Dataset, probabilities: np.ndarray, labels: np.ndarray, classes: list[str], count: int
 ) -> list[dict[str, Any]]:
-    """The wrong answers with the least probability of the true class, the worst first."""
+    """Return the wrong answers with the lowest probability of the true class, the worst first."""
     of_label = probabilities[np.arange(len(labels)), labels]
     predicted = probabilities.argmax(axis=-1)
     wrong = np.flatnonzero(predicted != labels)

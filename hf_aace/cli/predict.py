@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-aace predict`: the classes of the images in a folder, as a table."""
+"""`hf-aace predict`: write the classes of the images in a folder into a table."""
 
 import csv
 import sys
@@ -13,12 +13,13 @@ from ..vision.datasets import files_in
 from ..vision.images import IMAGE_SUFFIXES
 from ..vision.inference import classify
 from ..vision.models import load_classifier
-from .options import PretrainedArguments, command_parser, option, pick_device, required
+from .options import PretrainedArguments, pick_device, required
+from .parser import command_parser, option
 
 
 @dataclass
 class PredictionArguments:
-    """What to classify."""
+    """Which images to classify."""
 
     images: str | None = option(None, "A folder, whose images are taken at any depth, or a single image. Needed.")
     output_file: str = option(
@@ -32,16 +33,14 @@ class PredictionArguments:
 
 
 def run(argv: list[str]) -> int:
-    """Runs the command with the arguments `argv`; returns the exit code."""
+    """Run the command with the arguments `argv`; return the exit code."""
     parser = command_parser(
         "predict",
         "Names the classes of the images in a folder. Images that cannot be read are named, and do not stop it.",
         (PretrainedArguments, PredictionArguments),
         argv,
     )
-    source, options, *_ = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    source, options = parser.read(argv)
     name, images = required("model_name_or_path", source.model_name_or_path), required("images", options.images)
     if options.batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {options.batch_size}.")
@@ -88,7 +87,7 @@ def run(argv: list[str]) -> int:
 
 
 def _find_images(name: str) -> tuple[Path, list[Path]]:
-    """The folder and the images in it, in alphabetical order."""
+    """Return the folder and the images in it, in alphabetical order."""
     path = Path(name)
     if path.is_file():
         return path.parent, [path]

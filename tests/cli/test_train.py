@@ -274,7 +274,7 @@ def test_a_run_is_resumed_with_its_own_images_only(run, capsys, monkeypatch):
     error = message(capsys, *argv, "--label_noise", "0.3", "--seed", "1")
     assert "checkpoint-3 had `label_noise=0.0`, now 0.3, `seed=42`, now 1. It would go on with other images" in error
     said = []
-    monkeypatch.setattr("hf_aace.cli.train.logger.warning", said.append)
+    monkeypatch.setattr("hf_aace.cli.checkpoints.logger.warning", said.append)
     assert main([*argv, "--rho", "0.5"]) == 0
     assert said == [
         f"Not as it was for {Path('here/checkpoint-3')}, from which this run goes on: `rho=0.01`, now 0.5."
@@ -461,9 +461,36 @@ def test_every_field_of_the_method_is_an_option():
         "perturb_modules": "classifier",
     }
     own = {field.name for field in fields(AACEConfig)} - {field.name for field in fields(TrainingArguments)}
-    assert set(given) == own
+    assert set(given) == own - {"method"}
     _, _, config = parse(*(f"--{name}={value}" for name, value in given.items()))
-    assert {name: getattr(config, name) for name in own} == given
+    assert {name: getattr(config, name) for name in given} == given
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--method", "sam"], ("cross_entropy", True, False, 0.05)),
+        (["--method", "asam", "--rho", "0.3"], ("cross_entropy", True, True, 0.3)),
+        (["--method=aace"], ("aace", False, False, 0.01)),
+    ],
+)
+def test_a_method_is_chosen_by_name(argv, expected):
+    _, _, config = parse(*argv)
+    assert expected == (
+        config.perturbation_loss,
+        config.normalize_perturbation,
+        config.adaptive_perturbation,
+        config.rho,
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["normalize_perturbation", "adaptive_perturbation", "eval_on_start", "ddp_static_graph"]
+)
+def test_a_flag_without_a_value_says_true(name):
+    """Also where the option has no default, and `None` leaves it to something else."""
+    assert getattr(parse(f"--{name}")[2], name) is True
+    assert getattr(parse(f"--{name}", "false")[2], name) is False
 
 
 YAML = """
@@ -503,6 +530,37 @@ def test_json_says_the_same_as_yaml(tmp_path):
     assert from_json[1] == from_yaml[1]
     assert from_json[1].metrics == ["accuracy"]
     assert from_json[2].to_dict() == from_yaml[2].to_dict()
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("train_size: null", "train_size", None),
+        ("train_size: ~", "train_size", None),
+        ("class_weights: none", "class_weights", "none"),
+        ("lora_target_modules: convolution", "lora_target_modules", ["convolution"]),
+        ("metrics: [accuracy, 'f1']", "metrics", ["accuracy", "f1"]),
+        ("lora: yes", "lora", True),
+        ("normalize_perturbation: false", "normalize_perturbation", False),
+        ("perturb_modules: -x", "perturb_modules", "-x"),  # no option, though it begins like one
+        (
+            "lr_scheduler_kwargs: {num_cycles: .5, min_lr: 1e-5}",
+            "lr_scheduler_kwargs",
+            {"num_cycles": 0.5, "min_lr": 1e-5},
+        ),
+        (
+            "activation_checkpointing_kwargs: {use_reentrant: false}",
+            "activation_checkpointing_kwargs",
+            {"use_reentrant": False},
+        ),
+    ],
+)
+def test_values_of_a_configuration_file_mean_what_they_say(line, name, value):
+    Path("run.yaml").write_text(line)
+    (found,) = {
+        id(part): getattr(part, name) for part in parse("--config", "run.yaml") if hasattr(part, name)
+    }.values()
+    assert found == value
 
 
 def test_recipe_follows_the_model_of_the_configuration_file(tmp_path):
@@ -737,7 +795,7 @@ def test_bad_input_of_several_processes_is_told_without_a_traceback():
 def test_accelerate_is_asked_for_these_processes(argv, expected, monkeypatch):
     """One for each GPU, if no number is given."""
     launched = []
-    monkeypatch.setattr("hf_aace.cli.train.launch_command", launched.append)
+    monkeypatch.setattr("hf_aace.cli.launch.launch_command", launched.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert main([*TINY, *argv]) == 0
     (arguments,) = launched
