@@ -254,5 +254,5 @@ def _did_you_mean(typed: list[str], known: list[str], prefix: str = "") -> str:
         if _MEANT.get(name) in known:
             meant.append(prefix + _MEANT[name])
         else:
-            meant += [prefix + close for close in difflib.get_close_matches(name, known, n=1, cutoff=0)]
+            meant += [prefix + close for close in difflib.get_close_matches(name, known, n=1)]
     return f" Did you mean {', '.join(dict.fromkeys(meant))}?" if meant else ""

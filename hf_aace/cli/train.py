@@ -5,6 +5,7 @@ import math
 import shlex
 import sys
 import time
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from huggingface_hub.errors import HTTPError
 from sklearn.metrics import confusion_matrix
 
 from ..analysis.plots import plot_training_curves
-from ..config import AACEConfig
+from ..config import AACEArguments, AACEConfig
 from ..trainer import AACETrainer
 from ..vision.metrics import predicted_classes
 from ..vision.models import merge_lora
@@ -32,6 +33,31 @@ from .options import (
 from .parser import OptionParser, command_parser
 
 
+# Those of TrainingArguments that people use, for the first screens of `--help`.
+_COMMON = (
+    "output_dir",
+    "seed",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "dataloader_num_workers",
+    "eval_strategy",
+    "save_strategy",
+    "load_best_model_at_end",
+    "resume_from_checkpoint",
+    "report_to",
+    "push_to_hub",
+)
+
+
 def train_parser(argv: list[str]) -> OptionParser:
     """
     Make the parser of `hf-aace train`, with the defaults that depend on the options given.
@@ -45,7 +71,18 @@ def train_parser(argv: list[str]) -> OptionParser:
         (ModelArguments, DataArguments, LaunchArguments, AACEConfig),
         argv,
         training_defaults,
+        sections={
+            "model": _names(ModelArguments),
+            "images": _names(DataArguments),
+            "sharpness-aware training": _names(AACEArguments),
+            "training": _COMMON,
+            "several processes": _names(LaunchArguments),
+        },
     )
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]
 
 
 def run(argv: list[str]) -> int:
