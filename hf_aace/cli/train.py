@@ -17,8 +17,8 @@ from sklearn.metrics import confusion_matrix
 from ..analysis.plots import plot_training_curves
 from ..config import AACEArguments, AACEConfig
 from ..trainer import AACETrainer
+from ..vision.lora import merge_lora
 from ..vision.metrics import predicted_classes
-from ..vision.models import merge_lora
 from .checkpoints import Attempt, KeepOptions, check_options, checkpoint_to_resume, first_line
 from .launch import LaunchArguments, is_one_of_several, launch
 from .loading import load_data, make_trainer
