@@ -11,8 +11,8 @@ import sys
 from importlib.metadata import version
 
 
-# peft loads it, and it warns of the lack of 4-bit kernels, which no command uses.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# Transformers imports bitsandbytes where it is installed, which warns that it lacks 4-bit kernels: no command uses them.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 # Each is a module here of that name, with a function `run` that takes the rest of the command line.
 _COMMANDS = {
@@ -29,14 +29,14 @@ _COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Runs the command.
+    Run the command.
 
     Args:
         argv (`list[str]`, *optional*):
             The arguments of the command line. Defaults to those of the process.
 
     Returns:
-        `int`: The exit code: 0, or 1 after bad input, which is told in one sentence, or 130 after Ctrl-C.
+        `int`: The exit code: 0, or 1 after bad input, with one sentence on stderr, or 130 after Ctrl-C.
 
     Raises:
         `SystemExit`: By `argparse`, for `--help` and for usage errors (code 2).

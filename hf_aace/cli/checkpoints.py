@@ -6,6 +6,8 @@ import os
 import shlex
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,27 +91,30 @@ class Attempt:
     Args:
         output_dir (`str`): The folder of the run.
         argv (`list[str]`): The arguments of the command line.
+        checkpoint (`str`, *optional*): The checkpoint that the run goes on from.
     """
 
-    def __init__(self, output_dir: str, argv: list[str]):
-        self._output_dir, self._argv, self._started = output_dir, argv, time.time()
+    def __init__(self, output_dir: str, argv: list[str], checkpoint: str | None = None):
+        self._output_dir, self._argv, self._checkpoint = output_dir, argv, checkpoint
+        self._started = time.time()
 
     def how_to_resume(self) -> str:
-        """Say from which checkpoint the run can go on, and by which command."""
+        """Tell what was saved, and the command that goes on from there."""
         # Older checkpoints are those of another run.
-        checkpoints = [
+        saved = [
             path
             for path in checkpoints_in(self._output_dir)
             if _is_whole(path) and _time(path / "trainer_state.json") >= self._started
         ]
-        if not checkpoints:
-            return "There is no checkpoint of this run to resume from."
-        resume = ["--resume_from_checkpoint", str(checkpoints[-1])]
+        if not saved and self._checkpoint is None:
+            return "Nothing was saved. There is no checkpoint of this run to resume from."
+        resume = ["--resume_from_checkpoint", str(saved[-1] if saved else self._checkpoint)]
+        told = f"Saved up to {saved[-1]}." if saved else f"Nothing was saved after {self._checkpoint}."
         if (
             "LOCAL_RANK" in os.environ and not is_launched()
         ):  # `torchrun ...`, which we do not know, started the command
-            return f"To go on from the last checkpoint, add to the command:\n{shlex.join(resume)}"
-        return f"To go on from the last checkpoint:\n{shlex.join(['hf-aace', 'train', *self._argv, *resume])}"
+            return f"{told} To go on from there, add to the command:\n{shlex.join(resume)}"
+        return f"{told} To go on from there:\n{shlex.join(['hf-aace', 'train', *self._argv, *resume])}"
 
     def raise_if_save_failed(self, error: Exception) -> None:
         """
@@ -135,6 +140,15 @@ class Attempt:
             f"Saving {broken[0]} failed, with {free:.0f} MB free on its disk, and what there "
             f"is of it was renamed to {aside.name}: {first_line(error)}. {self.how_to_resume()}".replace("\n", " ")
         ) from error
+
+
+@contextmanager
+def if_interrupted(told: str) -> Iterator[None]:
+    """Tell on Ctrl-C what was saved."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"\nInterrupted. {told}") from interrupt
 
 
 def first_line(error: Exception) -> str:

@@ -19,7 +19,8 @@ from ..analysis.plots import plot_confusion_matrix, plot_image_grid
 from ..vision.datasets import load_image_dataset
 from ..vision.inference import classify
 from ..vision.metrics import load_metric
-from ..vision.models import load_classifier
+from .checks import check_exists, check_folder, naming_the_folder
+from .loading import load_pretrained
 from .options import ImagesArguments, PretrainedArguments, last_part, pick_device, required, train_options
 from .output import write_report
 from .parser import command_parser, option
@@ -30,6 +31,10 @@ from .runs import in_the_classes_of
 class EvaluationArguments(ImagesArguments):
     """Which images to evaluate on, and what to measure."""
 
+    dataset_name: str | None = option(
+        None,
+        "The images, as for `hf-aace train`. By default those of the run that trained the model; needed for other models.",
+    )
     split: Literal["test", "train", "all"] = option(
         "test",
         "The test images, which `hf-aace train` sets apart if the dataset does not; the training images; or all, "
@@ -51,7 +56,7 @@ class EvaluationArguments(ImagesArguments):
 def _defaults(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return the options of the data that a run of `hf-aace train` was trained on, unless other data are chosen."""
     options = train_options(Path(chosen.model_name_or_path)) if chosen.model_name_or_path else {}
-    if chosen.dataset_name not in (ImagesArguments.dataset_name, options.get("dataset_name")):
+    if chosen.dataset_name not in (None, options.get("dataset_name")):
         return {}
     return {option.name: options[option.name] for option in fields(ImagesArguments) if option.name in options}
 
@@ -68,25 +73,28 @@ def run(argv: list[str]) -> int:
     )
     source, options = parser.read(argv)
     name = required("model_name_or_path", source.model_name_or_path)
+    dataset_name = required(
+        "dataset_name", options.dataset_name, f"{name} does not say which images it was trained on"
+    )
     if options.num_mistakes < 0 or options.batch_size < 1:
         raise ValueError(
             f"`num_mistakes` must be at least 0 and `batch_size` 1, got {options.num_mistakes} and {options.batch_size}."
         )
     device = pick_device(options.device)
+    default = Path("runs") / f"evaluate-{last_part(name)}-{last_part(dataset_name)}"
+    folder = Path(options.output_dir or default)
+    check_folder("output_dir", folder)
+    check_exists("dataset_name", dataset_name)
     metric = evaluate.combine([load_metric(name) for name in options.metrics if name != "confusion_matrix"])
-    model, processor = load_classifier(
-        name,
-        revision=source.model_revision,
-        trust_remote_code=source.trust_remote_code,
-        allow_pickle=source.allow_pickle,
-    )
-    splits = load_image_dataset(
-        options.dataset_name,
-        seed=0,
-        image_column_name=options.image_column_name,
-        label_column_name=options.label_column_name,
-        skip_corrupt_images=options.skip_corrupt_images,
-    )
+    model, processor = load_pretrained(source)
+    with naming_the_folder("dataset_name", dataset_name):
+        splits = load_image_dataset(
+            dataset_name,
+            seed=0,
+            image_column_name=options.image_column_name,
+            label_column_name=options.label_column_name,
+            skip_corrupt_images=options.skip_corrupt_images,
+        )
     data = concatenate_datasets([splits["train"], splits["test"]]) if options.split == "all" else splits[options.split]
     data = in_the_classes_of(model.config.id2label, data)
 
@@ -99,12 +107,10 @@ def run(argv: list[str]) -> int:
     matrix = confusion_matrix(labels, predicted, labels=range(len(classes))).tolist()
     mistakes = _worst_mistakes(data, probabilities, labels, classes, options.num_mistakes)
 
-    default = Path("runs") / f"evaluate-{last_part(name)}-{last_part(options.dataset_name)}"
-    folder = Path(options.output_dir or default)
     folder.mkdir(parents=True, exist_ok=True)
     report = {
         "model": name,
-        "dataset": options.dataset_name,
+        "dataset": dataset_name,
         "split": options.split,
         "images": len(data),
         **scores,

@@ -5,7 +5,7 @@ import torch
 from datasets import DatasetDict, Image, IterableDatasetDict
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 from torch import nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import HubStrategy
 
@@ -15,11 +15,12 @@ from ..vision.datasets import load_image_dataset
 from ..vision.images import image_transform
 from ..vision.lora import add_lora
 from ..vision.metrics import compute_metrics_fn
-from ..vision.models import freeze_backbone, load_model_and_processor
+from ..vision.models import freeze_backbone, load_classifier, load_model_and_processor
 from ..vision.streaming import stream_image_dataset, transform_stream
 from ..vision.weighted_loss import WeightedCrossEntropy, balanced_class_weights
 from .checkpoints import first_line
-from .options import DataArguments, ModelArguments
+from .checks import check_exists, check_metrics, naming_the_folder
+from .options import DataArguments, ModelArguments, PretrainedArguments
 
 
 def load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict | IterableDatasetDict:
@@ -35,15 +36,16 @@ def load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict 
     """
     columns = {"image_column_name": options.image_column_name, "label_column_name": options.label_column_name}
     if not options.streaming:
-        return load_image_dataset(
-            options.dataset_name,
-            seed=training_args.seed,
-            train_size=options.train_size,
-            label_noise=options.label_noise,
-            validation_size=options.validation_size,
-            skip_corrupt_images=options.skip_corrupt_images,
-            **columns,
-        )
+        with naming_the_folder("dataset_name", options.dataset_name):
+            return load_image_dataset(
+                options.dataset_name,
+                seed=training_args.seed,
+                train_size=options.train_size,
+                label_noise=options.label_noise,
+                validation_size=options.validation_size,
+                skip_corrupt_images=options.skip_corrupt_images,
+                **columns,
+            )
     if training_args.max_steps <= 0:
         raise ValueError(
             "`streaming` needs `max_steps`, the length of the training, as the number of images is not known."
@@ -55,9 +57,31 @@ def load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict 
             raise ValueError(
                 f"`{name}` needs all training labels before training, which `streaming` does not read: leave out one of the two."
             )
-    return stream_image_dataset(
-        options.dataset_name, seed=training_args.seed, train_size=options.train_size, **columns
-    )
+    with naming_the_folder("dataset_name", options.dataset_name):
+        return stream_image_dataset(
+            options.dataset_name, seed=training_args.seed, train_size=options.train_size, **columns
+        )
+
+
+def load_pretrained(options: PretrainedArguments) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """
+    Load a trained classifier and its image processor.
+
+    Args:
+        options ([`PretrainedArguments`]): The model. `model_name_or_path` is given.
+
+    Raises:
+        `ValueError`: If there is no such model.
+    """
+    name = options.model_name_or_path
+    check_exists("model_name_or_path", name)
+    with naming_the_folder("model_name_or_path", name):
+        return load_classifier(
+            name,
+            revision=options.model_revision,
+            trust_remote_code=options.trust_remote_code,
+            allow_pickle=options.allow_pickle,
+        )
 
 
 def make_trainer(
@@ -82,12 +106,21 @@ def make_trainer(
         `ValueError`: If the options do not go together or there is no such model.
         `OSError`: If the repository to push to cannot be made.
     """
+    if training_args.dataloader_drop_last and not data_args.streaming:
+        images = len(dataset["train"])
+        if images < training_args.train_batch_size * training_args.world_size:
+            raise ValueError(
+                f"`dataloader_drop_last` leaves nothing to train on, as the {images} training images do not fill a batch: leave "
+                "it out, or give a smaller `per_device_train_batch_size`."
+            )
     # The transform makes the columns that the model takes only when a batch is read.
     training_args.remove_unused_columns = False
     compute_metrics = compute_metrics_fn([name for name in data_args.metrics if name != "confusion_matrix"])
-    set_seed(training_args.seed)
     id2label = dict(enumerate(dataset["train"].features["label"].names))
-    model, processor = _load_model(model_args, training_args, id2label)
+    check_metrics(compute_metrics, len(id2label), training_args)
+    set_seed(training_args.seed)
+    with naming_the_folder("model_name_or_path", model_args.model_name_or_path):
+        model, processor = _load_model(model_args, training_args, id2label)
     augmentation = None
     if data_args.augmentation != "none" or data_args.mixup or data_args.cutmix:
         augmentation = Augmentation(
@@ -124,6 +157,10 @@ def make_trainer(
             f"The repository to push to could not be made on the Hub: {first_line(error)}. "
             "Log in with `hf auth login`, or set `hub_token`."
         ) from error
+    except RuntimeError as error:
+        if "to be installed" not in str(error):  # a package that `report_to` needs
+            raise
+        raise ImportError(f"`report_to`: {first_line(error)}. Or give `--report_to none`.") from error
     if model_args.lora and trainer.is_fsdp_enabled:
         raise ValueError("`lora` does not go with FSDP, whose shards it could not merge. Use `ddp`.")
     return trainer, dataset
@@ -133,12 +170,6 @@ def _load_model(
     options: ModelArguments, training_args: AACEConfig, id2label: dict[int, str]
 ) -> tuple[nn.Module, BaseImageProcessor]:
     """Load the model, with the parameters to train set, and its image processor."""
-    if options.lora and options.freeze_backbone:
-        raise ValueError("`lora` freezes the backbone itself: leave out `freeze_backbone`.")
-    if options.dtype != "float32" and not (training_args.bf16 or training_args.fp16):
-        raise ValueError(
-            f"`dtype={options.dtype}` needs mixed precision, as the images are of 32 bits: set `bf16` or `fp16` too."
-        )
     model, processor = load_model_and_processor(
         options.model_name_or_path,
         id2label,

@@ -149,7 +149,7 @@ def training_defaults(chosen: argparse.Namespace) -> dict[str, Any]:
         "save_total_limit": 2,
         "report_to": "none",
         "do_train": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),  # without a GPU it only warns
+        "use_cpu": not torch.accelerator.is_available(),  # Transformers wants it for `bf16`, and pins memory without it
     }
     if chosen.streaming:  # an epoch may have no end: shares of `max_steps`
         defaults |= dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), "steps")
@@ -172,10 +172,11 @@ def training_defaults(chosen: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def required(name: str, value: str | None) -> str:
+def required(name: str, value: str | None, why: str | None = None) -> str:
     """Return the value of an option that has no default. The parser cannot ask for it, as it may come from a file."""
     if value is None:
-        raise ValueError(f"`{name}` is needed: --{name} on the command line, or in the configuration file.")
+        because = f", since {why}" if why else ""
+        raise ValueError(f"`{name}` is needed{because}: --{name} on the command line, or in the configuration file.")
     return value
 
 

@@ -115,8 +115,14 @@ class OptionParser(HfArgumentParser):
 
         Args:
             argv (`Sequence[str]`): The arguments of the command line.
+
+        Raises:
+            `ValueError`: If a value cannot be used.
         """
-        instances = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        try:
+            instances = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        except TypeError as error:  # by a class that an option in JSON is made into
+            raise ValueError(f"An option has a value that cannot be used: {error}.") from error
         return instances[: len(self.dataclass_types)]
 
 

@@ -12,7 +12,8 @@ from datasets.utils import tqdm
 from ..vision.datasets import files_in
 from ..vision.images import IMAGE_SUFFIXES
 from ..vision.inference import classify
-from ..vision.models import load_classifier
+from .checks import check_folder
+from .loading import load_pretrained
 from .options import PretrainedArguments, pick_device, required
 from .parser import command_parser, option
 
@@ -41,17 +42,16 @@ def run(argv: list[str]) -> int:
         argv,
     )
     source, options = parser.read(argv)
-    name, images = required("model_name_or_path", source.model_name_or_path), required("images", options.images)
+    required("model_name_or_path", source.model_name_or_path)
+    images = required("images", options.images)
     if options.batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {options.batch_size}.")
     device = pick_device(options.device)
+    if Path(options.output_file).is_dir():
+        raise ValueError(f"`output_file` is {options.output_file!r}, which is a folder. Give a file in it.")
+    check_folder("output_file", Path(options.output_file).parent)
     root, paths = _find_images(images)
-    model, processor = load_classifier(
-        name,
-        revision=source.model_revision,
-        trust_remote_code=source.trust_remote_code,
-        allow_pickle=source.allow_pickle,
-    )
+    model, processor = load_pretrained(source)
     if not 1 <= options.top_k <= model.config.num_labels:
         raise ValueError(
             f"`top_k` must lie between 1 and the number of classes, {model.config.num_labels}, got {options.top_k}."

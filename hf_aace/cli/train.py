@@ -19,7 +19,8 @@ from ..config import AACEArguments, AACEConfig
 from ..trainer import AACETrainer
 from ..vision.lora import merge_lora
 from ..vision.metrics import predicted_classes
-from .checkpoints import Attempt, KeepOptions, check_options, checkpoint_to_resume, first_line
+from .checkpoints import Attempt, KeepOptions, check_options, checkpoint_to_resume, first_line, if_interrupted
+from .checks import check_training
 from .launch import LaunchArguments, is_one_of_several, launch
 from .loading import load_data, make_trainer
 from .options import (
@@ -31,6 +32,7 @@ from .options import (
     write_train_options,
 )
 from .parser import OptionParser, command_parser
+from .summary import Summary, describe_run
 
 
 # Those of TrainingArguments that people use, for the first screens of `--help`.
@@ -95,28 +97,35 @@ def run(argv: list[str]) -> int:
         raise ValueError(
             "`num_processes` needs `accelerate_config`, for example `ddp`, which starts them. Or use `torchrun`."
         )
+    if options.ddp_backend is not None and not is_one_of_several():
+        raise ValueError("`ddp_backend` is for several processes: leave it out, or give `accelerate_config` too.")
     model_args, data_args, _, training_args = parser.read(argv)
-    _check(training_args)
+    check_training(model_args, data_args, training_args)
     run_options = options_of_run(model_args, data_args, training_args)
     checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, training_args.output_dir)
     if checkpoint is not None:
         check_options(checkpoint, run_options)
-    with training_args.main_process_first(desc="loading the dataset"):
-        dataset = load_data(data_args, training_args)
-    trainer, dataset = make_trainer(dataset, model_args, data_args, training_args)
+    with if_interrupted("Training had not begun, and nothing was saved."):
+        with training_args.main_process_first(desc="loading the dataset"):
+            dataset = load_data(data_args, training_args)
+        trainer, dataset = make_trainer(dataset, model_args, data_args, training_args)
+        facts = describe_run(trainer, dataset, last_part(model_args.model_name_or_path))
     trainer.add_callback(KeepOptions(run_options))
+    trainer.add_callback(Summary(facts))
     train_metrics = _train_and_save(trainer, model_args, checkpoint, argv)
     if trainer.is_world_process_zero():
         write_train_options(run_options, training_args.output_dir)
     picture = Path(training_args.output_dir) / "training_curves.png"
     drawn = trainer.is_world_process_zero() and plot_training_curves(trainer.state.log_history, picture)
-    metrics = _evaluate(trainer, dataset, data_args)
+    evaluate = shlex.join(["hf-aace", "evaluate", "--model_name_or_path", training_args.output_dir])
+    with if_interrupted(f"The trained model is saved. To measure it on the test images:\n{evaluate}"):
+        metrics = _evaluate(trainer, dataset, data_args)
     card = _card(model_args, data_args)
     trainer.create_model_card(**card)
     if training_args.push_to_hub:
         _push(trainer, card)
     if trainer.is_world_process_zero():
-        print(_summary(metrics, train_metrics["train_runtime"], training_args.output_dir, picture if drawn else None))
+        print(_results(metrics, train_metrics["train_runtime"], training_args.output_dir, picture if drawn else None))
         if not math.isfinite(metrics.get("eval_loss", 0.0)):
             print(
                 "hf-aace: the loss on the test images is not finite: the training diverged. Try a smaller "
@@ -128,23 +137,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _check(training_args: AACEConfig) -> None:
-    """Refuse options that the command cannot follow, before anything is loaded."""
-    if not training_args.do_train:
-        raise ValueError(
-            "`do_train` is false, but training is what this command does. See `hf-aace evaluate` and `hf-aace predict`."
-        )
-    if training_args.gradient_accumulation_steps < 1:
-        raise ValueError(
-            f"`gradient_accumulation_steps` must be at least 1, got {training_args.gradient_accumulation_steps}."
-        )
-
-
 def _train_and_save(
     trainer: AACETrainer, model_args: ModelArguments, checkpoint: str | None, argv: list[str]
 ) -> dict[str, float]:
     """Train, and save the model; return the metrics of Trainer."""
-    attempt, processor_started = Attempt(trainer.args.output_dir, argv), time.process_time()
+    attempt, processor_started = Attempt(trainer.args.output_dir, argv, checkpoint), time.process_time()
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt as interrupt:
@@ -152,8 +149,6 @@ def _train_and_save(
     except Exception as error:
         if trainer.is_world_process_zero():
             attempt.raise_if_save_failed(error)
-        if isinstance(error, KeyError) and "metric_for_best_model" in str(error):
-            raise ValueError(error.args[0]) from error
         if isinstance(error, TypeError) and "_schedule" in str(error):
             raise ValueError(
                 f"The learning-rate schedule cannot be made of `lr_scheduler_type={trainer.args.lr_scheduler_type}` and "
@@ -231,7 +226,7 @@ def _card(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any
     return card
 
 
-def _summary(metrics: dict[str, Any], seconds: float, output_dir: str, picture: Path | None) -> str:
+def _results(metrics: dict[str, Any], seconds: float, output_dir: str, picture: Path | None) -> str:
     timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     scores = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, float)}
     told = [f"{name} {value:.4f}" for name, value in scores.items() if name not in ("loss", *timings)]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import accelerate.commands.launch
 import datasets
+import evaluate
 import numpy as np
 import PIL.Image
 import pytest
@@ -25,8 +26,9 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, pipeline
 
 import hf_aace
-from hf_aace import AACEConfig, AACETrainer
+from hf_aace import AACEArguments, AACEConfig, AACETrainer
 from hf_aace.cli import main
+from hf_aace.cli.options import DataArguments, ModelArguments
 from hf_aace.cli.train import train_parser
 from hf_aace.vision.datasets import load_image_dataset
 
@@ -410,11 +412,18 @@ def test_only_the_head_is_trained_if_the_backbone_is_frozen(run):
     ("argv", "expected"),
     [
         (["--lora", "true", "--freeze_backbone", "true"], "leave out `freeze_backbone`"),
-        (["--dtype", "bfloat16"], "`dtype=bfloat16` needs mixed precision"),
+        # The whole remedy at once, whatever else is missing.
+        (["--dtype", "bfloat16"], "give `--dtype bfloat16 --bf16 true --lora true`"),
+        (["--dtype", "float16", "--fp16", "true"], "give `--fp16 true` instead of `dtype`"),
+        (
+            ["--dtype", "bfloat16", "--rho", "0"],
+            "needs mixed precision, as the images are of 32 bits: give `--bf16 true` too",
+        ),
+        (["--dtype", "bfloat16", "--freeze_backbone", "true"], "give `--bf16 true` too"),
         (["--gradient_accumulation_steps", "0"], "`gradient_accumulation_steps` must be at least 1, got 0"),
         (
             ["--metric_for_best_model", "none", "--load_best_model_at_end", "true"],
-            "set to 'eval_none', which is not found",
+            "`metric_for_best_model` is 'none', which this run does not measure. Give one of accuracy, loss, macro_f1",
         ),
         (["--lr_scheduler_type", "warmup_stable_decay"], "`lr_scheduler_type=SchedulerType.WARMUP_STABLE_DECAY`"),
         (["--streaming", "true"], "The digits are in memory anyway"),
@@ -586,6 +595,9 @@ def message(capsys, *argv):
     [
         ("learning_rat: 1", "unknown key, 'learning_rat'. Did you mean learning_rate?"),
         ("perturbation_los: aace", "unknown key, 'perturbation_los'. Did you mean perturbation_loss?"),
+        ("lr: 1", "unknown key, 'lr'. Did you mean learning_rate?"),
+        ("dataset: photos", "unknown key, 'dataset'. Did you mean dataset_name?"),
+        ("optimizer: sgd", "unknown key, 'optimizer'. Did you mean optim?"),
         ("- rho", "must hold options as `name: value`, got ['rho']"),
         ("", "must hold options as `name: value`, got None"),
         ("rho: -1", "`rho` must be a finite number >= 0, got -1.0"),
@@ -630,10 +642,40 @@ def test_configuration_file_that_cannot_be_parsed_is_named(tmp_path, name):
         (["--rho", "nan"], "`rho` must be a finite number"),
         (["--dataset_name", "/missing"], "`dataset_name` is '/missing'"),
         (["--model_name_or_path", "/missing"], "`model_name_or_path` is '/missing'"),
+        (["--dataset_name", "./fotos"], "but there is no such folder or file (did you mean 'photos'?)"),
+        (["--dataset_name", "photos/a/b"], "`dataset_name` is 'photos/a/b', but there is no such folder or file"),
+        (
+            ["--dataset_name", "photos/tarin"],
+            "but there is no such folder (did you mean 'photos/train'?), nor could it be",
+        ),
+        (["--model_name_or_path", "runs/vit"], "`model_name_or_path` is 'runs/vit', but there is no such folder (did"),
+        (["--output_dir", "file"], "`output_dir` is 'file', but 'file' is no folder"),
+        (["--output_dir", "file/a/b"], "`output_dir` is 'file/a/b', but 'file' is no folder"),
+        (["--output_dir", "/proc/none/a"], "`output_dir` is '/proc/none/a', which cannot be written"),
+        (["--metrics", "accuracy", "broken"], "`metrics`: they cannot be computed for 10 classes: no binary task"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(capsys, argv, expected):
+def test_bad_input_is_told_in_one_sentence_before_the_model_is_loaded(capsys, argv, expected, monkeypatch):
+    monkeypatch.setattr("hf_aace.vision.models.AutoModelForImageClassification", None)
+    for folder in ("photos/train/a", "photos/train/b", "runs/vit-1"):
+        Path(folder).mkdir(parents=True)
+    Path("file").touch()
+    original = evaluate.load
+    monkeypatch.setattr(
+        evaluate, "load", lambda name, **kwargs: Broken(**kwargs) if name == "broken" else original(name)
+    )
     assert expected in message(capsys, "train", *argv)
+
+
+class Broken(evaluate.Metric):
+    """A metric of the Hub that is for two classes only, as `f1` is by default."""
+
+    def _info(self):
+        features = datasets.Features(predictions=datasets.Value("int64"), references=datasets.Value("int64"))
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        raise ValueError("no binary task")
 
 
 def test_unreadable_image_is_named_before_training(tmp_path, capsys):
@@ -654,6 +696,14 @@ def test_unreadable_image_is_named_before_training(tmp_path, capsys):
         (["train", "--rhoo", "1"], "unrecognized arguments: --rhoo 1. Did you mean --rho?"),
         (["train", "--lable-noise=1"], "Did you mean --label_noise?"),
         (["train", "--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["train", "--lr", "1"], "Did you mean --learning_rate?"),
+        (["train", "--dataset=photos", "--epochs", "3"], "Did you mean --dataset_name, --num_train_epochs?"),
+        (["train", "--model", "x"], "Did you mean --model_name_or_path?"),
+        (["train", "--batch-size", "8"], "Did you mean --per_device_train_batch_size?"),
+        (["train", "--workers", "8"], "Did you mean --dataloader_num_workers?"),
+        (["evaluate", "--model", "x"], "Did you mean --model_name_or_path?"),
+        (["compare", "--lr", "1"], "Did you mean --learning_rate?"),
+        (["train", "photos"], "unrecognized arguments: photos."),
     ],
 )
 def test_usage_errors_exit_with_2(capsys, argv, expected):
@@ -670,13 +720,24 @@ def test_usage_errors_exit_with_2(capsys, argv, expected):
 
 def test_help_shows_every_option_with_the_default_of_the_recipe(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in fields(AACEConfig):
         if field.init:
             assert f"--{field.name}" in text
     assert "The initial learning rate for the optimizer. (default: 0.003)" in text
+
+
+def test_help_begins_with_our_own_options_and_then_has_twenty_of_the_trainer(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = [line.split()[0].rstrip(",") for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    names = [name.removeprefix("--") for name in shown]
+    trainer = {field.name for field in fields(TrainingArguments)}
+    assert [name for name in names if name in trainer] == names[-26:-6]
+    own = {field.name for kind in (ModelArguments, DataArguments, AACEArguments) for field in fields(kind)}
+    assert own <= set(names) and {"config", "help-all"} <= set(names)
 
 
 @pytest.mark.parametrize(
