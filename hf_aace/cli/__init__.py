@@ -16,6 +16,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gem
 
 # Each is a module here of that name, with a function `run` that takes the rest of the command line.
 _COMMANDS = {
+    "demo": "see in a minute what sharpness-aware training gains where labels are wrong",
     "train": "train a model; without options, a small ConvNeXt on scans of digits",
     "compare": "train several methods side by side over seeds, and test which is better",
     "find-rho": "find the rho to train with, by a search on validation images",

@@ -50,8 +50,9 @@ class ModelArguments(PretrainedArguments):
     )
     lora: bool = option(
         False,
-        "Train low-rank adapters and the head (pip install 'hf-aace[peft]'). They are merged into the saved "
-        "model, which loads like any other, and also saved by themselves in `adapter/`.",
+        "Train low-rank adapters, the head and BatchNorm layers, whose statistics change in any case (pip install "
+        "'hf-aace[peft]'). They are merged into the saved model, which loads like any other, and also saved by themselves "
+        "in `adapter/`.",
     )
     lora_rank: int = option(16, "With `lora`: rank of the adapters.")
     lora_alpha: float = option(16.0, "With `lora`: the adapters are scaled by `lora_alpha / lora_rank`.")

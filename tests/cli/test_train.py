@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -235,6 +236,29 @@ def interrupted(argv, step):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AACETrainer, "training_step", training_step)
         return main(argv)
+
+
+def test_after_an_interruption_it_is_told_whether_anything_was_saved(capsys, monkeypatch):
+    argv = [*TINY, "--output_dir", "here"]
+    assert interrupted(argv, step=3) == 130
+    assert f"Interrupted. Saved up to {Path('here/checkpoint-2')}. To go on" in capsys.readouterr().err
+    # Gone on with, and interrupted before the next checkpoint: the earlier one is still what to go on from.
+    assert interrupted([*argv, "--resume_from_checkpoint", "true", "--save_strategy", "no"], step=3) == 130
+    error = capsys.readouterr().err
+    assert f"Nothing was saved after {Path('here/checkpoint-2')}." in error
+    assert error.rstrip().endswith(f"--resume_from_checkpoint {Path('here/checkpoint-2')}")
+    assert interrupted([*TINY, "--output_dir", "there"], step=1) == 130
+    assert "Interrupted. Nothing was saved." in capsys.readouterr().err
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AACETrainer, "predict", stop)
+    assert main([*TINY, "--output_dir", "there"]) == 130
+    assert capsys.readouterr().err.endswith("hf-aace evaluate --model_name_or_path there\n")
+    monkeypatch.setattr("hf_aace.cli.train.load_data", stop)
+    assert main([*TINY, "--output_dir", "there"]) == 130
+    assert "Training had not begun, and nothing was saved." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("resume_from", ["path", "True"])
@@ -741,7 +765,7 @@ def test_help_begins_with_our_own_options_and_then_has_twenty_of_the_trainer(cap
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "compare", "find-rho", "evaluate", "predict", "benchmark", "sharpness", "plot"]
+    "command", ["demo", "train", "compare", "find-rho", "evaluate", "predict", "benchmark", "sharpness", "plot"]
 )
 def test_help_names_no_default_where_there_is_none(command, capsys):
     """`None` is a word of Python, and says nothing of what happens then."""
@@ -794,6 +818,26 @@ def test_an_error_is_all_that_is_printed():
     assert done.returncode == 1
     assert done.stderr == "hf-aace: error: `images` must be a folder or an image, but there is no 'nowhere'.\n"
     assert done.stdout == ""
+
+
+def test_the_first_lines_on_screen_are_ours():
+    """With bitsandbytes installed, as here, Transformers imports it, and on some processors it warns of kernels."""
+    done = command(*TINY, "--max_steps", "1", "--save_strategy", "no")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Images:  40 for training, 500 for the test\n")
+    assert "kernels" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "heard"),
+    [
+        ("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", False),
+        ("Failed to load the library of this GPU.", True),
+    ],
+)
+def test_only_the_words_on_4_bit_kernels_are_not_heard(words, heard, caplog):
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning(words)
+    assert (words in [record.msg for record in caplog.records]) == heard
 
 
 # ---- Several processes -----------------------------------------------------

@@ -178,7 +178,7 @@ OPTIONS = {
     "local_rank": [("--local_rank 0", WORKS)],
 }
 CASES = [(name, *case) for name, cases in OPTIONS.items() for case in cases]
-# What tells one refusal from another without training: in the default suite.
+# What is refused before the model is loaded, which takes no time.
 FAST = [
     case for case in CASES if case[2].startswith("`") or case[0] in ("accelerator_config", "warmup_steps", "debug")
 ]
