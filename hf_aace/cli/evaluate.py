@@ -16,11 +16,10 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..analysis.plots import plot_confusion_matrix, plot_image_grid
-from ..vision.datasets import load_image_dataset
 from ..vision.inference import classify
 from ..vision.metrics import load_metric
-from .checks import check_exists, check_folder, naming_the_folder
-from .loading import load_pretrained
+from .checks import check_exists, check_folder
+from .loading import load_images, load_pretrained
 from .options import ImagesArguments, PretrainedArguments, last_part, pick_device, required, train_options
 from .output import write_report
 from .parser import command_parser, option
@@ -87,14 +86,7 @@ def run(argv: list[str]) -> int:
     check_exists("dataset_name", dataset_name)
     metric = evaluate.combine([load_metric(name) for name in options.metrics if name != "confusion_matrix"])
     model, processor = load_pretrained(source)
-    with naming_the_folder("dataset_name", dataset_name):
-        splits = load_image_dataset(
-            dataset_name,
-            seed=0,
-            image_column_name=options.image_column_name,
-            label_column_name=options.label_column_name,
-            skip_corrupt_images=options.skip_corrupt_images,
-        )
+    splits = load_images(options, seed=0)
     data = concatenate_datasets([splits["train"], splits["test"]]) if options.split == "all" else splits[options.split]
     data = in_the_classes_of(model.config.id2label, data)
 

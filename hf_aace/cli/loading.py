@@ -20,7 +20,7 @@ from ..vision.streaming import stream_image_dataset, transform_stream
 from ..vision.weighted_loss import WeightedCrossEntropy, balanced_class_weights
 from .checkpoints import first_line
 from .checks import check_exists, check_metrics, naming_the_folder
-from .options import DataArguments, ModelArguments, PretrainedArguments
+from .options import DataArguments, ImagesArguments, ModelArguments, PretrainedArguments
 
 
 def load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict | IterableDatasetDict:
@@ -34,18 +34,10 @@ def load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict 
     Raises:
         `ValueError`: If the options do not go together or the dataset cannot be used.
     """
-    columns = {"image_column_name": options.image_column_name, "label_column_name": options.label_column_name}
+    seed, train_size = training_args.seed, options.train_size
     if not options.streaming:
-        with naming_the_folder("dataset_name", options.dataset_name):
-            return load_image_dataset(
-                options.dataset_name,
-                seed=training_args.seed,
-                train_size=options.train_size,
-                label_noise=options.label_noise,
-                validation_size=options.validation_size,
-                skip_corrupt_images=options.skip_corrupt_images,
-                **columns,
-            )
+        noise, validation = options.label_noise, options.validation_size
+        return load_images(options, seed, train_size=train_size, label_noise=noise, validation_size=validation)
     if training_args.max_steps <= 0:
         raise ValueError(
             "`streaming` needs `max_steps`, the length of the training, as the number of images is not known."
@@ -59,7 +51,34 @@ def load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict 
             )
     with naming_the_folder("dataset_name", options.dataset_name):
         return stream_image_dataset(
-            options.dataset_name, seed=training_args.seed, train_size=options.train_size, **columns
+            options.dataset_name,
+            seed=seed,
+            train_size=train_size,
+            image_column_name=options.image_column_name,
+            label_column_name=options.label_column_name,
+        )
+
+
+def load_images(options: ImagesArguments, seed: int, **changes) -> DatasetDict:
+    """
+    Load the splits of a dataset.
+
+    Args:
+        options ([`ImagesArguments`]): The images. `dataset_name` is given.
+        seed (`int`): Draws what `changes` ask for.
+        **changes: Passed on to [`~hf_aace.vision.datasets.load_image_dataset`].
+
+    Raises:
+        `ValueError`: If the dataset cannot be used.
+    """
+    with naming_the_folder("dataset_name", options.dataset_name):
+        return load_image_dataset(
+            options.dataset_name,
+            seed=seed,
+            image_column_name=options.image_column_name,
+            label_column_name=options.label_column_name,
+            skip_corrupt_images=options.skip_corrupt_images,
+            **changes,
         )
 
 

@@ -16,38 +16,26 @@ from transformers.hf_argparser import string_to_bool
 from .output import HelpFormatter
 
 
-# Names that people type, and the options that have these jobs here.
+# Options, and what people type who mean them.
 _MEANT = {
-    "accumulation_steps": "gradient_accumulation_steps",
-    "arch": "model_name_or_path",
-    "batch": "per_device_train_batch_size",
-    "batch_size": "per_device_train_batch_size",
-    "checkpoint": "resume_from_checkpoint",
-    "data": "dataset_name",
-    "data_dir": "dataset_name",
-    "dataset": "dataset_name",
-    "epochs": "num_train_epochs",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "gpus": "num_processes",
-    "image_folder": "dataset_name",
-    "label_smoothing": "label_smoothing_factor",
-    "lr": "learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "model": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "noise": "label_noise",
-    "num_epochs": "num_train_epochs",
-    "num_workers": "dataloader_num_workers",
-    "optimizer": "optim",
-    "out": "output_dir",
-    "output": "output_dir",
-    "resume": "resume_from_checkpoint",
-    "scheduler": "lr_scheduler_type",
-    "steps": "max_steps",
-    "train_batch_size": "per_device_train_batch_size",
-    "warmup": "warmup_steps",
-    "wd": "weight_decay",
-    "workers": "dataloader_num_workers",
+    "dataloader_num_workers": ("num_workers", "workers"),
+    "dataset_name": ("data", "data_dir", "dataset", "image_folder"),
+    "gradient_accumulation_steps": ("accumulation_steps", "grad_accum"),
+    "label_noise": ("noise",),
+    "label_smoothing_factor": ("label_smoothing",),
+    "learning_rate": ("lr",),
+    "lr_scheduler_type": ("lr_scheduler", "scheduler"),
+    "max_steps": ("steps",),
+    "model_name_or_path": ("arch", "model", "model_name"),
+    "num_processes": ("gpus", "num_gpus"),
+    "num_train_epochs": ("epochs", "num_epochs"),
+    "optim": ("optimizer",),
+    "output_dir": ("out", "output"),
+    "per_device_eval_batch_size": ("eval_batch_size",),
+    "per_device_train_batch_size": ("batch", "batch_size", "train_batch_size"),
+    "resume_from_checkpoint": ("checkpoint", "resume"),
+    "warmup_steps": ("warmup",),
+    "weight_decay": ("wd",),
 }
 
 
@@ -91,7 +79,7 @@ class OptionParser(HfArgumentParser):
         kind = kwargs.get("type")
         if (
             kind is string_to_bool
-        ):  # HfArgumentParser wants a value for `bool | None`: `--normalize_perturbation` says true
+        ):  # a flag without a value is true, which HfArgumentParser has for `bool | None` not so
             kwargs |= {"nargs": "?", "const": True, "metavar": "true|false"}
         elif kind in (int, float, str):
             kwargs.setdefault("metavar", {int: "N", float: "X", str: "TEXT"}[kind])
@@ -257,8 +245,6 @@ def _typed(value: Any) -> Any:
 def _did_you_mean(typed: list[str], known: list[str], prefix: str = "") -> str:
     meant = []
     for name in typed:
-        if _MEANT.get(name) in known:
-            meant.append(prefix + _MEANT[name])
-        else:
-            meant += [prefix + close for close in difflib.get_close_matches(name, known, n=1)]
-    return f" Did you mean {', '.join(dict.fromkeys(meant))}?" if meant else ""
+        usual = [option for option, others in _MEANT.items() if name in others and option in known]
+        meant += usual or difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {', '.join(prefix + name for name in dict.fromkeys(meant))}?" if meant else ""

@@ -35,29 +35,12 @@ from .parser import OptionParser, command_parser
 from .summary import Summary, describe_run
 
 
-# Those of TrainingArguments that people use, for the first screens of `--help`.
-_COMMON = (
-    "output_dir",
-    "seed",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "optim",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "bf16",
-    "dataloader_num_workers",
-    "eval_strategy",
-    "save_strategy",
-    "load_best_model_at_end",
-    "resume_from_checkpoint",
-    "report_to",
-    "push_to_hub",
-)
+# The options of TrainingArguments that people use, for the first screens of `--help`.
+_COMMON = """
+output_dir seed num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay optim bf16
+per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps dataloader_num_workers eval_strategy
+save_strategy load_best_model_at_end resume_from_checkpoint report_to push_to_hub
+"""
 
 
 def train_parser(argv: list[str]) -> OptionParser:
@@ -77,7 +60,7 @@ def train_parser(argv: list[str]) -> OptionParser:
             "model": _names(ModelArguments),
             "images": _names(DataArguments),
             "sharpness-aware training": _names(AACEArguments),
-            "training": _COMMON,
+            "training": _COMMON.split(),
             "several processes": _names(LaunchArguments),
         },
     )
