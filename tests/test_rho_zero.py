@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Property 1, off is off: `rho=0` is plain Trainer, bit for bit."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from comparison import run
+from tiny import (
+    MODELS,
+    VANISHING,
+    identical,
+    learning_curve,
+    weights,
+)
+from transformers import Trainer, TrainingArguments
+
+from hf_aace import AACEConfig, AACETrainer
+
+
+@pytest.mark.parametrize("rho", [0.0, VANISHING], ids=["off", "vanishing"])
+@pytest.mark.parametrize("name", MODELS)
+def test_rho_0_and_a_vanishing_step_are_plain_training_bit_for_bit(name, rho, tmp_path):
+    """`rho=0` is plain Trainer; with a step that vanishes, even the ascent pass leaves no trace but its own log entries."""
+
+    def make_model():
+        return MODELS[name](dropout=0.2)
+
+    kwargs = {"save_strategy": "steps", "save_steps": 30, "gradient_accumulation_steps": 2}
+    plain = run(Trainer, TrainingArguments, make_model, tmp_path / "plain", **kwargs)
+    plain_rng = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    ours = run(AACETrainer, AACEConfig, make_model, tmp_path / "ours", rho=rho, **kwargs)
+    ours_rng = torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+    assert identical(weights(plain.model), weights(ours.model))
+    if rho == 0:
+        assert learning_curve(ours) == learning_curve(plain)
+    else:
+        shared = [
+            {key: entry[key] for key in expected}
+            for entry, expected in zip(ours.state.log_history, learning_curve(plain), strict=True)
+        ]
+        assert shared == learning_curve(plain)
+    assert torch.equal(plain_rng[0], ours_rng[0])
+    assert np.array_equal(plain_rng[1][1], ours_rng[1][1]) and plain_rng[1][2:] == ours_rng[1][2:]
+    assert plain_rng[2] == ours_rng[2]
+
+    plain_files, our_files = (tmp_path / run / "checkpoint-30" for run in ("plain", "ours"))
+    assert sorted(p.name for p in plain_files.iterdir()) == sorted(p.name for p in our_files.iterdir())
+    for file in ("model.safetensors", "config.json"):
+        assert (plain_files / file).read_bytes() == (our_files / file).read_bytes(), file
+    plain_states = torch.load(plain_files / "optimizer.pt")
+    our_states = torch.load(our_files / "optimizer.pt")
+    torch.testing.assert_close(our_states, plain_states, rtol=0, atol=0)
