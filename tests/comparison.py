@@ -16,7 +16,7 @@ from tiny import (
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_aace import AACEConfig, AACETrainer, aace_loss
+from hf_aace import AACEConfig, AACETrainer
 
 
 def train(cls, config, model, output_dir, *, steps=6, rows=None, **kwargs):
@@ -102,17 +102,3 @@ VARIANTS = {
         "adaptive_perturbation": True,
     },
 }
-
-
-def ascents(monkeypatch):
-    """Records the logits' batch size of every ascent pass."""
-    import hf_aace.trainer
-
-    sizes = []
-
-    def recorded(logits, labels, **kwargs):
-        sizes.append(len(logits))
-        return aace_loss(logits, labels, **kwargs)
-
-    monkeypatch.setattr(hf_aace.trainer, "aace_loss", recorded)
-    return sizes

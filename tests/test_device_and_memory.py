@@ -11,6 +11,8 @@ from tiny import (
     batch,
     convnext,
     digits,
+    logged,
+    step_through,
     trainer_for_single_steps,
     training_arguments,
 )
@@ -40,12 +42,11 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_host_synchronisation_per_step(variant, scope, tmp_path):
     trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.1, ascent_scope=scope, **VARIANTS[variant])
-    inputs = batch()
-    trainer._aace_window = [inputs, inputs]
-    trainer.training_step(trainer.model, inputs)  # the first step reads the labels once, to check them
+    window = [batch(), batch(start=16)]
+    step_through(trainer, window)  # the first step reads the labels once, to check them
     with HostReads() as reads:
         for _ in range(3):
-            trainer.training_step(trainer.model, inputs)
+            step_through(trainer, window)
     assert reads.names == []
     with HostReads() as reads:  # the counter does count
         float(torch.ones(()))
@@ -72,19 +73,23 @@ class DeviceCrossings(TorchDispatchMode):
 def test_step_stays_on_its_device(variant, scope, tmp_path, monkeypatch):
     """On the meta device, which stands here for a GPU: it holds no values, so reading one is an error, too."""
     trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.1, ascent_scope=scope, **VARIANTS[variant])
-    model = trainer.model.to("meta")
-    inputs = {key: value.to("meta") for key, value in batch().items()}
-    trainer._aace_window = [inputs, inputs]
+    window = [batch(), batch(start=16)]
+    step_through(trainer, window)  # the first step reads the labels once, to check them
+    logged(trainer)  # what was added up on the CPU
+    trainer.model.zero_grad()
+    trainer.model.to("meta")
+    window = [{key: value.to("meta") for key, value in inputs.items()} for inputs in window]
     monkeypatch.setattr(trainer, "_prepare_inputs", dict)  # instead of moving them to the CPU
-    monkeypatch.setattr("hf_aace.trainer.replayed_rng", lambda devices: nullcontext())  # there is no generator for it
-    trainer._aace_first_step = False  # which reads the labels once, to check them
+    monkeypatch.setattr(
+        torch.random, "fork_rng", lambda *args, **kwargs: nullcontext()
+    )  # there is no generator for it
     with DeviceCrossings() as crossings:
         for _ in range(2):
-            trainer.training_step(model, inputs)
+            step_through(trainer, window)
     assert crossings.names == []
-    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad is not None and p.grad.is_meta for p in trainer.model.parameters())
     with DeviceCrossings() as crossings:  # the counter does count
-        inputs["pixel_values"] * torch.ones(())
+        window[0]["pixel_values"] * torch.ones(())
         torch.ones(2).to("meta")
     assert len(crossings.names) == 2
 

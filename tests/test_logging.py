@@ -12,6 +12,7 @@ from tiny import (
     convnext,
     digits,
     learning_curve,
+    logged,
     trainer_for_single_steps,
     training_arguments,
     vit,
@@ -101,7 +102,7 @@ def test_clean_accuracy_is_that_at_the_unperturbed_weights(labels, tmp_path):
         trainer.compute_loss_func = lambda outputs, labels, **_: F.cross_entropy(outputs["logits"], labels)
     trainer.training_step(trainer.model, inputs)
     assert 0 < expected < 1
-    assert trainer._aace_metrics.pop()["clean_accuracy"] == pytest.approx(expected)
+    assert logged(trainer)["clean_accuracy"] == pytest.approx(expected)
 
 
 def test_clean_loss_is_the_training_loss_that_compute_loss_func_computes(tmp_path):

@@ -103,7 +103,7 @@ def test_random_targets_are_drawn_anew_for_each_batch_and_alike_in_each_run(accu
         )
         trainer = AACETrainer(convnext(), arguments, train_dataset=digits())
         with monkeypatch.context() as patch:
-            patch.setattr("hf_aace.losses.torch.randint", randint)
+            patch.setattr(torch, "randint", randint)
             trainer.train()
         runs.append(({tuple(classes.flatten().tolist()) for classes in drawn}, torch.get_rng_state()))
     assert len(runs[0][0]) == 4 * accumulate and runs[0][0] == runs[1][0]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import VARIANTS, ascents, run
+from comparison import VARIANTS, run
 from tiny import (
     MODELS,
     InOrder,
@@ -13,6 +13,7 @@ from tiny import (
     convnext,
     digits,
     identical,
+    record_ascents,
     trainer_for_single_steps,
     training_arguments,
     vit,
@@ -170,9 +171,9 @@ def test_rho_does_not_depend_on_the_loss_scale(tmp_path):
 
 
 @pytest.mark.parametrize(("fraction", "used"), [(1.0, 16), (0.5, 8), (0.1, 2), (0.001, 1)])
-def test_ascent_fraction_uses_the_first_samples_at_least_one(fraction, used, tmp_path, monkeypatch):
-    sizes = ascents(monkeypatch)
+def test_ascent_fraction_uses_the_first_samples_at_least_one(fraction, used, tmp_path):
     trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.1, ascent_fraction=fraction)
+    sizes = record_ascents(trainer.model)
     with trainer.perturbed_weights(trainer.model, batch(16)):
         moved = weights(trainer.model)
     assert sizes == [used]

@@ -73,7 +73,7 @@ def test_auto_find_batch_size_retries_from_unperturbed_weights(scope, which, tmp
         callbacks=[remember],
     )
     assert len(seen) == 2 and identical(seen[1], remember.left)
-    assert trainer.state.global_step == 6 and trainer._train_batch_size == 28
+    assert trainer.state.global_step == 6 and trainer.state.train_batch_size == 28
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,37 @@ def trainer_for_single_steps(model, output_dir, cls=None, **kwargs):
     return trainer
 
 
+def hand_out(trainer, batches) -> list[dict]:
+    """Gives a trainer the micro-batches of an optimizer step, as `train()` does before it steps through them."""
+    device = next(trainer.model.parameters()).device
+    return trainer.get_batch_samples(iter(batches), len(batches), device)[0]
+
+
+def step_through(trainer, batches) -> None:
+    """Calls `training_step` for each micro-batch of an optimizer step, as `train()` does."""
+    for inputs in hand_out(trainer, batches):
+        trainer.accelerator.gradient_state._set_sync_gradients(inputs is batches[-1])
+        trainer.training_step(trainer.model, inputs)
+
+
+def logged(trainer) -> dict:
+    """The entry that a trainer logs for the steps since its last log."""
+    trainer.log({"loss": 0.0})
+    return trainer.state.log_history[-1]
+
+
+def record_ascents(model) -> list[int]:
+    """A list that will hold the batch size of each ascent pass of a model, which is called without labels there."""
+    sizes = []
+
+    def record(module, args, kwargs):
+        if "labels" not in kwargs:
+            sizes.append(len(kwargs["pixel_values"]))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    return sizes
+
+
 class Small(nn.Module):
     """A classifier of 303 parameters."""
 
