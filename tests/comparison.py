@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short runs to compare with one another."""
+"""Short runs to compare with one another, plain and sharpness-aware."""
 
 import random
 
@@ -69,6 +69,12 @@ def run(cls, config, make_model, output_dir, *, steps=30, dtype=torch.float32, *
     )
     trainer.train()
     return trainer
+
+
+def rng_states() -> tuple:
+    """Where the three global random number generators are."""
+    numpy_state = np.random.get_state()
+    return torch.get_rng_state().tolist(), numpy_state[1].tolist(), numpy_state[2:], random.getstate()
 
 
 def weighted_cross_entropy(outputs, labels, num_items_in_batch=None):

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Property 1, off is off: `rho=0` is plain Trainer, bit for bit."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
-from comparison import run
+from comparison import rng_states, run
 from tiny import (
     MODELS,
     VANISHING,
@@ -14,25 +11,20 @@ from tiny import (
     learning_curve,
     weights,
 )
-from transformers import Trainer, TrainingArguments
 
 from hf_aace import AACEConfig, AACETrainer
 
 
 @pytest.mark.parametrize("rho", [0.0, VANISHING], ids=["off", "vanishing"])
 @pytest.mark.parametrize("name", MODELS)
-def test_rho_0_and_a_vanishing_step_are_plain_training_bit_for_bit(name, rho, tmp_path):
+def test_rho_0_and_a_vanishing_step_are_plain_training_bit_for_bit(name, rho, plain_run, tmp_path):
     """`rho=0` is plain Trainer; with a step that vanishes, even the ascent pass leaves no trace but its own log entries."""
-
-    def make_model():
-        return MODELS[name](dropout=0.2)
-
     kwargs = {"save_strategy": "steps", "save_steps": 30, "gradient_accumulation_steps": 2}
-    plain = run(Trainer, TrainingArguments, make_model, tmp_path / "plain", **kwargs)
-    plain_rng = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    ours = run(AACETrainer, AACEConfig, make_model, tmp_path / "ours", rho=rho, **kwargs)
-    ours_rng = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    made = plain_run(name, dropout=0.2, **kwargs)
+    plain = made.trainer
+    ours = run(AACETrainer, AACEConfig, lambda: MODELS[name](dropout=0.2), tmp_path, rho=rho, **kwargs)
 
+    assert rng_states() == made.rng
     assert identical(weights(plain.model), weights(ours.model))
     if rho == 0:
         assert learning_curve(ours) == learning_curve(plain)
@@ -42,11 +34,8 @@ def test_rho_0_and_a_vanishing_step_are_plain_training_bit_for_bit(name, rho, tm
             for entry, expected in zip(ours.state.log_history, learning_curve(plain), strict=True)
         ]
         assert shared == learning_curve(plain)
-    assert torch.equal(plain_rng[0], ours_rng[0])
-    assert np.array_equal(plain_rng[1][1], ours_rng[1][1]) and plain_rng[1][2:] == ours_rng[1][2:]
-    assert plain_rng[2] == ours_rng[2]
 
-    plain_files, our_files = (tmp_path / run / "checkpoint-30" for run in ("plain", "ours"))
+    plain_files, our_files = (folder / "checkpoint-30" for folder in (made.folder, tmp_path))
     assert sorted(p.name for p in plain_files.iterdir()) == sorted(p.name for p in our_files.iterdir())
     for file in ("model.safetensors", "config.json"):
         assert (plain_files / file).read_bytes() == (our_files / file).read_bytes(), file

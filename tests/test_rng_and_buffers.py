@@ -20,7 +20,7 @@ from tiny import (
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_aace import AACEConfig, AACETrainer
 
@@ -111,10 +111,10 @@ def test_random_targets_are_drawn_anew_for_each_batch_and_alike_in_each_run(accu
 
 
 @pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
-def test_batch_norm_statistics_are_updated_once_per_step_from_the_clean_weights(scope, tmp_path):
+def test_batch_norm_statistics_are_updated_once_per_step_from_the_clean_weights(scope, plain_run, tmp_path):
     """With the learning rate 0 the weights stay clean, so plain Trainer's statistics are those of the clean weights."""
     kwargs = {"learning_rate": 0.0, "gradient_accumulation_steps": 2, "steps": 10}
-    plain = run(Trainer, TrainingArguments, resnet, tmp_path, **kwargs)
+    plain = plain_run("resnet", **kwargs).trainer
     ours = run(AACETrainer, AACEConfig, resnet, tmp_path, rho=0.5, ascent_scope=scope, **kwargs)
     buffers = dict(ours.model.named_buffers())
     assert identical(buffers, dict(plain.model.named_buffers()))

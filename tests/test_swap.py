@@ -6,6 +6,7 @@ import pickle
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import pytest
 import torch
 from tiny import (
     convnext,
@@ -53,6 +54,7 @@ def test_models_given_by_name_are_loaded_in_32_bits(tmp_path):
 def test_config_is_training_arguments_plus_the_aace_fields(tmp_path):
     ours = {field.name for field in fields(AACEConfig)}
     assert ours - {field.name for field in fields(TrainingArguments)} == {
+        "method",
         "rho",
         "perturbation_loss",
         "normalize_perturbation",
@@ -74,6 +76,7 @@ def test_config_is_training_arguments_plus_the_aace_fields(tmp_path):
 def test_defaults_are_aace_as_published():
     """With the step size that the README's results have."""
     assert asdict(AACEArguments()) == {
+        "method": None,
         "rho": 0.01,
         "perturbation_loss": "aace",
         "normalize_perturbation": False,
@@ -101,3 +104,32 @@ def test_every_field_is_a_command_line_option(tmp_path):
     assert (config.perturb_every, config.ascent_every) == (2, 3)
     help_text = HfArgumentParser(AACEConfig).format_help()
     assert all(f"--{field.name}" in help_text for field in fields(AACEArguments))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("aace", ("aace", False, False, 0.01)),
+        ("sam", ("cross_entropy", True, False, 0.05)),
+        ("asam", ("cross_entropy", True, True, 0.5)),
+    ],
+)
+def test_a_method_sets_what_its_paper_sets_and_a_field_beside_it_wins(method, settings, tmp_path):
+    def settings_of(config):
+        return (
+            config.perturbation_loss,
+            config.normalize_perturbation,
+            config.adaptive_perturbation,
+            config.rho,
+        )
+
+    config = AACEConfig(str(tmp_path), method=method)
+    assert settings_of(config) == settings and config.method == method
+    assert settings_of(AACEConfig(str(tmp_path), method=method, rho=0.3)) == (*settings[:3], 0.3)
+    plain = AACEConfig(str(tmp_path), method=method, rho=0.0)
+    assert settings_of(plain) == (*settings[:3], 0.0), "0 is a value, not one left out"
+
+
+def test_an_unknown_method_is_refused_by_the_names_that_there_are(tmp_path):
+    with pytest.raises(ValueError, match=r"`method` must be one of \['aace', 'sam', 'asam'\].* got 'gsam'"):
+        AACEConfig(str(tmp_path), method="gsam")
