@@ -69,9 +69,12 @@ class Launch:
         return [torch.load(self.folder / f"{name}-{rank}.pt") for rank in range(self.processes)]
 
 
+# As few pairs of processes as there can be, since each takes seconds to import everything. Each ends in a failure, after which
+# the next one goes on in the same folder.
+
+
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """As few pairs of processes as there can be, since each takes seconds to import everything: each ends in a failure."""
+def first_pair(tmp_path_factory):
     launch = Launch(tmp_path_factory.mktemp("distributed"))
     launch(
         "ddp modes",
@@ -84,7 +87,12 @@ def launch(tmp_path_factory):
         "ddp uninterrupted",
         ends_in="ddp killed",
     )
-    launch(
+    return launch
+
+
+@pytest.fixture(scope="module")
+def second_pair(first_pair):
+    first_pair(
         "ddp resumed",
         "fsdp2 joint",
         "fsdp2 not finite",
@@ -95,8 +103,16 @@ def launch(tmp_path_factory):
         "fsdp2 uninterrupted",
         ends_in="fsdp2 killed",
     )
-    launch.output_of_failure = launch("fsdp2 resumed", ends_in="ddp fails")
-    return launch
+    return first_pair
+
+
+@pytest.fixture(scope="module")
+def third_pair(second_pair):
+    second_pair.output_of_failure = second_pair("fsdp2 resumed", ends_in="ddp fails")
+    return second_pair
+
+
+PAIR_OF = {"ddp": "first_pair", "fsdp2": "second_pair"}
 
 
 def check_equal_on_all(results):
@@ -137,44 +153,44 @@ def check_equals_one_process(results, case, output_dir, atol=1e-6):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ddp_processes_end_with_equal_weights(launch, mode):
+def test_ddp_processes_end_with_equal_weights(first_pair, mode):
     """Each perturbs by its own gradient, or all by one; what the optimizer gets is one gradient, on clean weights."""
-    results = [result[mode] for result in launch.results("ddp modes")]
+    results = [result[mode] for result in first_pair.results("ddp modes")]
     assert results[0]["wrapper"] == "DistributedDataParallel"
     check_equal_on_all(results)
     assert skipped(results[0]) == 0
     others = [
-        result[other]["weights"] for result in launch.results("ddp modes")[:1] for other in MODES if other != mode
+        result[other]["weights"] for result in first_pair.results("ddp modes")[:1] for other in MODES if other != mode
     ]
     assert not any(identical(results[0]["weights"], other) for other in others)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ddp_counts_what_one_process_skips(launch, mode):
+def test_ddp_counts_what_one_process_skips(first_pair, mode):
     """
     Two bad steps of one process: locally that one alone skips, synced all do, together. With micro-batches that perturb
     by themselves, each counts.
     """
-    results = [result[mode] for result in launch.results("ddp not finite")]
+    results = [result[mode] for result in first_pair.results("ddp not finite")]
     check_equal_on_all(results)
     assert all(value.isfinite().all() for value in results[0]["weights"].values())
     micro_batches = 1 if "full batch" in mode else MODES[mode].get("gradient_accumulation_steps", 1)
     assert skipped(results[0]) == 2 * micro_batches
-    clean = launch.results("ddp modes")[0][mode]
+    clean = first_pair.results("ddp modes")[0][mode]
     assert not identical(results[0]["weights"], clean["weights"])
 
 
 @pytest.mark.parametrize("case", JOINT)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_synced_processes_equal_one_process_on_the_joint_batch(kind, case, launch, tmp_path):
+def test_synced_processes_equal_one_process_on_the_joint_batch(kind, case, request, tmp_path):
     """Also where the processes have unequal numbers of samples that count."""
-    check_equals_one_process(launch.results(f"{kind} joint"), case, tmp_path)
+    check_equals_one_process(request.getfixturevalue(PAIR_OF[kind]).results(f"{kind} joint"), case, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ddp collectives", "ddp collectives, accumulated"])
-def test_local_ascent_takes_no_collective(launch, name):
+def test_local_ascent_takes_no_collective(first_pair, name):
     """As many as plain Trainer, by the profiler; a synced one averages the gradient and the number of samples."""
-    for counts in launch.results(name):
+    for counts in first_pair.results(name):
         micro_batches = 2 if "accumulated" in name else 1
         assert counts["plain"]
         assert counts["local"] == counts["plain"]
@@ -217,16 +233,16 @@ def check_against_plain(results):
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_ddp_goes_on_working(launch, switch):
-    check_against_plain([result[switch] for result in launch.results("ddp switches")])
+def test_ddp_goes_on_working(first_pair, switch):
+    check_against_plain([result[switch] for result in first_pair.results("ddp switches")])
 
 
 # ---- FSDP2 ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode.startswith("synced")])
-def test_fsdp2_skips_together(launch, mode):
-    results = [result[mode] for result in launch.results("fsdp2 not finite")]
+def test_fsdp2_skips_together(second_pair, mode):
+    results = [result[mode] for result in second_pair.results("fsdp2 not finite")]
     check_equal_on_all(results)
     assert all(value.isfinite().all() for value in results[0]["weights"].values())
     micro_batches = 1 if "full batch" in mode else MODES[mode].get("gradient_accumulation_steps", 1)
@@ -237,20 +253,20 @@ def test_fsdp2_skips_together(launch, mode):
     "switch",
     ["accumulation", "full batch", "bf16", "checkpointing", "torch_compile", "gathered until the backward pass"],
 )
-def test_fsdp2_goes_on_working(launch, switch):
-    check_against_plain([result[switch] for result in launch.results("fsdp2 switches")])
+def test_fsdp2_goes_on_working(second_pair, switch):
+    check_against_plain([result[switch] for result in second_pair.results("fsdp2 switches")])
 
 
-def test_fsdp2_leaves_batch_norm_statistics_to_each_process(launch):
+def test_fsdp2_leaves_batch_norm_statistics_to_each_process(second_pair):
     """It shards parameters and leaves buffers alone, plain training's too: a checkpoint holds those of the first process."""
-    first, second = (result["weights"] for result in launch.results("fsdp2 BatchNorm"))
+    first, second = (result["weights"] for result in second_pair.results("fsdp2 BatchNorm"))
     differ = {name for name in first if not torch.equal(first[name], second[name])}
     assert differ == {name for name in first if name.endswith(("running_mean", "running_var"))}
 
 
-def test_norm_counts_copies_of_shards_once(launch):
+def test_norm_counts_copies_of_shards_once(second_pair):
     """HSDP, in which each shard lies on several processes."""
-    for result in launch.results("fsdp2 replicated"):
+    for result in second_pair.results("fsdp2 replicated"):
         torch.testing.assert_close(result["sharded"], result["whole"])
 
 
@@ -259,31 +275,31 @@ def test_norm_counts_copies_of_shards_once(launch):
 
 @pytest.mark.parametrize("where", ["ascent", "descent"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_exception_leaves_the_weights(kind, where, launch):
+def test_exception_leaves_the_weights(kind, where, request):
     """What the modules compute afterwards too: FSDP2 could go on with the perturbed weights that it gathered."""
-    for result in launch.results(f"{kind} interrupted"):
+    for result in request.getfixturevalue(PAIR_OF[kind]).results(f"{kind} interrupted"):
         assert identical(result[where]["before"], result[where]["after"])
         assert torch.equal(result[where]["logits"], result[where]["logits_after"])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_killed_and_resumed_run_ends_as_one_never_killed(kind, launch):
+def test_killed_and_resumed_run_ends_as_one_never_killed(kind, third_pair):
     for uninterrupted, resumed in zip(
-        launch.results(f"{kind} uninterrupted"), launch.results(f"{kind} resumed"), strict=True
+        third_pair.results(f"{kind} uninterrupted"), third_pair.results(f"{kind} resumed"), strict=True
     ):
         assert identical(uninterrupted["weights"], resumed["weights"])
         assert torch.equal(uninterrupted["rng"], resumed["rng"])
         assert uninterrupted["logs"][-1] == resumed["logs"][-1]
 
 
-def test_failure_of_one_process_ends_the_run(launch):
+def test_failure_of_one_process_ends_the_run(third_pair):
     """With its error on screen, not by a hang, and with the last checkpoint whole."""
-    assert "the image of rank 1 is broken" in launch.output_of_failure
-    checkpoint = launch.folder / "ddp fails" / "checkpoint-4"
+    assert "the image of rank 1 is broken" in third_pair.output_of_failure
+    checkpoint = third_pair.folder / "ddp fails" / "checkpoint-4"
     assert TrainerState.load_from_json(checkpoint / "trainer_state.json").global_step == 4
     assert all(value.isfinite().all() for value in load_file(checkpoint / "model.safetensors").values())
     assert torch.load(checkpoint / "optimizer.pt")["param_groups"]
-    assert not (launch.folder / "ddp fails" / "checkpoint-8").exists()
+    assert not (third_pair.folder / "ddp fails" / "checkpoint-8").exists()
 
 
 @pytest.mark.slow

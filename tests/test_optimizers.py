@@ -6,8 +6,10 @@ import torch
 from comparison import check_goes_on_working, train
 from tiny import (
     VANISHING,
+    batch,
     digits,
     identical,
+    resnet,
     vit,
     weights,
 )
@@ -116,3 +118,30 @@ def test_unfreezing_during_training_perturbs_what_was_unfrozen(tmp_path):
     trainer = train(AACETrainer, AACEConfig, model, tmp_path, **kwargs)
     norms = [log["ascent_grad_norm"] for log in trainer.state.log_history if "loss" in log]
     assert min(norms[3:]) > max(norms[:3]), "the gradient is over more parameters from there on"
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_schedule_free_evaluates_with_batch_norm_statistics_of_other_weights(rho, tmp_path):
+    """
+    Those of the weights that it trains, not of their average, by which it evaluates: plain training's too. After
+    `trainer.optimizer.eval()` let `update_bn` of torch take them anew.
+    """
+    pytest.importorskip("schedulefree")
+    trainer = train(
+        AACETrainer, AACEConfig, resnet(), tmp_path, steps=10, optim="schedule_free_adamw", rho=rho, **CONSTANT
+    )
+
+    def statistics():
+        return {name: b.clone() for name, b in trainer.model.named_buffers() if "running" in name}
+
+    batches = [batch(16, start=start)["pixel_values"] for start in range(0, 64, 16)]
+    trained = statistics()
+    found = trainer.evaluate(digits(64))["eval_loss"]
+    assert identical(statistics(), trained), "an evaluation leaves them as they are"
+    trainer.optimizer.eval()
+    torch.optim.swa_utils.update_bn(batches, trainer.model)
+    of_the_average = statistics()
+    assert trainer.evaluate(digits(64))["eval_loss"] < found
+    trainer.optimizer.train()
+    torch.optim.swa_utils.update_bn(batches, trainer.model)
+    assert not identical(statistics(), of_the_average), "other weights have other statistics"

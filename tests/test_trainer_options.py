@@ -3,20 +3,22 @@
 
 import pytest
 import torch
-from comparison import check_goes_on_working, train
+from comparison import Linear, check_goes_on_working, train
 from tiny import (
     VANISHING,
     activation_checkpointing,
+    batch,
     convnext,
     digits,
     identical,
+    trainer_for_single_steps,
     training_arguments,
     vit,
     weights,
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_aace import AACEConfig, AACETrainer
+from hf_aace import AACEConfig, AACETrainer, aace_loss
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -141,3 +143,40 @@ def test_hyperparameter_search_sets_rho(tmp_path):
     )
     assert len(set(used)) == 3
     assert best.hyperparameters["rho"] in used
+
+
+def test_hooks_of_ones_own_see_both_passes_of_a_step(tmp_path):
+    """Those on parameters get the gradient of the ascent loss, too, in the first of two calls."""
+    model = convnext()
+    forwards, gradients = [], []
+    model.register_forward_hook(lambda *args: forwards.append(1))
+    weight = model.classifier.weight
+    weight.register_hook(lambda gradient: gradients.append(gradient.clone()))
+    ascent = torch.autograd.grad(aace_loss(model(batch()["pixel_values"]).logits, batch()["labels"]), weight)[0]
+    forwards.clear()
+    gradients.clear()
+    trainer = trainer_for_single_steps(model, tmp_path, rho=0.1)
+    trainer.training_step(model, batch())
+    assert len(forwards) == len(gradients) == 2
+    torch.testing.assert_close(gradients[0], ascent)
+    assert torch.equal(gradients[1], weight.grad)
+    plain = trainer_for_single_steps(model, tmp_path, rho=0)
+    plain.training_step(model, batch())
+    assert len(forwards) == len(gradients) == 3
+
+
+def test_a_generator_that_the_model_holds_draws_in_both_passes(tmp_path):
+    """Only the global ones are set back after the ascent."""
+
+    class Noisy(Linear):
+        def __init__(self):
+            super().__init__()
+            self.generator, self.seen = torch.Generator().manual_seed(0), []
+
+        def forward(self, pixel_values, labels=None):
+            self.seen.append(torch.rand((), generator=self.generator).item())
+            return super().forward(pixel_values, labels)
+
+    trainer = trainer_for_single_steps(Noisy(), tmp_path, rho=0.1)
+    trainer.training_step(trainer.model, batch())
+    assert len(set(trainer.model.seen)) == 2
