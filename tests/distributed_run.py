@@ -396,7 +396,7 @@ def scenarios(folder):
         "fsdp2 uninterrupted": partial(run, Fsdp2OnCpu, output_dir=folder / "fsdp2 uninterrupted", **RESUMABLE),
         "fsdp2 killed": partial(run, Fsdp2OnCpu, output_dir=folder / "fsdp2 killed", callbacks=[Kill()], **RESUMABLE),
         "fsdp2 resumed": partial(run, Fsdp2OnCpu, output_dir=folder / "fsdp2 killed", resume=True, **RESUMABLE),
-        "fsdp2 BatchNorm": partial(run, Fsdp2OnCpu, name="resnet", max_steps=3),
+        "fsdp2 BatchNorm": {rho: partial(run, Fsdp2OnCpu, name="resnet", max_steps=3, rho=rho) for rho in (0, 0.05)},
     }
 
 
@@ -409,7 +409,7 @@ def main(folder, names):
     for name in names:
         scenario = scenarios(folder)[name]
         if isinstance(scenario, dict):
-            result = {case: result_of(function, name, case) for case, function in scenario.items()}
+            result = {case: result_of(function, name, str(case)) for case, function in scenario.items()}
         else:
             result = result_of(scenario, name)
         torch.save(result, folder / f"{name}-{rank()}.pt")

@@ -40,7 +40,7 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_host_synchronisation_per_step(variant, scope, tmp_path):
+def test_no_host_synchronization_per_step(variant, scope, tmp_path):
     trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.1, ascent_scope=scope, **VARIANTS[variant])
     window = [batch(), batch(start=16)]
     step_through(trainer, window)  # the first step reads the labels once, to check them

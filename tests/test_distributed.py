@@ -257,9 +257,10 @@ def test_fsdp2_goes_on_working(second_pair, switch):
     check_against_plain([result[switch] for result in second_pair.results("fsdp2 switches")])
 
 
-def test_fsdp2_leaves_batch_norm_statistics_to_each_process(second_pair):
+@pytest.mark.parametrize("rho", [0, 0.05])
+def test_fsdp2_leaves_batch_norm_statistics_to_each_process(second_pair, rho):
     """It shards parameters and leaves buffers alone, plain training's too: a checkpoint holds those of the first process."""
-    first, second = (result["weights"] for result in second_pair.results("fsdp2 BatchNorm"))
+    first, second = (result[rho]["weights"] for result in second_pair.results("fsdp2 BatchNorm"))
     differ = {name for name in first if not torch.equal(first[name], second[name])}
     assert differ == {name for name in first if name.endswith(("running_mean", "running_var"))}
 

@@ -167,7 +167,7 @@ def test_what_a_forward_pass_keeps_is_updated_once(layer, accumulate, tmp_path):
 
 @pytest.mark.parametrize("where", ["compute_loss", "training_step"])
 def test_layers_that_the_trainer_puts_into_evaluation_mode(where, tmp_path):
-    """Frozen BatchNorm: the ascent pass neither normalises by its batch there nor counts it, from the first step on."""
+    """Frozen BatchNorm: the ascent pass neither normalizes by its batch there nor counts it, from the first step on."""
 
     class Frozen(Trainer):
         def compute_loss(self, model, *args, **kwargs):
