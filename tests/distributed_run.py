@@ -78,7 +78,7 @@ class SyncBatchNorms:
 
 
 class SyncBatchNormOnCpu(torch.nn.BatchNorm2d):
-    """What SyncBatchNorm computes, by collectives that the CPU has too: statistics over the samples of all processes."""
+    """Computes as SyncBatchNorm does, by collectives that the CPU has too: statistics over the samples of all processes."""
 
     def forward(self, input):
         dims = (0, 2, 3)
@@ -334,7 +334,7 @@ COLLECTIVES = {"plain": {"rho": 0}, "local": {}, "synced": {"sync_ascent": True}
 
 
 def scenarios(folder):
-    """What to run, by name: a function, or one for each case of a scenario."""
+    """Returns the scenarios by name: a function to call, or one for each case."""
     plugin = lambda **kwargs: type("_", (Fsdp2OnCpu,), {"plugin": kwargs})  # noqa: E731
     # As the ascent pass asks for anyway: plain Trainer, left alone, adds the gradients up in another order.
     sync_each_batch = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Property 5: gradient accumulation in both scopes."""
+"""Gradient accumulation in both scopes."""
 
 import pytest
 import torch
@@ -235,7 +235,7 @@ def test_full_batch_keeps_no_copy_of_the_weights_after_the_step(tmp_path):
 
 
 def test_full_batch_counts_each_batch_once_whatever_mode_a_callback_leaves(tmp_path):
-    """One that evaluates between micro-batches, say: BatchNorm is not to see the perturbed weights."""
+    """For example one that evaluates between micro-batches: BatchNorm must not see the perturbed weights."""
 
     class Evaluate(TrainerCallback):
         def on_substep_end(self, args, state, control, model=None, **kwargs):

@@ -55,7 +55,7 @@ def ascent_gradient(model, inputs):
 
 
 def test_what_a_callback_returns_is_averaged_by_name(tmp_path):
-    """Whatever else it returns beside it."""
+    """Also if it returns other names on some steps only."""
 
     class Sometimes(PerturbationCallback):
         count = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Property 7, nobody sees the perturbed weights: not evaluation, saving, callbacks, the optimizer, nor a checkpoint."""
+"""The perturbed weights are seen by nobody: not by evaluation, saving, callbacks or the optimizer."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Property 9, no host synchronization beyond Trainer's own; and what a step keeps in memory."""
+"""A step reads nothing from the device and copies nothing to it, and keeps no memory once it is over."""
 
 from contextlib import nullcontext
 

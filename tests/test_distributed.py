@@ -27,7 +27,7 @@ from hf_aace.vision.models import load_model_and_processor
 class Launch:
     """Runs scenarios of distributed_run.py on several processes, and reads what they left."""
 
-    # What no machine needs, however busy: a process that waits for another one gives up by itself (`wait`).
+    # Seconds. Not reached on any machine, however busy: a process that waits for another one gives up after `wait` seconds.
     limit = 3600
 
     def __init__(self, folder, processes=2, on_gpu=False, wait=600):
@@ -39,7 +39,7 @@ class Launch:
         }
 
     def __call__(self, *names, ends_in=None):
-        """Runs the scenarios of these names, and then `ends_in`, which ends the processes with an error."""
+        """Runs scenarios, and at last `ends_in`, which is expected to end the processes with an error."""
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={self.processes}", "--standalone"]
         script = Path(__file__).with_name("distributed_run.py")
         process = subprocess.Popen(
@@ -61,7 +61,7 @@ class Launch:
         return output
 
     def running(self) -> str:
-        """What the processes were at."""
+        """Tells the case that each process was at."""
         files = sorted(self.folder.glob("running-*.txt"))
         return " ".join(f"Process {file.stem[8:]} was at '{file.read_text()}'." for file in files)
 
@@ -277,7 +277,7 @@ def test_norm_counts_copies_of_shards_once(second_pair):
 @pytest.mark.parametrize("where", ["ascent", "descent"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_exception_leaves_the_weights(kind, where, request):
-    """What the modules compute afterwards too: FSDP2 could go on with the perturbed weights that it gathered."""
+    """And what the modules compute afterwards: FSDP2 could go on with the perturbed weights that it gathered."""
     for result in request.getfixturevalue(PAIR_OF[kind]).results(f"{kind} interrupted"):
         assert identical(result[where]["before"], result[where]["after"])
         assert torch.equal(result[where]["logits"], result[where]["logits_after"])

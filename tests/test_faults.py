@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Property 2, exact restore: whatever fails, at whatever stage of a training step, the weights are afterwards bit for bit what
+Exact restore: whatever fails, at whatever stage of a training step, the weights are afterwards bit for bit what
 they were, the gradients accumulated so far are still there, and the next step is the one that would have been taken.
 """
 

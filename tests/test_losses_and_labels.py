@@ -49,7 +49,7 @@ def test_compute_loss_func_gets_the_number_of_labels(tmp_path):
 
 
 def test_compute_loss_func_that_changes_the_logits_in_place(tmp_path):
-    """The adjustment of logits by the frequencies of the classes, say."""
+    """For example to adjust them by the frequencies of the classes."""
 
     def adjusted(outputs, labels, num_items_in_batch=None):
         logits = outputs["logits"]
@@ -106,7 +106,7 @@ def test_soft_labels_of_mixup_keep_working(loss, tmp_path):
 
 
 def test_soft_labels_in_an_overridden_compute_loss(tmp_path):
-    """Which may know what to do with them where the model does not."""
+    """It can handle them where the model cannot."""
 
     class Soft(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

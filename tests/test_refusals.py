@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cannot be trained is refused before any weight moves, by a message that names the fix."""
+"""Settings, models and batches that cannot be trained are refused before any weight moves; the message names the fix."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_bad_settings_are_refused(field, value, message, tmp_path):
     arguments = training_arguments(AACEConfig, tmp_path, max_steps=1)
     trainer = AACETrainer(convnext(), arguments, train_dataset=digits(16))
     before = weights(trainer.model)
-    setattr(arguments, field, value)  # by a hyperparameter search, say
+    setattr(arguments, field, value)  # as a hyperparameter search does
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert identical(weights(trainer.model), before)

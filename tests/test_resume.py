@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Property 8: a run that was killed and resumed ends bit for bit as one that never was."""
+"""A run that was killed and resumed ends bit for bit as one that never was."""
 
 import os
 import signal
@@ -202,7 +202,7 @@ class StopWhenLoaded(TrainerCallback):
 
 
 def weights_after_resuming(model, checkpoint):
-    """What a model holds when a training that is resumed from a checkpoint takes its first step."""
+    """Returns the weights with which a training that is resumed from a checkpoint takes its first step."""
     TrainerState(max_steps=2, global_step=1, train_batch_size=16).save_to_json(str(checkpoint / "trainer_state.json"))
     arguments = training_arguments(AACEConfig, checkpoint / "run", max_steps=2)
     trainer = AACETrainer(model, arguments, train_dataset=digits(16), callbacks=[StopWhenLoaded()])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Property 1, off is off: `rho=0` is plain Trainer, bit for bit."""
+"""`rho=0` is plain Trainer, bit for bit, and an ascent pass leaves no trace but its step."""
 
 import pytest
 import torch

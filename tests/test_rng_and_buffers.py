@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both passes of a step see the same random numbers, and what a forward pass keeps (BatchNorm, property 6) is updated once."""
+"""Both passes of a step see the same random numbers; BatchNorm statistics and other buffers are updated once."""
 
 import random
 

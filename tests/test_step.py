@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Properties 2 to 4 and 12: one step is the published one, undone exactly, and `rho` means one thing."""
+"""One step is the published one and is undone exactly; `rho` means the same under all other settings."""
 
 import copy
 
@@ -110,7 +110,7 @@ def test_step_restores_the_weights_bit_for_bit(name, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_loss_rises_from_the_weights_to_the_perturbed_weights(name, variant, plain_run, tmp_path):
-    """Of a model that has learnt something: at first AACE, whose gradient grows with confidence, is mostly noise."""
+    """For a trained model: before training AACE, whose gradient grows with confidence, is mostly noise."""
     kwargs = {"dtype": torch.float64, "steps": 20, "learning_rate": 3e-3}
     trained = copy.deepcopy(plain_run(name, **kwargs).trainer.model)
     arguments = training_arguments(AACEConfig, tmp_path, rho=0.01, **VARIANTS[variant])

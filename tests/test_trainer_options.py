@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Trainer user can switch on goes on working."""
+"""Options and features of Trainer keep working."""
 
 import pytest
 import torch

@@ -92,7 +92,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two state dicts are equal bit for bit."""
+    """Returns True if two state dicts are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -190,7 +190,7 @@ class Small(nn.Module):
 
 
 def small_data(sizes=(10, 7, 3)):
-    """Batches of unequal sizes, as the last one of a data set is."""
+    """Batches of unequal sizes, as the last one of a dataset is."""
     generator = torch.Generator().manual_seed(1)
     return [
         {
