@@ -20,9 +20,9 @@ from . import checks
 from .callbacks import PerturbationCallback
 from .config import AACEArguments
 from .distributed import average_gradients, mean_over_processes, outside_ddp, reshard
+from .interval_metrics import IntervalMetrics
 from .isolation import frozen_running_statistics, gradients_set_aside, in_training, replayed_rng, unchanged_buffers
 from .losses import aace_loss, count_correct, count_labels
-from .interval_metrics import IntervalMetrics
 from .perturbation import perturbed
 
 
