@@ -2,7 +2,6 @@
 """The ascent: where its gradient comes from, how long it serves, what it logs."""
 
 import operator
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import recursively_apply
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerCallback
 
 from . import checks
@@ -22,7 +22,9 @@ from .config import AACEArguments
 from .distributed import average_gradients, mean_over_processes, outside_ddp, reshard
 from .interval_metrics import IntervalMetrics
 from .isolation import frozen_running_statistics, gradients_set_aside, in_training, replayed_rng, unchanged_buffers
+from .loss_meter import LossMeter
 from .losses import aace_loss, count_correct, count_labels
+from .parameters import parameters_to_perturb
 from .perturbation import perturbed
 
 
@@ -51,6 +53,7 @@ class Ascent(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.metrics = IntervalMetrics()
+        self.meter = LossMeter(trainer)
         self._defaults = AACEArguments()
         self._uses_backward = False  # reentrant activation checkpointing cannot serve `autograd.grad`
         self.release()
@@ -64,6 +67,7 @@ class Ascent(TrainerCallback):
         self._checked = False
         self._evaluating: list[nn.Module] = []  # the modules that the last descent had in evaluation mode
         self._statistics: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # of BatchNorm, from the ascent
+        self._labels: list[tuple[Any, torch.Tensor, int]] = []  # of the last ascent: micro-batch, labels, samples used
 
     @property
     def args(self) -> AACEArguments:
@@ -79,7 +83,9 @@ class Ascent(TrainerCallback):
         """Raise a `ValueError` for what cannot be trained, before any weight moves."""
         self.args.check_aace_arguments()
         if self.args.rho > 0:
-            checks.check_trainer(self.trainer, self.args, self.perturbed_parameters())
+            checks.check_trainer(
+                self.trainer, self.args, parameters_to_perturb(self.trainer.model, self.args.perturb_modules)
+            )
 
     # ---- Events ----------------------------------------------------------------
 
@@ -87,13 +93,14 @@ class Ascent(TrainerCallback):
         self.check()  # the model or the arguments may be others than at construction
         self.release()
         self.metrics.reset()
+        self.meter.reset()
 
     def on_save(self, args, state, control, **kwargs):
         self.forget()  # a run that goes on from the checkpoint has no gradient either: both are to do the same
 
     def begin_window(self, batches: list[Any]) -> None:
         """Take the micro-batches of the next optimizer step."""
-        self._window, self._passes = batches, 0
+        self._window, self._passes, self._labels = batches, 0, []
         if self._gradient is not None:
             self._gradient.window = None
 
@@ -124,7 +131,7 @@ class Ascent(TrainerCallback):
         if isinstance(trainer.optimizer, AcceleratedOptimizer):
             trainer.optimizer.train()  # a schedule-free one moves the weights here: before we look at them
         reshard(model)  # evaluation leaves some weights gathered: those are not the ones that the optimizer has
-        parameters = self.perturbed_parameters()
+        parameters = parameters_to_perturb(trainer.model, args.perturb_modules)
         gradient = self._gradient
         if new := gradient is None or not self._serves(gradient, window, parameters):
             gradient = self._ascend(model, window, parameters)
@@ -167,7 +174,7 @@ class Ascent(TrainerCallback):
             model (`nn.Module`): The model that the training step got.
         """
         try:
-            with frozen_running_statistics(model):
+            with frozen_running_statistics(model), self.meter.watch(model):
                 yield
         except BaseException:
             reshard(model)  # or FSDP2 might go on with the perturbed weights that it gathered
@@ -180,11 +187,22 @@ class Ascent(TrainerCallback):
                 buffer.copy_(updated)
         self._statistics = []
 
-    def log_descent(self, loss: torch.Tensor) -> None:
-        """Add the loss of a training step to the metrics, if there is a `clean_loss` of the same step to compare it with."""
-        if self._last_step == self.trainer.state.global_step:
-            # Trainer's loss is this micro-batch's share of the optimizer step's mean.
-            self.metrics.add({"perturbed_loss": loss * max(1, len(self._window))})
+    def log_descent(self, inputs: Any, loss: torch.Tensor, num_items: torch.Tensor | int | None = None) -> None:
+        """
+        Add the loss at the perturbed weights to the metrics, if there is a `clean_loss` of the same step to compare it with.
+
+        Args:
+            inputs (`dict[str, torch.Tensor | Any]`): The micro-batch that the training step got.
+            loss (`torch.Tensor`): The loss that it returned.
+            num_items (`torch.Tensor` or `int`, *optional*): `num_items_in_batch`, if it got that.
+        """
+        if self._last_step != self.trainer.state.global_step:
+            return
+        for batch, labels, used in self._labels:
+            if batch is inputs:
+                mean = self.meter.perturbed_loss(loss, labels, used, max(1, len(self._window)), num_items)
+                self.metrics.add({"perturbed_loss": mean})
+                return
 
     def pop_metrics(self) -> dict[str, float]:
         """Average the metrics since the last call over steps and processes. This waits for the device."""
@@ -193,22 +211,11 @@ class Ascent(TrainerCallback):
             self.in_sync and "skipped_perturbations" in metrics
         ):  # each process counted those that they skipped together
             metrics["skipped_perturbations"] //= self.trainer.args.world_size
+        if not self.meter.measurable:
+            metrics = {name: value for name, value in metrics.items() if name not in ("clean_loss", "sharpness")}
         return metrics
 
     # ---- The ascent pass -------------------------------------------------------
-
-    def perturbed_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters that `perturb_modules` chooses; looked up anew, as callbacks may unfreeze some."""
-        pattern = self.args.perturb_modules
-        # FSDP2's activation checkpointing and compilation put their wrappers into the names.
-        trainable = {
-            name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): p
-            for name, p in self.trainer.model.named_parameters()
-            if p.requires_grad
-        }
-        chosen = [p for name, p in trainable.items() if pattern is None or re.search(pattern, name)]
-        checks.check_parameters(trainable, chosen, pattern)
-        return chosen
 
     def _ascend(self, model: nn.Module, window: list[Any], parameters: list[nn.Parameter]) -> _Gradient:
         """Take the gradient of the mean ascent loss over the micro-batches of the window."""
@@ -246,10 +253,14 @@ class Ascent(TrainerCallback):
             gradients_set_aside(trainable) if use_backward else nullcontext(),
         ):
             samples = [self._samples(inputs) for inputs in window]
-            count = share = sum(count_labels(labels) for _, labels in samples)
+            self._labels = [
+                (batch, whole, labels.shape[:1].numel())
+                for batch, (_, labels, whole) in zip(window, samples, strict=True)
+            ]
+            count = share = sum(count_labels(labels) for _, labels, _ in samples)
             if self.in_sync:  # what the processes divide by, so that the mean over them is that over all their samples
                 share = mean_over_processes(torch.as_tensor(count, dtype=torch.float32, device=trainer.args.device))
-            for index, (inputs, labels) in enumerate(samples):
+            for index, (inputs, labels, _) in enumerate(samples):
                 if sharded:
                     model.set_requires_gradient_sync(index == len(samples) - 1)
                 with trainer.compute_loss_context_manager():
@@ -268,9 +279,8 @@ class Ascent(TrainerCallback):
                     # (`torch_compile_mode="reduce-overhead"`) returned lasts no longer.
                     gradients = _sum(gradients, new) if keep else list(new)
                 # Now that the gradient is there: a `compute_loss_func` may change the logits in place.
-                with torch.no_grad():
-                    losses["clean_accuracy"] += count_correct(logits, labels) / count
-                    losses["clean_loss"] += self._clean_loss(outputs, logits, labels) / count
+                losses["clean_accuracy"] += count_correct(logits, labels) / count
+                losses["clean_loss"] += self.meter.loss(outputs, logits, labels) / count
                 del outputs, logits
             if use_backward:
                 gradients = [p.grad for p in parameters]
@@ -282,19 +292,21 @@ class Ascent(TrainerCallback):
             model.set_requires_gradient_sync(trainer.accelerator.sync_gradients)
         return average_gradients(gradients, parameters) if self.in_sync and not sharded else gradients
 
-    def _samples(self, inputs: Any) -> tuple[dict[str, Any], torch.Tensor]:
-        """Prepare the samples of one micro-batch that the ascent uses, on the device, and their labels."""
+    def _samples(self, inputs: Any) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+        """Prepare one micro-batch on the device: the samples that the ascent uses, their labels, and the labels of all."""
         inputs, name = self.trainer._prepare_inputs(inputs), self.label_name
         checks.check_batch(inputs, name)
         labels, fraction = inputs[name], self.args.ascent_fraction
-        if fraction < 1 and labels.dim() > 0:
-            batch = labels.shape[0]
-            inputs = {key: _first(value, max(1, round(fraction * batch)), batch) for key, value in inputs.items()}
-            labels = inputs[name]
-        if labels.is_floating_point():
-            return inputs, labels
-        # As models flatten them; and -100 is no class, which in 8 bits it might look like.
-        return inputs, (labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels).long()
+        if not labels.is_floating_point():
+            # As models flatten them; and -100 is no class, which in 8 bits it might look like.
+            labels = (labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels).long()
+        if fraction == 1 or labels.dim() == 0:
+            return inputs, labels, labels
+        batch = len(labels)
+        # BatchNorm takes its running statistics from these samples, and cannot train on one.
+        least = 12 if any(isinstance(m, _BatchNorm) and m.training for m in self.trainer.model.modules()) else 2
+        used = min(batch, max(least, round(fraction * batch)))
+        return {key: _first(value, used, batch) for key, value in inputs.items()}, labels[:used], labels
 
     @property
     def label_name(self) -> str:
@@ -320,16 +332,6 @@ class Ascent(TrainerCallback):
         place = (args.seed, self.trainer.state.global_step, args.process_index, self._passes)
         self._passes += 1
         return torch.Generator(device).manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
-
-    def _clean_loss(self, outputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The training loss at the present weights, summed over the samples."""
-        if self.trainer.compute_loss_func is not None:
-            # As Trainer counts them: of probabilities every entry.
-            items = labels.numel() if labels.is_floating_point() else count_labels(labels)
-            loss = self.trainer.compute_loss_func(outputs, labels, num_items_in_batch=items)
-            return loss * count_labels(labels)
-        smoothing = self.trainer.args.label_smoothing_factor
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
 
 
 def _first(data: Any, used: int, batch: int) -> Any:

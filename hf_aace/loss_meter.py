@@ -2,7 +2,7 @@
 """The training loss before and after the perturbation, measured alike for the log, and compared with the loss that is trained on."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 

@@ -38,10 +38,11 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     Besides what `MyTrainer` logs, each training log holds, averaged over the steps since the last log (the first four over
     those that took an ascent pass) and over the processes:
 
-    - `clean_loss`: the training loss at `w`, on the samples of the ascent pass: cross-entropy with the label smoothing
-      of the arguments, or what `compute_loss_func` returns (not what an overridden `compute_loss` does),
+    - `clean_loss`: the mean training loss at `w`, on the samples of the ascent: cross-entropy with the label smoothing of the
+      arguments, or what `compute_loss_func` returns,
     - `clean_accuracy`: the share of these samples that the model classifies at `w` as their labels say,
-    - `sharpness`: the training loss at `w'` (Trainer's own `loss`) minus `clean_loss`,
+    - `sharpness`: the mean training loss at `w'` on the same samples minus `clean_loss`. Both are left out, and a warning says
+      so, if they turn out not to be the loss that is trained on (an overridden `compute_loss`, for example),
     - `ascent_loss`, `ascent_grad_norm`: the ascent loss at `w` and the norm of its gradient,
     - `perturbation_norm`: the distance from `w` to `w'`,
     - `rho`: its present value,
@@ -73,7 +74,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args, **kwargs) -> torch.Tensor:
         with self.perturbed_weights(model, inputs):
             loss = super().training_step(model, inputs, *args, **kwargs)
-        self._ascent.log_descent(loss)
+        self._ascent.log_descent(inputs, loss, kwargs.get("num_items_in_batch", args[0] if args else None))
         return loss
 
     @contextmanager
