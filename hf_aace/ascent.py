@@ -65,7 +65,7 @@ class Ascent(TrainerCallback):
         self._last_step = -1  # the optimizer step of the last ascent pass
         self._passes = 0  # micro-batches that went through an ascent pass in this optimizer step
         self._checked = False
-        self._evaluating: list[nn.Module] = []  # the modules that the last descent had in evaluation mode
+        self._evaluating: set[nn.Module] = set()  # the modules that the last descent had in evaluation mode
         self._statistics: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # of BatchNorm, from the ascent
         self._labels: list[tuple[Any, torch.Tensor, int]] = []  # of the last ascent: micro-batch, labels, samples used
 
@@ -181,9 +181,13 @@ class Ascent(TrainerCallback):
             raise
         # A layer that the descent has in evaluation mode, frozen by `compute_loss`, for example, keeps its statistics, and the
         # next ascent leaves it in evaluation mode.
-        self._evaluating = [module for module in model.modules() if not module.training]
+        self._evaluating = {module for module in model.modules() if not module.training}
+        self._apply_statistics()
+
+    def _apply_statistics(self) -> None:
+        """Give BatchNorm the running statistics that the ascent came to."""
         for layer, buffer, updated in self._statistics:
-            if layer.training:
+            if layer not in self._evaluating:
                 buffer.copy_(updated)
         self._statistics = []
 
@@ -285,6 +289,8 @@ class Ascent(TrainerCallback):
             if use_backward:
                 gradients = [p.grad for p in parameters]
         self._statistics = statistics
+        if self._checked:  # on the first step it is known only after the descent which layers train
+            self._apply_statistics()
         self.metrics.add(losses)
         if sharded and self.args.ascent_scope == "full_batch":
             # As Trainer has it. For micro-batches that perturb by themselves it stays on: what FSDP2 puts off to the last

@@ -129,12 +129,14 @@ def check_parameters(trainable: Mapping[str, nn.Parameter], chosen: list[nn.Para
             "set `rho=0`."
         )
     if not chosen:
-        kind = (
-            "the type of layers that `norm` means, of which" if pattern == "norm" else "a regular expression, of which"
+        meaning = (
+            "means the normalization layers; of these is"
+            if pattern == "norm"
+            else "is a regular expression, searched in the names of parameters; it matches"
         )
         raise ValueError(
-            f"`perturb_modules={pattern!r}` is {kind} none of the {len(trainable)} trainable parameters, such as "
-            f"{list(trainable)[:3]}, is one. Leave it out to perturb them all."
+            f"`perturb_modules={pattern!r}` {meaning} none of the {len(trainable)} trainable parameters, such as "
+            f"{list(trainable)[:3]}. Leave it out to perturb them all."
         )
 
 

@@ -2,7 +2,7 @@
 """Context managers that keep a second pass through a model from leaving traces: random numbers, buffers, modes, gradients."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -68,13 +68,13 @@ def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.
 
 
 @contextmanager
-def in_training(model: nn.Module, but: Sequence[nn.Module]) -> Iterator[None]:
+def in_training(model: nn.Module, but: Collection[nn.Module]) -> Iterator[None]:
     """
     Context manager inside which a model is in training mode, and after which every module has the mode of before.
 
     Args:
         model (`nn.Module`): The model.
-        but (sequence of `nn.Module`): Its modules that are in evaluation mode; each stands for itself, without those inside it.
+        but (collection of `nn.Module`): Its modules that are in evaluation mode; each stands for itself, without those inside it.
     """
     before = [(module, module.training) for module in model.modules()]
     try:
