@@ -68,6 +68,7 @@ class Ascent(TrainerCallback):
         self._evaluating: set[nn.Module] = set()  # the modules that the last descent had in evaluation mode
         self._statistics: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # of BatchNorm, from the ascent
         self._labels: list[tuple[Any, torch.Tensor, int]] = []  # of the last ascent: micro-batch, labels, samples used
+        self._count: torch.Tensor | int = 0  # of the samples used in all of them, without ignored ones
 
     @property
     def args(self) -> AACEArguments:
@@ -204,8 +205,9 @@ class Ascent(TrainerCallback):
             return
         for batch, labels, used in self._labels:
             if batch is inputs:
-                mean = self.meter.perturbed_loss(loss, labels, used, max(1, len(self._window)), num_items)
-                self.metrics.add({"perturbed_loss": mean})
+                total = self.meter.perturbed_loss(loss, labels, used, max(1, len(self._window)), num_items)
+                # So weighted, the mean over the micro-batches is that over the samples, as of `clean_loss`.
+                self.metrics.add({"perturbed_loss": total * len(self._labels) / self._count})
                 return
 
     def pop_metrics(self) -> dict[str, float]:
@@ -262,6 +264,7 @@ class Ascent(TrainerCallback):
                 for batch, (_, labels, whole) in zip(window, samples, strict=True)
             ]
             count = share = sum(count_labels(labels) for _, labels, _ in samples)
+            self._count = count
             if self.in_sync:  # what the processes divide by, so that the mean over them is that over all their samples
                 share = mean_over_processes(torch.as_tensor(count, dtype=torch.float32, device=trainer.args.device))
             for index, (inputs, labels, _) in enumerate(samples):

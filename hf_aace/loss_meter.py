@@ -92,8 +92,8 @@ class LossMeter:
         num_items: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """
-        Measure the mean training loss at the perturbed weights, on the samples of the ascent. The first time this compares it
-        with the loss that is trained on, and waits for the device.
+        Measure the training loss at the perturbed weights, summed over the samples of the ascent. The first time this compares
+        it with the loss that is trained on, and waits for the device.
 
         Args:
             loss (`torch.Tensor`): The loss that the training step returned.
@@ -107,15 +107,18 @@ class LossMeter:
             if isinstance(outputs, tuple) and outputs[0] is not None and outputs[0].dim() == 0:
                 outputs = outputs[1:]  # without the loss
             logits = self._trainer.ascent_logits(outputs)
-            whole = self.loss(outputs, logits, labels) / count_labels(labels)
+            total = self.loss(outputs, logits, labels)
         except Exception as error:
             self._leave_out(f"the outputs of the training step have no logits ({type(error).__name__}: {error}).")
             return torch.full((), math.nan, device=loss.device)
+        count = count_labels(labels)
         if not self._compared:
-            self._compare(loss.item(), whole.item(), count_labels(labels), micro_batches, num_items)
-        if used == len(labels) or self._trainer.compute_loss_func is not None:
-            return whole
-        return self.loss(outputs, logits[:used], labels[:used]) / count_labels(labels[:used])
+            self._compare(loss.item(), (total / count).item(), count, micro_batches, num_items)
+        if used == len(labels):
+            return total
+        if self._trainer.compute_loss_func is not None:  # which needs all outputs as they are
+            return total / count * count_labels(labels[:used])
+        return self.loss(outputs, logits[:used], labels[:used])
 
     def _compare(self, trained: float, measured: float, samples: Any, micro_batches: int, num_items: Any) -> None:
         """Tell if the loss that is trained on is the measured one, or that times the micro-batches and processes, or another."""
