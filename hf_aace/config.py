@@ -32,6 +32,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "rho": 0.5,
     },
 }
+# The default rho of each method if only the normalization layers are perturbed, which takes longer steps: the least of those that
+# were best on validation images in the study (notebooks/study); not measured for ASAM, which is nearly SAM where weights are near 1.
+_RHO_OF_NORM_LAYERS = {"aace": 10.0, "sam": 1.0, "asam": 1.0}
 
 _CHOICES = {
     "perturbation_loss": ["aace", "cross_entropy"],
@@ -75,29 +78,30 @@ class AACEArguments:
             "`normalize_perturbation`, `adaptive_perturbation` and `rho`; one of them given beside it wins."
         },
     )
-    rho: float | None = field(
+    # The default None of the following four becomes the method's value when the object is made.
+    rho: float = field(
         default=None,
         metadata={
             "help": "Size of the ascent step, >= 0. A step size (the factor of the ascent gradient), or with "
             "`normalize_perturbation` the length of the step. 0 is plain training. By default that of the method: 0.01 for "
-            "`aace`, 0.05 for `sam`, 0.5 for `asam`. `perturb_modules norm` needs 10 to 30."
+            "`aace`, 0.05 for `sam`, 0.5 for `asam`; with `perturb_modules norm` 10, 1 and 1."
         },
     )
-    perturbation_loss: Literal["aace", "cross_entropy"] | None = field(
+    perturbation_loss: Literal["aace", "cross_entropy"] = field(
         default=None,
         metadata={
             "help": "The loss whose gradient gives the ascent step: `aace`, or `cross_entropy` as in SAM. By default that of "
             "the method."
         },
     )
-    normalize_perturbation: bool | None = field(
+    normalize_perturbation: bool = field(
         default=None,
         metadata={
             "help": "Divide the ascent step by its gradient's norm, so that `rho` is a length, as in SAM. By default as the "
             "method does."
         },
     )
-    adaptive_perturbation: bool | None = field(
+    adaptive_perturbation: bool = field(
         default=None,
         metadata={
             "help": "Scale the ascent gradient by the squared weights, element by element, as in ASAM. By default as the "
@@ -114,7 +118,8 @@ class AACEArguments:
     ascent_fraction: float = field(
         default=1.0,
         metadata={
-            "help": "Share of each batch that the ascent pass uses, in (0, 1]: its first samples, at least one."
+            "help": "Share of each batch that the ascent pass uses, in (0, 1]: its first samples, at least two, and with "
+            "BatchNorm a dozen, if the batch has them."
         },
     )
     ascent_scope: Literal["micro_batch", "full_batch"] = field(
@@ -144,8 +149,8 @@ class AACEArguments:
     perturb_modules: str | None = field(
         default=None,
         metadata={
-            "help": "Regular expression, searched in the parameter names: perturb only the trainable parameters that "
-            "match. `norm`: the normalisation layers of most models. All parameters by default."
+            "help": "The trainable parameters to perturb: `norm` for those of the normalization layers (of all kinds, by "
+            "the type of the layer), or a regular expression, searched in the parameter names. All by default."
         },
     )
 
@@ -168,6 +173,10 @@ class AACEArguments:
         given = [name for name in settings if getattr(self, name) != earlier[name]]
         for name in settings.keys() - set(given):
             setattr(self, name, settings[name])
+        if "rho" not in given and self.perturb_modules == "norm":
+            for name, row in METHODS.items():
+                if all(getattr(self, key) == value for key, value in row.items() if key != "rho"):
+                    self.rho = _RHO_OF_NORM_LAYERS[name]
         changed = [name for name in given if name != "rho" and getattr(self, name) != settings[name]]
         if self.method is not None and changed and len(given) == len(settings):
             raise ValueError(
@@ -244,8 +253,9 @@ class AACEConfig(AACEArguments, TrainingArguments):
         rho (`float`, *optional*):
             Size of the ascent step, `>= 0`. Un-normalised it is a step size, in units of weight per unit of gradient;
             with `normalize_perturbation` it is a length in weight space. Independent of accumulation steps, number of
-            processes, label smoothing and the fp16 loss scale. The default is the method's, for all weights;
-            `perturb_modules="norm"` needs 10 to 30. `0` is plain training, bit for bit.
+            processes, label smoothing and the fp16 loss scale. The default is the method's; with
+            `perturb_modules="norm"`, whose steps are longer, 10 for AACE and 1 for SAM and ASAM. `0` is plain training, bit for
+            bit.
         perturbation_loss (`str`, *optional*):
             The loss whose gradient gives the ascent step: `"aace"` (descended: away from the true class) or
             `"cross_entropy"` (ascended, as SAM does). Always the mean over the samples, without label smoothing.
@@ -258,9 +268,9 @@ class AACEConfig(AACEArguments, TrainingArguments):
             `"uniform"`, or `"random"` (one wrong class drawn for each sample). The last two are the paper's ablations.
             Only for `perturbation_loss="aace"`.
         ascent_fraction (`float`, *optional*, defaults to `1.0`):
-            Share of each batch that the ascent pass uses, in `(0, 1]`: its first `round(ascent_fraction * batch)`
-            samples, at least one. The descent pass always uses the whole batch. BatchNorm takes its running statistics from
-            the ascent pass, so from these samples: keep to a dozen or more for a model that has it.
+            Share of each batch that the ascent pass uses, in `(0, 1]`: its first `round(ascent_fraction * batch)` samples, at
+            least two, if the batch has them. The descent pass always uses the whole batch. BatchNorm takes its running
+            statistics from the ascent pass: a model that has it uses at least twelve samples, or the whole batch.
         ascent_scope (`str`, *optional*, defaults to `"micro_batch"`):
             Under gradient accumulation, what one perturbation is computed from: each `"micro_batch"` for itself, or
             the `"full_batch"` that makes up the optimizer step.
@@ -275,14 +285,13 @@ class AACEConfig(AACEArguments, TrainingArguments):
             That gradient is kept, in memory of the size of the perturbed parameters, but in no checkpoint: the step after a
             save takes an ascent pass of its own. BatchNorm updates its running statistics on steps with an ascent pass only.
         perturb_modules (`str`, *optional*):
-            A regular expression, searched (`re.search`) in the names of the model's parameters: only trainable ones
-            that match are perturbed. Defaults to all trainable parameters. `"norm"` means the normalisation layers of most
-            models of Transformers (SAM-ON, Müller et al., [arXiv 2306.04226](https://huggingface.co/papers/2306.04226)),
-            which are less than a hundredth of the parameters: the backward pass of the ascent then takes no gradient of
-            the other weights, a third of its operations (a compiled one takes them all), and only these are copied. Some
-            models have other names for them: EfficientNet `"norm|_bn"`, many of timm `"norm|bn"`, ImageGPT `"ln_"`, BERT
-            `"LayerNorm"`, and ConvNeXt, before its downsampling, `"norm|downsampling_layer.0"` (the README's study was made
-            without).
+            Which trainable parameters are perturbed. Defaults to all. `"norm"` means those of the normalization layers (SAM-ON,
+            Müller et al., [arXiv 2306.04226](https://huggingface.co/papers/2306.04226)), less than a hundredth of all: the
+            backward pass of the ascent then takes no gradient of the other weights, a third of its operations (a compiled one
+            takes them all), and only these are copied. Anything else is a regular expression, searched (`re.search`) in the names
+            of the parameters. A normalization layer is told by its type, not its name: torch's `LayerNorm`, `GroupNorm`,
+            `RMSNorm`, BatchNorm and InstanceNorm, and every class with "norm" in its name; of it the parameters `weight` and
+            `bias` with at most one dimension larger than 1 count.
 
     Raises:
         `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.
