@@ -50,9 +50,9 @@ def check_training(model_args: ModelArguments, data_args: DataArguments, args: A
     if any("=" not in pair for pair in (args.optim_args or "").split(",") if pair):
         raise ValueError(f"`optim_args` must be `name=value`, several separated by commas, got {args.optim_args!r}.")
     for name in ("fp16_full_eval", "bf16_full_eval"):
-        if getattr(args, name) and not (args.fp16 or args.bf16):
-            raise ValueError(f"`{name}` needs `bf16` or `fp16` too, as the images are of 32 bits.")
-    if args.fp16 and args.device.type == "cpu":
+        if getattr(args, name) and not _is_mixed(args):
+            raise ValueError(f"`{name}` needs `bf16` (or on a GPU `fp16`) too, as the images are of 32 bits.")
+    if args.fp16 and not _is_mixed(args):
         logger.warning("`fp16` has no effect on a CPU: this run trains in 32 bits. On a CPU, `bf16` works.")
     if model_args.lora and model_args.freeze_backbone:
         raise ValueError("`lora` freezes the backbone itself: leave out `freeze_backbone`.")
@@ -65,17 +65,22 @@ def check_training(model_args: ModelArguments, data_args: DataArguments, args: A
 def _check_dtype(model_args: ModelArguments, args: AACEConfig) -> None:
     if model_args.dtype == "float32":
         return
-    amp = "fp16" if model_args.dtype == "float16" else "bf16"
+    amp = "fp16" if model_args.dtype == "float16" and args.device.type != "cpu" else "bf16"
     if args.rho > 0 and not (model_args.lora or model_args.freeze_backbone):
         raise ValueError(
             f"`dtype={model_args.dtype}` is for `lora`, `freeze_backbone` or `rho` 0: the parameters to perturb must be float32, "
             f"since 16 bits round the perturbation away. To train in mixed precision, give `--{amp} true` instead of `dtype`. "
             f"To save memory, give `--dtype {model_args.dtype} --{amp} true --lora true` (or `--freeze_backbone true`)."
         )
-    if not (args.bf16 or args.fp16):
+    if not _is_mixed(args):
         raise ValueError(
             f"`dtype={model_args.dtype}` needs mixed precision, as the images are of 32 bits: give `--{amp} true` too."
         )
+
+
+def _is_mixed(args: AACEConfig) -> bool:
+    """Return whether training is in mixed precision: Transformers ignores `fp16` on a CPU."""
+    return args.bf16 or (args.fp16 and args.device.type != "cpu")
 
 
 def check_metrics(compute_metrics: Callable[[EvalPrediction], dict[str, Any]], classes: int, args: AACEConfig) -> None:

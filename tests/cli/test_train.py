@@ -438,7 +438,11 @@ def test_only_the_head_is_trained_if_the_backbone_is_frozen(run):
         (["--lora", "true", "--freeze_backbone", "true"], "leave out `freeze_backbone`"),
         # The whole remedy at once, whatever else is missing.
         (["--dtype", "bfloat16"], "give `--dtype bfloat16 --bf16 true --lora true`"),
-        (["--dtype", "float16", "--fp16", "true"], "give `--fp16 true` instead of `dtype`"),
+        (["--dtype", "float16", "--fp16", "--use_cpu"], "give `--bf16 true` instead of `dtype`"),
+        (
+            ["--dtype", "float16", "--fp16", "--rho", "0", "--use_cpu"],
+            "needs mixed precision, as the images are of 32 bits",
+        ),
         (
             ["--dtype", "bfloat16", "--rho", "0"],
             "needs mixed precision, as the images are of 32 bits: give `--bf16 true` too",

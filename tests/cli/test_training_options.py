@@ -59,10 +59,13 @@ OPTIONS = {
     "bf16": [("--bf16 --use_cpu", WORKS)],
     "fp16": [("--fp16 --use_cpu", WORKS)],
     "bf16_full_eval": [
-        ("--bf16_full_eval --use_cpu", "`bf16_full_eval` needs `bf16` or `fp16`"),
+        ("--bf16_full_eval --use_cpu", "`bf16_full_eval` needs `bf16`"),
         ("--bf16_full_eval --bf16 --use_cpu", WORKS),
     ],
-    "fp16_full_eval": [("--fp16_full_eval --use_cpu", "`fp16_full_eval` needs `bf16` or `fp16`")],
+    "fp16_full_eval": [
+        ("--fp16_full_eval --use_cpu", "`fp16_full_eval` needs `bf16`"),
+        ("--fp16_full_eval --fp16 --use_cpu", "`fp16_full_eval` needs `bf16`"),  # `fp16` has no effect on a CPU
+    ],
     "tf32": [("--tf32 false", WORKS)],
     "activation_checkpointing": [
         ("--activation_checkpointing --model_name_or_path vit-tiny-digits", WORKS),
