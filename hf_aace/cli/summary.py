@@ -54,7 +54,7 @@ def describe_run(trainer: Trainer, dataset: DatasetDict | IterableDatasetDict, m
     Returns:
         `dict[str, str]`: Sentences by title: `"Images"`, `"Classes"`, `"Pixels"`, `"Model"` and `"Method"`.
     """
-    classes = dataset["train"].features["label"].names
+    classes = list(trainer.model.config.id2label.values())
     if isinstance(dataset, DatasetDict):
         labels = np.array(dataset["train"].with_format(None)["label"][:])
         facts = {

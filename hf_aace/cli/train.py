@@ -92,7 +92,9 @@ def run(argv: list[str]) -> int:
         with training_args.main_process_first(desc="loading the dataset"):
             dataset = load_data(data_args, training_args)
         trainer, dataset = make_trainer(dataset, model_args, data_args, training_args)
-        facts = describe_run(trainer, dataset, last_part(model_args.model_name_or_path))
+        facts = {}
+        if trainer.is_world_process_zero():
+            facts = describe_run(trainer, dataset, last_part(model_args.model_name_or_path))
     trainer.add_callback(KeepOptions(run_options))
     trainer.add_callback(Summary(facts))
     train_metrics = _train_and_save(trainer, model_args, checkpoint, argv)
