@@ -217,9 +217,7 @@ class Ascent(TrainerCallback):
             self.in_sync and "skipped_perturbations" in metrics
         ):  # each process counted those that they skipped together
             metrics["skipped_perturbations"] //= self.trainer.args.world_size
-        if not self.meter.measurable:
-            metrics = {name: value for name, value in metrics.items() if name not in ("clean_loss", "sharpness")}
-        return metrics
+        return self.meter.finish(metrics)
 
     # ---- The ascent pass -------------------------------------------------------
 
