@@ -10,12 +10,12 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from tiny import MODELS, VANISHING, InOrder, activation_checkpointing, digits, learning_curve, training_arguments
 from torch.distributed.device_mesh import init_device_mesh
@@ -402,9 +402,11 @@ def scenarios(folder):
 
 
 def main(folder, names):
+    if not ON_GPU:  # else accelerate makes the group, with `ddp_timeout`, which it leaves out on the CPU
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=WAIT))
+
     def result_of(function, *what):
         (folder / f"running-{rank()}.txt").write_text(": ".join(what))
-        AcceleratorState._reset_state(True)  # what was before may have selected FSDP2
         return function()
 
     for name in names:
