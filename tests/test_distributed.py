@@ -52,9 +52,11 @@ class Launch:
         )
         try:
             output, _ = process.communicate(timeout=self.limit)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             process.terminate()  # the launcher ends the others
             output, _ = process.communicate()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             raise AssertionError(f"Not done after {self.limit} s. {self.running()}\n{output[-5000:]}") from None
         assert (process.returncode != 0) == (ends_in is not None), f"{self.running()}\n{output[-10000:]}"
         assert all((self.folder / f"{name}-0.pt").exists() for name in names), f"{self.running()}\n{output[-10000:]}"
