@@ -200,5 +200,5 @@ def test_a_batch_without_the_input_of_the_model_names_the_columns(make_model, co
     """Transformers itself says "You have to specify pixel_values", and not what there is."""
     rows = [{column: row["pixel_values"], "labels": row["labels"]} for row in digits(16)]
     arguments = training_arguments(AACEConfig, tmp_path, max_steps=1, rho=0.1, remove_unused_columns=False)
-    with pytest.raises(ValueError, match=rf"needs \['pixel_values'\], got a batch with \['{column}', 'labels'\]"):
+    with pytest.raises(ValueError, match=rf"needs \['pixel_values'\], got a batch with \[.*'{column}'"):
         AACETrainer(make_model(), arguments, train_dataset=rows).train()
