@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from tiny import VANISHING, batch, convnext, digits, identical, training_arguments, vit, weights
+from tiny import VANISHING, batch, convnext, digits, hand_out, identical, training_arguments, vit, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_aace import AACEConfig, AACETrainer
