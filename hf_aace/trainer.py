@@ -223,7 +223,8 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
             **kwargs: What else [`~transformers.Trainer.create_model_card`] takes.
         """
         if self.is_world_process_zero():
-            write_model_card(self, self._ascent.args, language=language, license=license, tags=tags, **kwargs)
+            first_step = self._ascent.first_step
+            write_model_card(self, self._ascent.args, first_step, tags, language=language, license=license, **kwargs)
 
 
 def _load_model(name: str) -> PreTrainedModel:
