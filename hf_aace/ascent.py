@@ -55,6 +55,7 @@ class Ascent(TrainerCallback):
         self.metrics = IntervalMetrics()
         self.meter = LossMeter(trainer)
         self._defaults = AACEArguments()
+        self.first_step = 0
         self._uses_backward = False  # reentrant activation checkpointing cannot serve `autograd.grad`
         self.release()
 
@@ -92,6 +93,7 @@ class Ascent(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.check()  # the model or the arguments may be others than at construction
+        self.first_step = state.global_step  # above 0 after a resume
         self.release()
         self.metrics.reset()
         self.meter.reset()
@@ -217,9 +219,7 @@ class Ascent(TrainerCallback):
             self.in_sync and "skipped_perturbations" in metrics
         ):  # each process counted those that they skipped together
             metrics["skipped_perturbations"] //= self.trainer.args.world_size
-        if not self.meter.measurable:
-            metrics = {name: value for name, value in metrics.items() if name not in ("clean_loss", "sharpness")}
-        return metrics
+        return self.meter.finish(metrics)
 
     # ---- The ascent pass -------------------------------------------------------
 

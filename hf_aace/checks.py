@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of trainers, batches and labels: each refuses what cannot be trained, before any weight moves, and names the fix."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,6 +50,10 @@ def check_trainer(trainer: Trainer, args: AACEArguments, parameters: list[nn.Par
         raise ValueError(
             f"`optim={optimizer!r}` updates the weights inside the backward pass, while they are perturbed, so that "
             "the update would be lost. Use an optimizer that steps after it, such as `adamw_torch`."
+        )
+    if trainer.args.fp16 and trainer.args.device.type == "cpu":
+        logger.warning_once(
+            "`fp16=True` has no effect on a CPU: Transformers trains in 32 bits there. Use `bf16=True`."
         )
     config = getattr(trainer.model, "config", None)  # any `nn.Module` may be trained
     problem_type, num_labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
@@ -130,13 +135,11 @@ def check_parameters(trainable: Mapping[str, nn.Parameter], chosen: list[nn.Para
         )
     if not chosen:
         meaning = (
-            "means the normalization layers; of these is"
-            if pattern == "norm"
-            else "is a regular expression, searched in the names of parameters; it matches"
+            "means the normalization layers" if pattern == "norm" else "is a regular expression, searched in the names"
         )
         raise ValueError(
-            f"`perturb_modules={pattern!r}` {meaning} none of the {len(trainable)} trainable parameters, such as "
-            f"{list(trainable)[:3]}. Leave it out to perturb them all."
+            f"`perturb_modules={pattern!r}` matches none of the {len(trainable)} trainable parameters, such as "
+            f"{list(trainable)[:3]}. It {meaning}; leave it out to perturb them all."
         )
 
 
@@ -207,16 +210,31 @@ def check_batch(inputs: Any, label_name: str) -> None:
         )
 
 
-def check_inputs_of_model(trainer: Trainer, demanded: set[str], inputs: Mapping[str, Any]) -> None:
+def check_inputs_of_model(
+    trainer: Trainer, accepted: Mapping[str, inspect.Parameter], kept: Set[str], batch: Set[str]
+) -> None:
     """
     Check that a batch holds what the model's `forward` cannot do without.
 
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+        accepted (`Mapping[str, inspect.Parameter]`): The parameters of `forward`.
+        kept (`Set[str]`): The keys of the batch that the model is given.
+        batch (`Set[str]`): All keys of the batch.
+
     Raises:
-        `ValueError`: If an argument is missing.
+        `ValueError`: If an argument without a default is missing, or `forward` has no argument of the name of any key.
     """
-    if missing := sorted(demanded - inputs.keys()):
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {name: argument for name, argument in accepted.items() if argument.kind not in variable}
+    missing = sorted(
+        name for name, argument in named.items() if argument.default is argument.empty and name not in kept
+    )
+    if named and not missing and not kept & named.keys():
+        missing = [getattr(bare_model(trainer), "main_input_name", next(iter(named)))]
+    if missing:
         raise ValueError(
-            f"`forward` of {type(trainer.model).__name__} needs {missing}, got a batch with {sorted(inputs)}. Name the "
+            f"`forward` of {type(trainer.model).__name__} needs {missing}, got a batch with {sorted(batch)}. Name the "
             f"columns alike, or override `ascent_outputs` of {type(trainer).__name__} to call the model."
         )
 

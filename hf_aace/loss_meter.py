@@ -30,9 +30,6 @@ class LossMeter:
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer.
-
-    Attributes:
-        measurable (`bool`): False once the loss turned out not to be the one that is trained on.
     """
 
     def __init__(self, trainer: Trainer):
@@ -41,7 +38,7 @@ class LossMeter:
 
     def reset(self) -> None:
         """Begin anew, as when training begins."""
-        self.measurable, self._compared, self._outputs = True, False, None
+        self._measurable, self._compared, self._told, self._outputs = True, False, False, None
 
     def loss(self, outputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
@@ -146,7 +143,33 @@ class LossMeter:
             "Give your loss as `compute_loss_func` instead of overriding `compute_loss` to have them."
         )
 
+    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
+        """
+        Leave out of the log what could not be measured. At the first log, tell of a perturbation that does next to nothing or
+        much too much.
+
+        Args:
+            metrics (`dict[str, float]`): The averages for the log.
+        """
+        if not self._measurable:
+            return {name: value for name, value in metrics.items() if name not in ("clean_loss", "sharpness")}
+        if "sharpness" in metrics and not self._told and self._trainer.is_world_process_zero():
+            self._told = True
+            clean, rise = metrics["clean_loss"], metrics["sharpness"]
+            if abs(rise) < 1e-3 * clean:
+                logger.warning(
+                    f"The perturbation changes the training loss of {clean:.4g} by {rise:.2g} only: this is nearly plain "
+                    "training, at a higher price. The un-normalized step of AACE grows as the model becomes confident; if "
+                    "`sharpness` in the log stays as small, try a `rho` ten times as large."
+                )
+            elif rise > max(1.0, clean):
+                logger.warning(
+                    f"The perturbation raises the training loss from {clean:.4g} to {clean + rise:.4g}: the model can hardly "
+                    "learn from that. Try a `rho` a tenth as large."
+                )
+        return metrics
+
     def _leave_out(self, why: str) -> None:
-        if self.measurable and self._trainer.is_world_process_zero():
+        if self._measurable and self._trainer.is_world_process_zero():
             logger.warning(_NOT_LOGGED + why)
-        self.measurable = False
+        self._measurable = False

@@ -35,6 +35,9 @@ class perturbed:
     finite gives no step at all, without an error: the loss at the unmoved weights is then an ordinary one. Nothing
     waits for the device.
 
+    Some models keep in evaluation mode what they derive from their weights (LeViT its attention biases, for example), and so
+    do not see the move. Use them in training mode, or call `model.train()` and `model.eval()` inside, and again after it.
+
     Args:
         parameters (iterable of `torch.Tensor`):
             The weights to move, in place: their storage stays where it is. Float32 or float64. If they are sharded

@@ -118,21 +118,20 @@ class SharpnessAwareMixin(TrainerWorkarounds):
             `ValueError`: If `forward` needs what the batch does not hold.
         """
         label = self._ascent.label_name
-        accepted = inspect.signature(bare_model(self).forward).parameters
+        accepted = dict(inspect.signature(bare_model(self).forward).parameters)
         anything = any(argument.kind is argument.VAR_KEYWORD for argument in accepted.values())
-        demanded = {
-            name
-            for name, argument in accepted.items()
-            if argument.default is argument.empty
-            and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+        needs_label = label in accepted and accepted[label].default is inspect.Parameter.empty
+        if not needs_label:
+            accepted.pop(label, None)
+        # What is not accepted, such as sample weights, is for an overridden `compute_loss`.
+        kept = {
+            key: value
+            for key, value in inputs.items()
+            if (anything or key in accepted) and (needs_label or key != label)
         }
-        check_inputs_of_model(self, demanded, inputs)
-        # What is not accepted, sample weights say, is for an overridden `compute_loss`.
-        kept = {key: value for key, value in inputs.items() if key != label and (anything or key in accepted)}
-        if label not in demanded:
-            return model(**kept)
-        outputs = model(**kept, **{label: inputs[label]})
-        return outputs[1:] if isinstance(outputs, tuple) else outputs
+        check_inputs_of_model(self, accepted, kept.keys(), inputs.keys())
+        outputs = model(**kept)
+        return outputs[1:] if needs_label and isinstance(outputs, tuple) else outputs
 
     def ascent_logits(self, outputs: Any) -> torch.Tensor:
         """
@@ -224,7 +223,8 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
             **kwargs: What else [`~transformers.Trainer.create_model_card`] takes.
         """
         if self.is_world_process_zero():
-            write_model_card(self, self._ascent.args, language=language, license=license, tags=tags, **kwargs)
+            first_step = self._ascent.first_step
+            write_model_card(self, self._ascent.args, first_step, tags, language=language, license=license, **kwargs)
 
 
 def _load_model(name: str) -> PreTrainedModel:

@@ -164,7 +164,7 @@ def test_sharpness_means_the_same_under_accumulation_for_models_that_drop_num_it
         for module in model.modules():
             if isinstance(getattr(module, "dropout", None), float):
                 module.dropout = 0.0  # or the masks of the smaller batches would be others
-        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": count, "rho": 0.3}
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": count, "rho": 0.03}
         trainer = train(
             AACETrainer,
             AACEConfig,
@@ -308,3 +308,21 @@ def test_what_is_done_for_the_log_cannot_end_a_run(loss_func, tmp_path, monkeypa
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs) == 3 and all("clean_loss" not in log and log["ascent_grad_norm"] > 0 for log in logs)
     assert len(said) == 1 and "`clean_loss` and `sharpness` are not logged" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"rho": 1e-9}, "nearly plain training"),
+        ({"rho": 1e-6, "method": "sam"}, "nearly plain training"),
+        ({"rho": 100.0, "method": "sam"}, "a `rho` a tenth as large"),
+        ({"rho": 100.0}, "a `rho` a tenth as large"),
+        ({"rho": 0.3}, None),
+        ({"method": "sam"}, None),
+    ],
+    ids=str,
+)
+def test_a_perturbation_far_too_small_or_too_large_is_told_at_the_first_log(settings, sentence, tmp_path, monkeypatch):
+    said = warnings_of(monkeypatch)
+    train(AACETrainer, AACEConfig, resnet(), tmp_path, steps=6, logging_steps=2, **settings)
+    assert len(said) == (sentence is not None) and all(sentence in warning for warning in said)

@@ -144,7 +144,7 @@ def test_other_values_are_regular_expressions_over_the_names(tmp_path):
 def test_a_model_without_normalization_layers_is_refused_by_the_option(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(
-        ValueError, match=r"perturb_modules='norm'.*normalization layers.*none of the 2 trainable parameters"
+        ValueError, match=r"perturb_modules='norm'.*none of the 2 trainable parameters.*means the normalization layers"
     ):
         train(AACETrainer, AACEConfig, model, tmp_path, perturb_modules="norm")
 
