@@ -4,15 +4,11 @@
 # What needs torch is imported where it is used: `--help` and `--version` are to answer at once.
 import argparse
 import importlib
-import logging
 import os
 import platform
 import sys
 from importlib.metadata import version
 
-
-# Transformers imports bitsandbytes where it is installed, which warns that it lacks 4-bit kernels: no command uses them.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 # Each is a module here of that name, with a function `run` that takes the rest of the command line.
 _COMMANDS = {
