@@ -94,7 +94,7 @@ def test_images_that_are_shrunk_to_few_pixels_are_warned_of(size, model, pixels,
 def test_method_model_and_steps_are_told(argv, method, capsys):
     facts = told(capsys, "--train_size", "40", *argv)
     assert facts["Method"].strip() == method
-    assert facts["Model"].strip() == "convnext-tiny-digits, 95,434 parameters, all trained"
+    assert facts["Model"].strip() == "convnext-tiny-digits, 221,530 parameters, all trained"
     assert facts["Steps"].strip() == "1 of 64 images"
     argv = [*argv, "--train_size", "100", "--max_steps", "-1", "--num_train_epochs", "2"]
     assert told(capsys, *argv, "--freeze_backbone")["Steps"].strip() == "4 of 64 images, in 2 epochs"

@@ -112,7 +112,7 @@ def test_the_model_card_says_what_was_changed_in_the_data(run):
     assert main(argv) == 0
     for folder, changes in ((run, "train_size=40"), (Path("mixed"), "train_size=40, label_noise=0.1, mixup=0.2")):
         card = ModelCard.load(folder / "README.md")
-        assert f"on the data set digits with {changes}." in " ".join(card.text.split())
+        assert f"on the dataset digits with {changes}." in " ".join(card.text.split())
 
 
 def test_the_model_card_says_that_the_results_are_of_test_images(tmp_path):

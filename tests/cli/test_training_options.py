@@ -182,9 +182,8 @@ OPTIONS = {
 }
 CASES = [(name, *case) for name, cases in OPTIONS.items() for case in cases]
 # What is refused before the model is loaded, which takes no time.
-FAST = [
-    case for case in CASES if case[2].startswith("`") or case[0] in ("accelerator_config", "warmup_steps", "debug")
-]
+BY_OTHERS = ("accelerator_config", "warmup_steps", "debug")
+FAST = [case for case in CASES if case[2].startswith("`") or (case[2] and case[0] in BY_OTHERS)]
 
 
 def train(words):
