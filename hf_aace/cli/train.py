@@ -60,8 +60,8 @@ def train_parser(argv: list[str]) -> OptionParser:
             "model": _names(ModelArguments),
             "images": _names(DataArguments),
             "sharpness-aware training": _names(AACEArguments),
-            "training": _COMMON.split(),
             "several processes": _names(LaunchArguments),
+            "training (options of transformers.TrainingArguments)": _COMMON.split(),
         },
     )
 
