@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start the processes of `hf-aace train --accelerate_config`."""
 
+import argparse
 import os
 import sys
 from dataclasses import dataclass
@@ -49,12 +50,12 @@ def is_one_of_several() -> bool:
     return is_launched() or "LOCAL_RANK" in os.environ
 
 
-def launch(options: LaunchArguments, argv: list[str]) -> int:
+def launch(options: argparse.Namespace, argv: list[str]) -> int:
     """
     Run `hf-aace train` in several processes.
 
     Args:
-        options ([`LaunchArguments`]): The processes. `accelerate_config` is given.
+        options (`argparse.Namespace`): Has the fields of [`LaunchArguments`]. `accelerate_config` is given.
         argv (`list[str]`): The options of `hf-aace train`.
 
     Returns:
