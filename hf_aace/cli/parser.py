@@ -83,6 +83,8 @@ class OptionParser(HfArgumentParser):
             kwargs |= {"nargs": "?", "const": True, "metavar": "true|false"}
         elif kind in (int, float, str):
             kwargs.setdefault("metavar", {int: "N", float: "X", str: "TEXT"}[kind])
+        elif kind is dict:
+            kwargs |= {"type": json.loads, "metavar": "JSON"}
         title = self._titles.get(kwargs.get("dest", flags[0].lstrip("-")))
         if title is not None:
             if not self._groups:

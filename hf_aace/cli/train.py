@@ -139,6 +139,11 @@ def _train_and_save(
                 f"The learning-rate schedule cannot be made of `lr_scheduler_type={trainer.args.lr_scheduler_type}` and "
                 f"`lr_scheduler_kwargs={trainer.args.lr_scheduler_kwargs}`: {error}."
             ) from error
+        if "pickle" in str(error) and trainer.args.dataloader_num_workers > 0:
+            raise ValueError(
+                "`dataloader_num_workers` needs processes that are forked here, as the images cannot be sent to others: give "
+                f"`--dataloader_multiprocessing_context fork`, or leave it out ({first_line(error)})."
+            ) from error
         raise
     # It depends less than the time on the clock on what else the machine is doing.
     result.metrics["train_processor_seconds"] = time.process_time() - processor_started

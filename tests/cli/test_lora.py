@@ -20,8 +20,19 @@ TARGETS = {
     "LevitForImageClassification": [],
     "CvtForImageClassification": [],
 }
-TINY = ["train", "--train_size", "40", "--max_steps", "3", "--disable_tqdm", "true", "--model_name_or_path", "base"]
-LORA = ["--lora", "true", "--lora_rank", "2", "--learning_rate", "0.01"]
+# A step is an epoch, so that each is evaluated and saved.
+TINY = [
+    "train",
+    "--train_size",
+    "40",
+    "--max_steps",
+    "3",
+    "--per_device_train_batch_size",
+    "64",
+    "--disable_tqdm",
+    "true",
+]
+LORA = ["--model_name_or_path", "base", "--lora", "true", "--lora_rank", "2", "--learning_rate", "0.01"]
 
 
 @pytest.fixture(autouse=True)

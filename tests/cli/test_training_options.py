@@ -153,7 +153,11 @@ OPTIONS = {
     "dataloader_persistent_workers": [("--dataloader_num_workers 1 --dataloader_persistent_workers", WORKS)],
     "dataloader_prefetch_factor": [("--dataloader_num_workers 1 --dataloader_prefetch_factor 2", WORKS)],
     "dataloader_multiprocessing_context": [
-        ("--dataloader_num_workers 1 --dataloader_multiprocessing_context fork", WORKS)
+        ("--dataloader_num_workers 1 --dataloader_multiprocessing_context fork", WORKS),
+        (
+            "--dataloader_num_workers 1 --dataloader_multiprocessing_context spawn",
+            "dataloader_num_workers` needs processes that are forked",
+        ),
     ],
     "dataloader_in_order": [("--dataloader_num_workers 1 --dataloader_in_order false", WORKS)],
     "remove_unused_columns": [("--remove_unused_columns true", WORKS)],
@@ -218,7 +222,8 @@ def test_every_option_works_or_is_refused_in_one_sentence(monkeypatch):
     context = multiprocessing.get_context("forkserver")  # each in a process of its own: some change global settings
     context.set_forkserver_preload(["hf_aace.cli.train"])
     wrong = {}
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+    begin = (multiprocessing.set_start_method, ("fork", True))  # for the workers that load images, as a user has it
+    with ProcessPoolExecutor(1, context, *begin, max_tasks_per_child=1) as pool:
         futures = {words: (pool.submit(train, words), expected) for _, words, expected in CASES}
         for words, (future, expected) in futures.items():
             try:
