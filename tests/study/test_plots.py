@@ -47,6 +47,11 @@ def test_there_is_no_picture_by_rho_where_no_rho_was_searched(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_there_is_no_picture_by_rho_without_validation_images(tmp_path):
+    runs = runs_of(["trainer", "aace:rho=0.1|0.2"]).assign(validation_accuracy=float("nan"))
+    assert not plot_accuracy_by_rho(runs, "a", tmp_path / "rho.png")
+
+
 def test_lines_and_band_of_the_picture_by_rho_are_of_the_same_seeds(tmp_path, monkeypatch):
     """Those on which all values were tried: plain training ran on more."""
     drawn = {}
