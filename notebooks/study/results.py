@@ -343,6 +343,7 @@ def published() -> dict[str, pd.DataFrame]:
         "over SAM": over_sam(),
         "ASAM": with_asam(),
         "SAM on the normalization layers": sam_on_norm_layers(),
+        "variants": study("convnext-noisy-more").drop(columns="time"),
         "at the learning rate of plain training": at_the_rate_of_plain(),
         "find-rho, all weights": advice(of_norm_layers=False),
         "find-rho, normalization layers": advice(of_norm_layers=True),
