@@ -2,7 +2,7 @@
 """Image classifiers with their image processors: two small built-in ones for 8x8 scans, or any from the Hub or a folder."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -249,66 +249,6 @@ def freeze_backbone(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in head)
     _trainable_in_32_bits(model)
-
-
-def add_lora(
-    model: PreTrainedModel, *, rank: int = 16, alpha: float = 16.0, target_modules: Sequence[str] = ("all-linear",)
-) -> nn.Module:
-    """
-    Adds low-rank adapters (LoRA, Hu et al., [arXiv 2106.09685](https://huggingface.co/papers/2106.09685)) to a classifier.
-    They and the head are left to train, in 32 bits.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The model, modified in place.
-        rank (`int`, *optional*, defaults to `16`): Rank of the adapters.
-        alpha (`float`, *optional*, defaults to `16.0`): The adapters are scaled by `alpha / rank`.
-        target_modules (`Sequence[str]`, *optional*, defaults to `("all-linear",)`):
-            The ends of the names of the layers to adapt; `"all-linear"` is every linear layer but the head.
-
-    Returns:
-        [`~peft.PeftModel`]: The model with its adapters.
-
-    Raises:
-        `ImportError`: If peft is not installed.
-        `ValueError`: If the model has no such layers, or the rank is not positive.
-    """
-    if rank < 1:
-        raise ValueError(f"`lora_rank` must be at least 1, got {rank}.")
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("`lora` needs the package peft: pip install 'hf-aace[peft]'.") from error
-    head = sorted({name.rpartition(".")[0] for name in _head_and_last_layer(model)} - {""})
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules="all-linear" if list(target_modules) == ["all-linear"] else list(target_modules),
-        exclude_modules=head,
-        modules_to_save=head,
-    )
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise ValueError(
-            f"`lora_target_modules` is {list(target_modules)}, which names no layers of {type(model).__name__} that can be "
-            "adapted. Give the ends of the names of some, as `model.named_modules()` lists them (in a ResNet, "
-            f"`convolution`). peft says: {str(error).strip().splitlines()[0]}"
-        ) from error
-    _trainable_in_32_bits(adapted)
-    return adapted
-
-
-def merge_lora(model: nn.Module) -> PreTrainedModel:
-    """
-    The classifier with its adapters merged into the weights, which loads without peft.
-
-    Args:
-        model ([`~peft.PeftModel`]): What [`add_lora`] returned. Used up: the weights are modified in place.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: The classifier, its weights in 32 bits, as 16 would round the adapters away.
-    """
-    return model.float().merge_and_unload()
 
 
 def _trainable_in_32_bits(model: nn.Module) -> None:
