@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from ..analysis.figures import plot_dynamics, plot_landscapes, plot_paths
 from ..analysis.landscape import loss_path, loss_surface
-from ..analysis.plots import plot_dynamics, plot_landscapes, plot_paths
 from .output import HelpFormatter
 from .runs import Run, RunArguments, open_runs
 from .sharpness import MEASURES_NAME, weights_key

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import HfArgumentParser
 
-from ..analysis.plots import plot_margins, plot_sharpness
+from ..analysis.figures import plot_margins, plot_sharpness
 from ..analysis.sharpness import measure_sharpness
 from .output import HelpFormatter, table
 from .runs import Run, RunArguments, open_runs
