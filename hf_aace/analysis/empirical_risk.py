@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..losses import check_classification, check_label_values, count_labels
 from ..perturbation import check_precision, perturbed, replayed_rng
+from .derived_state import check_logits_follow_weights, switching_modules, unchanged_state, versions
 
 
 Batches = Iterable[Mapping[str, Any]]
@@ -45,28 +46,44 @@ class EmpiricalRisk:
         self.sizes = [p.numel() for p in self.parameters]
         self.size = sum(self.sizes)
         self.device = self.parameters[0].device
+        self._switching = switching_modules(model)
+        self._checked = False
         # Sums over many batches need 64 bits, which Apple's accelerator does not have.
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
 
     def logits_and_labels(self, batches: Batches | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Run the model on each batch and check what it returns."""
         for batch in self.batches if batches is None else batches:
-            inputs = send_to_device(dict(batch), self.device)
-            labels = inputs.pop("labels", None)
-            if not isinstance(labels, torch.Tensor):
-                raise ValueError(f"Each batch needs `labels`, a tensor; got one with only {sorted(inputs)}.")
-            outputs = self.model(**inputs)
-            if isinstance(outputs, Mapping):
-                if "logits" not in outputs:
-                    raise ValueError(
-                        f"The outputs of {type(self.model).__name__} hold no `logits`, only {sorted(outputs)}."
-                    )
-                outputs = outputs["logits"]
-            logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-            check_classification(logits, labels)
-            check_label_values(labels, logits.shape[1])
-            labels = labels if labels.is_floating_point() else labels.long()
-            yield logits if logits.dtype == torch.float64 else logits.float(), labels
+            state = None if self._checked else versions(self.model)
+            logits, labels = self._run(batch)
+            if state is not None:
+                self._checked = True
+                one = next(samples_in_groups(batch, 1))
+                if check_logits_follow_weights(self.model, self.parameters, lambda one=one: self._run(one)[0], state):
+                    logits, labels = self._run(batch)  # the weights have moved meanwhile
+            yield logits, labels
+
+    def _run(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = send_to_device(dict(batch), self.device)
+        labels = inputs.pop("labels", None)
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(f"Each batch needs `labels`, a tensor; got one with only {sorted(inputs)}.")
+        for module in self._switching:
+            # What they keep in evaluation mode may be of earlier weights, or hold a graph that was used up.
+            module.train()
+            module.eval()
+        outputs = self.model(**inputs)
+        if isinstance(outputs, Mapping):
+            if "logits" not in outputs:
+                raise ValueError(
+                    f"The outputs of {type(self.model).__name__} hold no `logits`, only {sorted(outputs)}."
+                )
+            outputs = outputs["logits"]
+        logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+        check_classification(logits, labels)
+        check_label_values(labels, logits.shape[1])
+        labels = labels if labels.is_floating_point() else labels.long()
+        return logits if logits.dtype == torch.float64 else logits.float(), labels
 
     @torch.no_grad()
     def loss(self, batches: Batches | None = None) -> float:
@@ -140,8 +157,8 @@ class EmpiricalRisk:
 @contextmanager
 def measuring(model: nn.Module, batches: Batches) -> Iterator[EmpiricalRisk]:
     """
-    Context manager that gives the empirical risk of a model in evaluation mode. Afterwards modes, buffers and random number
-    generators are what they were. Gradients of the parameters are never touched.
+    Context manager that gives the empirical risk of a model in evaluation mode. Afterwards modes, buffers, attributes of
+    modules and random number generators are what they were. Gradients of the parameters are never touched.
 
     Args:
         model (`nn.Module`): A classifier, also compiled or wrapped for several processes.
@@ -156,19 +173,22 @@ def measuring(model: nn.Module, batches: Batches) -> Iterator[EmpiricalRisk]:
         )
     model = extract_model_from_parallel(model, keep_torch_compile=False)  # a compiled one has no second derivatives
     risk = EmpiricalRisk(model, batches)
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
+    # Of the attention kernels, only this one has second derivatives.
+    with unchanged_state(model), replayed_rng({risk.device}), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         model.eval()
-        # Of the attention kernels, only this one has second derivatives.
-        with replayed_rng({risk.device}), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            yield risk
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        yield risk
+
+
+def samples_in_groups(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """Cut a batch into groups of `size` samples. Entries that do not have one row for each sample are kept whole."""
+    samples = len(batch["labels"])
+    for start in range(0, samples, size):
+        yield {
+            key: value[start : start + size]
+            if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == samples
+            else value
+            for key, value in batch.items()
+        }
 
 
 def _mean(total: torch.Tensor | int, count: torch.Tensor | int) -> torch.Tensor:

@@ -4,7 +4,6 @@ Measures of sharpness: the rise of a classifier's loss around its weights, its H
 a whole dataset. The weights move only inside [`perturbed`], so they end bit for bit as they were.
 """
 
-from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from scipy.stats import sem
 from torch import nn
 
 from ..losses import aace_loss, count_labels
-from .empirical_risk import Batches, EmpiricalRisk, check_at_least, check_positive, measuring
+from .empirical_risk import Batches, EmpiricalRisk, check_at_least, check_positive, measuring, samples_in_groups
 
 
 class Estimate(NamedTuple):
@@ -125,7 +124,7 @@ def sam_sharpness(
         risk.loss()  # its checks
         total = count = 0
         for batch in batches:
-            for group in _groups(batch, m):
+            for group in samples_in_groups(batch, m):
                 size = int(count_labels(group["labels"]))
                 if size:
                     total += size * _climb(risk, [group], rho, scale, steps, seed)
@@ -334,18 +333,6 @@ def _climb(
         else:
             length /= 2
     return best - base
-
-
-def _groups(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """Cut a batch into groups of `size` samples. Entries that do not have one row for each sample are kept whole."""
-    samples = len(batch["labels"])
-    for start in range(0, samples, size):
-        yield {
-            key: value[start : start + size]
-            if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == samples
-            else value
-            for key, value in batch.items()
-        }
 
 
 def _estimate(samples: list[float]) -> Estimate:

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State that a model derives from its weights and keeps in evaluation mode: it must not outlive a move of the weights."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+from ..perturbation import perturbed
+
+
+# The attributes that every module has and that are not its state: hooks and the like.
+_NO_STATE = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers", "_modules"}
+
+
+def switching_modules(model: nn.Module) -> list[nn.Module]:
+    """List the modules with a `train` method of their own: `train()` may drop derived state, `eval()` derive it anew."""
+    return [module for module in model.modules() if type(module).train not in (nn.Module.train, PreTrainedModel.train)]
+
+
+@contextmanager
+def unchanged_state(model: nn.Module) -> Iterator[None]:
+    """
+    Context manager after which modes, buffers and attributes of all modules are what they were before it, and also the weights
+    of modules with a `train` method of their own, which may rewrite them.
+
+    Args:
+        model (`nn.Module`): The model.
+    """
+    attributes = []
+    for module in model.modules():
+        state = {name: value for name, value in vars(module).items() if name not in _NO_STATE}
+        copies = {name: copy.copy(value) for name, value in state.items() if isinstance(value, dict | list | set)}
+        attributes.append((module, state | copies))
+    rewritten = [p for module in switching_modules(model) for p in module.parameters()]
+    tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.buffers(), *rewritten)]
+    try:
+        yield
+    finally:
+        for module, before in attributes:
+            vars(module).update(before)
+        with torch.no_grad():
+            for tensor, before in tensors:
+                tensor.copy_(before)
+
+
+def versions(model: nn.Module) -> dict[int, int]:
+    """Note for each parameter and buffer, by its `id`, how often it was written to."""
+    return {id(tensor): tensor._version for tensor in (*model.parameters(), *model.buffers())}
+
+
+def check_logits_follow_weights(
+    model: nn.Module, parameters: Sequence[nn.Parameter], logits: Callable[[], torch.Tensor], state: dict[int, int]
+) -> bool:
+    """
+    Check that the logits of a model in evaluation mode follow its weights. Each parameter is moved a little: the logits,
+    projected on a random direction, must change if and only if their gradient says so. Only models that may keep derived state
+    are checked: those with modules that hold a tensor beside parameters and buffers, write to a buffer, have a `train` method of their
+    own, or are parametrized.
+
+    Args:
+        model (`nn.Module`): The model, after a forward pass in evaluation mode.
+        parameters (sequence of `nn.Parameter`): Its trainable parameters.
+        logits (`Callable`): Computes the logits of some samples, with their graph.
+        state (`dict[int, int]`): What [`versions`] returned before that pass.
+
+    Returns:
+        `bool`: `False` if there is nothing to check, so that the weights never moved.
+
+    Raises:
+        `ValueError`: If they do not follow. The message names the parameter and its module.
+    """
+    switching = switching_modules(model)
+    if not (switching or _held_beside(state, model) or any(map(parametrize.is_parametrized, model.modules()))):
+        return False
+    with torch.enable_grad():
+        base = logits().double()
+        projection = torch.randn(base.shape, generator=torch.Generator().manual_seed(0)).to(base)
+        gradients = torch.autograd.grad((base * projection).sum(), parameters, materialize_grads=True)
+    # A tensor without a gradient, even now, may have been derived before from any parameter of the same module.
+    held = _held_beside(state, model)
+    suspects = {id(p) for m, kept in held.items() if not all(t.requires_grad for t in kept) for p in m.parameters()}
+    noise = 1e-5 * float((base * projection).detach().norm())
+
+    def change_and_prediction(p: nn.Parameter, gradient: torch.Tensor, share: float) -> list[float]:
+        """Move a parameter by a share of its norm. Returns the change of the projected logits and its prediction, sorted."""
+        direction = gradient if gradient.norm() else torch.ones_like(p)
+        size = share * max(float(p.detach().norm()), 0.1 * p.numel() ** 0.5) / float(direction.norm())
+        for module in switching:
+            module.train()  # takes weights that were merged into others out of them, before they move
+        with perturbed([p], [direction], size, maximize=True), torch.no_grad():
+            change = float(((logits().double() - base) * projection).sum())
+            for module in switching:
+                module.train()
+        return sorted((abs(change), size * abs(float((gradient * direction).sum()))))
+
+    names = {id(p): name for name, p in model.named_parameters()}
+    for p, gradient in zip(parameters, gradients, strict=True):
+        # Some parameters, such as a token of zeros before a LayerNorm, follow their gradient for tiny steps only.
+        moves = (change_and_prediction(p, gradient, share) for share in (1e-2, 1e-4, 1e-6))
+        less, more = next(moves)
+        stale = id(p) in suspects if more == 0 else more > noise and less < 0.1 * more
+        if stale and (more == 0 or all(less < 0.1 * more for less, more in moves)):
+            name = names[id(p)]
+            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            raise ValueError(
+                f"In evaluation mode, the logits do not follow the parameter {name!r} of {owner} as their gradient says: the "
+                "model keeps something that it derived from its weights. Its sharpness can be measured if each forward pass "
+                "derives that anew."
+            )
+    return True
+
+
+def _held_beside(state: dict[int, int], model: nn.Module) -> dict[nn.Module, list[torch.Tensor]]:
+    """Find the tensors that modules hold as attributes beside the state, or in it but written to since."""
+    found = {}
+    for module in model.modules():
+        tensors = _tensors([value for name, value in vars(module).items() if name not in _NO_STATE])
+        if held := [tensor for tensor in tensors if state.get(id(tensor)) != tensor._version]:
+            found[module] = held
+    return found
+
+
+def _tensors(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and isinstance(value, dict | list | tuple | set):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(entry, depth - 1)
