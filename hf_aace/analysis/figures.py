@@ -20,7 +20,7 @@ from scipy.stats import sem
 
 from .landscape import LossPath, LossSurface
 from .plots import curve
-from .style import GROUP_STYLES, PAPER, group_styles, log_scale
+from .style import BLUE, GROUP_STYLES, ORANGE, PAPER, group_styles, log_scale
 
 
 Paths = Iterable[str | os.PathLike]
@@ -122,6 +122,41 @@ def plot_sharpness(measures: Mapping[str, Sequence[dict[str, Any]]], paths: Path
             offsets = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else 0
             axes.plot(position + offsets + 0 * values, values, ls="", marker=marker, color=color, markersize=2.5)
     _legend_above(figure, rows)
+    _save(figure, paths)
+
+
+@rc_context(PAPER)
+def plot_minimum(measures: dict[str, Any], paths: Paths, *, width: float = 2 * _COLUMN) -> None:
+    """
+    Draw the sharpness of a single run: how far the loss rises from its value at the weights, the greatest eigenvalues of the
+    Hessian, and the margins.
+
+    Args:
+        measures (`dict`): What [`~hf_aace.analysis.sharpness.measure_sharpness`] returned for the run.
+        paths (iterable of `str` or `os.PathLike`): The files to write; their suffixes give the formats.
+        width (`float`, *optional*, defaults to `6.8`): Width of the figure in inches.
+    """
+    loss, eigenvalues = measures["cross_entropy"], measures.get("hessian_eigenvalues")
+    rises = {title: measures[key] for key, title, unit in _MEASURES if unit == "nats" and key in measures}
+    figure = Figure(figsize=(width, 0.32 * width))
+    left, *others = figure.subplots(1, 3 if eigenvalues else 2, width_ratios=(1.4, 1, 1) if eigenvalues else (1, 1))
+    names, heights = list(rises), np.array(list(rises.values()))
+    left.barh(names, loss, color="0.75", label="at the weights")
+    bars = left.barh(names, heights, left=loss, color=ORANGE, label="rise around them")
+    left.bar_label(bars, [f"+{height:.2g}" for height in heights], padding=2, fontsize=7)
+    left.set(title="Loss", xlabel="cross-entropy (nats)", xlim=(0, 1.25 * (loss + max(heights.max(), 1e-12))))
+    left.invert_yaxis()
+    figure.legend(loc="outside upper left", ncols=2)
+    if eigenvalues:
+        others[0].stem(range(1, len(eigenvalues) + 1), eigenvalues, linefmt=BLUE, basefmt=" ")
+        others[0].set(title="Hessian eigenvalues", xlabel="the greatest, in order", ylabel=r"nats / weight$^2$")
+        others[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    margins = np.array(measures["margins"])
+    edges = np.histogram_bin_edges(np.append(margins, 0), bins=30)
+    for side, color in ((margins <= 0, ORANGE), (margins > 0, BLUE)):
+        others[-1].hist(margins[side], edges, color=color)
+    others[-1].set(title=f"Margins ({(margins <= 0).mean():.0%} wrong)", ylabel="samples")
+    others[-1].set_xlabel("logit of the label less\nthe greatest other")
     _save(figure, paths)
 
 

@@ -11,11 +11,12 @@ from transformers import HfArgumentParser
 from ..analysis.figures import plot_dynamics, plot_landscapes, plot_paths
 from ..analysis.landscape import loss_path, loss_surface
 from .output import HelpFormatter
-from .runs import Run, RunArguments, open_runs
+from .runs import Run, RunArguments, open_runs, progress
 from .sharpness import MEASURES_NAME, weights_key
 
 
 _FIGURES = ("dynamics", "contour", "surface", "path")
+_POINTS_OF_PATH = 41
 
 
 @dataclass
@@ -88,18 +89,13 @@ def run(argv: list[str]) -> int:
         radius, unit = (
             (1.0, "step / filter norm") if options.directions == "random" else (0.3, "step along eigenvector")
         )
-        surfaces = {
-            name: loss_surface(
-                each.load_model(run_args),
-                each.load_batches(run_args),
-                directions=options.directions,
-                radius=radius if options.radius is None else options.radius,
-                points=options.points,
-                seed=run_args.seed,
-                cache_dir=_cache_dir(each),
-            )
-            for name, each in firsts.items()
-        }
+        plane = {"directions": options.directions, "points": options.points, "seed": run_args.seed}
+        plane["radius"] = radius if options.radius is None else options.radius
+        surfaces = {}
+        for name, each in firsts.items():
+            model, batches = each.load_model(run_args), each.load_batches(run_args)
+            with progress(model, f"landscape of {name}", options.points**2 * len(batches)):
+                surfaces[name] = loss_surface(model, batches, **plane, cache_dir=_cache_dir(each))
         for kind in ("contour", "surface"):
             if kind in options.figures:
                 plot_landscapes(surfaces, paths(kind), kind=kind, unit=unit, width=options.width)
@@ -107,8 +103,11 @@ def run(argv: list[str]) -> int:
         (start, begin), *others = firsts.items()
         curves = {}
         for name, end in others:
-            ends = begin.load_model(run_args), end.load_model(run_args)
-            line = loss_path(*ends, begin.load_batches(run_args), cache_dir=_cache_dir(begin))
+            model, batches = begin.load_model(run_args), begin.load_batches(run_args)
+            with progress(model, f"path to {name}", _POINTS_OF_PATH * len(batches)):
+                line = loss_path(
+                    model, end.load_model(run_args), batches, points=_POINTS_OF_PATH, cache_dir=_cache_dir(begin)
+                )
             curves[f"{start} (0) to {name} (1)"] = line
         plot_paths(curves, paths("path"), width=options.width)
     print("\n".join(f"Picture: {path}" for path in drawn) or "There was nothing to draw.")

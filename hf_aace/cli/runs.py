@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
@@ -83,6 +84,28 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def progress(model: PreTrainedModel, description: str, total: int) -> Iterator[None]:
+    """
+    Context manager that shows how many batches the model has seen, if the command runs in a terminal.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        description (`str`): The work that is going on.
+        total (`int`): How many batches it will see, about.
+    """
+    with tqdm(total=total, desc=description, unit="batch", leave=False, disable=None) as bar:
+
+        def count(*_) -> None:  # what a hook returns would become the output of the model
+            bar.update()
+
+        hook = model.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
 class Run:
     """
     A folder that `hf-aace train` left, or one of its checkpoints.
@@ -117,7 +140,10 @@ class Run:
         """Read its log. Raises a `ValueError` if the folder has no `trainer_state.json`."""
         path = self.folder / "trainer_state.json"
         if not path.is_file():
-            raise ValueError(f"The folder {str(self.folder)!r} has no trainer_state.json, as a finished run has.")
+            raise ValueError(
+                f"The folder {str(self.folder)!r} has no trainer_state.json, so no log to draw. `hf-aace train` writes it; in a "
+                "script of your own, call `trainer.save_state()` after `trainer.train()`, or give one of its checkpoints."
+            )
         return json.loads(path.read_text(encoding="utf-8"))["log_history"]
 
     @_without_progress_bars()

@@ -2,6 +2,7 @@
 """`hf-aace sharpness` measures how sharp the minima are that runs found."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -11,10 +12,10 @@ import numpy as np
 from scipy.stats import sem
 from transformers import HfArgumentParser
 
-from ..analysis.figures import plot_margins, plot_sharpness
+from ..analysis.figures import plot_margins, plot_minimum, plot_sharpness
 from ..analysis.sharpness import measure_sharpness
 from .output import HelpFormatter, table
-from .runs import Run, RunArguments, open_runs
+from .runs import Run, RunArguments, open_runs, progress
 
 
 # The file in the folder of each run that `hf-aace plot` reads.
@@ -98,7 +99,11 @@ def run(argv: list[str]) -> int:
     print(_table(measured, settings))
     versions = {package: version(package) for package in ("hf-aace", "torch", "transformers", "scipy")}
     _write(folder / "sharpness.json", basis | {"versions": versions, "runs": measured})
-    plot_sharpness(measured, [folder / "sharpness.png", folder / "sharpness.svg"])
+    pictures = [folder / "sharpness.png", folder / "sharpness.svg"]
+    if sum(map(len, measured.values())) == 1:
+        plot_minimum(*next(iter(measured.values())), pictures)
+    else:
+        plot_sharpness(measured, pictures)
     margins = {name: np.concatenate([run["margins"] for run in runs]) for name, runs in measured.items()}
     plot_margins(margins, [folder / "margins.png", folder / "margins.svg"])
     print(f"Numbers:  {folder / 'sharpness.json'}\nPictures: {folder / 'sharpness.png'}, {folder / 'margins.png'}")
@@ -122,7 +127,8 @@ def _measured_before(run: Run, basis: dict[str, Any]) -> dict[tuple[str, int], d
 def _measure(run: Run, args: RunArguments, settings: dict[str, Any]) -> dict[str, Any]:
     """Measure one run or checkpoint. The entry also says at which epoch and step of the training it was saved."""
     model, batches = run.load_model(args), run.load_batches(args)
-    measures = measure_sharpness(model, batches, **settings)
+    with progress(model, str(run.folder), _count_batches(batches, **settings)):
+        measures = measure_sharpness(model, batches, **settings)
     if "hessian_eigenvalues" in measures:
         measures["top_eigenvalue"] = measures["hessian_eigenvalues"][0]
     when = {}
@@ -131,6 +137,15 @@ def _measure(run: Run, args: RunArguments, settings: dict[str, Any]) -> dict[str
         when = {"epoch": state["epoch"], "step": state["global_step"]}
     folder, written = weights_key(run)
     return {"run": folder, "weights_written_ns": written, **when, "samples": len(measures["margins"]), **measures}
+
+
+def _count_batches(batches, *, steps, m, directions, eigenvalues, products, **others) -> int:
+    """Estimate how many batches the model sees. The search for eigenvalues takes as many as it needs."""
+    passes = 3 + 2 * (steps + 1) + (1 + 2 * directions) + 1
+    if eigenvalues:
+        passes += 20 + 4 * eigenvalues + products // 3 * 3
+    groups = sum(math.ceil(len(batch["labels"]) / m) * (steps + 1) for batch in batches) + len(batches) if m else 0
+    return passes * len(batches) + groups
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
