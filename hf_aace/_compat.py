@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What works around defects of particular versions of other libraries; each with the condition for its removal."""
+"""Work-arounds for defects of other libraries, each with the condition for its removal."""
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from accelerate.utils import extract_model_from_parallel
@@ -15,33 +15,44 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
-# Trainer of transformers 5 loads the weights of a checkpoint by their names in the file. For models whose names in the
-# file are not those in memory (ViT, DeiT, BEiT, DINOv2, I-JEPA, SegFormer, Swin, ViT-MSN) it so keeps old weights,
-# silently, on `resume_from_checkpoint` and `load_best_model_at_end`: huggingface/transformers#43701, #48805. Remove
-# the two functions, and what calls them in `trainer`, when the oldest supported transformers has the fix (PR #48822).
+class TrainerWorkarounds:
+    """Overrides of methods of [`~transformers.Trainer`] that serve work-arounds only."""
+
+    # For FSDP2, accelerate 1.15 shards what `get_input_embeddings()` returns by itself. Some image classifiers have none and
+    # raise (ConvNeXt, ResNet); in others it lies in a module that is sharded already (ViT, with the default wrapping): plain
+    # Trainer fails on both. Remove when the oldest supported accelerate passes tests/test_distributed.py without.
+    def _prepare_for_training(self, *args, **kwargs):
+        with _without_input_embeddings(self.model) if self.is_fsdp_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
+    # Trainer of transformers 5 loads the weights of a checkpoint by their names in the file. For models whose names in the file
+    # are not those in memory (ViT, DeiT, BEiT, DINOv2, I-JEPA, SegFormer, Swin, ViT-MSN) it so keeps old weights, silently, on
+    # `resume_from_checkpoint` and `load_best_model_at_end`: huggingface/transformers#43701, #48805. Remove the two methods, and
+    # what only they use, when the oldest supported transformers has the fix (PR #48822).
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled and _needs_conversion(self.model, resume_from_checkpoint):
+            _load_converted_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self.is_fsdp_enabled and _needs_conversion(self.model, self.state.best_model_checkpoint):
+            _load_converted_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
 
-def needs_conversion(model: nn.Module, checkpoint: str | None) -> bool:
-    """
-    Whether a checkpoint of Trainer holds weights under other names than the model's.
-
-    Args:
-        model (`nn.Module`): The model that the checkpoint is to be loaded into.
-        checkpoint (`str`, *optional*): Directory of the checkpoint.
-    """
+def _needs_conversion(model: nn.Module, checkpoint: str | None) -> bool:
+    """Tell if a checkpoint holds weights under other names than the model's."""
     if checkpoint is None or not isinstance(_inside_compiled(model), PreTrainedModel):
         return False
     names = [name for path in _weight_files(checkpoint) for name in _names(path)]
     return not set(names) <= set(model.state_dict())
 
 
-def load_converted_weights(model: nn.Module, checkpoint: str) -> None:
+def _load_converted_weights(model: nn.Module, checkpoint: str) -> None:
     """
-    Loads the weights of a checkpoint in place, converted as `from_pretrained` converts them.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The model to load into, perhaps compiled by `torch.compile`.
-        checkpoint (`str`): Directory of the checkpoint.
+    Load the weights of a checkpoint in place, converted as `from_pretrained` converts them.
 
     Raises:
         `RuntimeError`: If the checkpoint does not hold all the weights of the model.
@@ -76,7 +87,7 @@ def _inside_compiled(model: nn.Module) -> nn.Module:
 
 
 def _weight_files(checkpoint: str) -> list[Path]:
-    """The files of a checkpoint that hold its weights, if they are safetensors."""
+    """List the files of a checkpoint that hold its weights, if they are safetensors."""
     weights, index = (Path(checkpoint, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if weights.is_file():
         return [weights]
@@ -93,20 +104,9 @@ def _names(path: Path) -> list[str]:
         return list(file.keys())
 
 
-# For FSDP2, accelerate 1.15 shards what `get_input_embeddings()` returns by itself. Of image classifiers some have none and
-# raise (ConvNeXt, ResNet), and for others it lies in a module that is sharded already (ViT, with the default wrapping):
-# plain Trainer fails on both. Remove it, and the override of `_prepare_for_training`, when the oldest supported accelerate
-# passes tests/test_distributed.py without.
-
-
 @contextmanager
-def without_input_embeddings(model: nn.Module) -> Iterator[None]:
-    """
-    Context manager inside which a model that takes images says that it has no input embeddings.
-
-    Args:
-        model (`nn.Module`): The model; one that takes no `pixel_values` is left alone.
-    """
+def _without_input_embeddings(model: nn.Module) -> Iterator[None]:
+    """Context manager inside which a model that takes images says that it has no input embeddings."""
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "pixel_values":
         yield
         return
@@ -122,7 +122,7 @@ def without_input_embeddings(model: nn.Module) -> Iterator[None]:
 
 
 def image_classification_evaluator():
-    """The evaluator for image classification, which takes pipelines only."""
+    """Make the evaluator for image classification, which takes pipelines only."""
     from evaluate.evaluator import ImageClassificationEvaluator  # slow to import, and the trainer does without
 
     class OfPipelines(ImageClassificationEvaluator):

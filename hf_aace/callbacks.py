@@ -1,10 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A callback for the trainer: the consistency of the perturbations."""
+"""Callbacks that are told of each perturbation; one logs how consistent the perturbations are."""
 
 import torch
+from transformers import TrainerCallback
 
 from .perturbation import perturbed
-from .trainer import PerturbationCallback
+
+
+class PerturbationCallback(TrainerCallback):
+    """
+    A [`~transformers.TrainerCallback`] that is also told of each perturbation:
+
+    ```python
+    class LargestStep(PerturbationCallback):
+        def on_perturbation(self, perturbation):
+            return {"largest_step": torch.stack([d.abs().max() for d in perturbation.direction]).max()}
+    ```
+    """
+
+    def on_perturbation(self, perturbation: perturbed) -> dict[str, torch.Tensor] | None:
+        """
+        Called after each ascent pass, before the weights move; not on steps that reuse an earlier one (`ascent_every`).
+
+        Args:
+            perturbation ([`perturbed`]): The step that is about to be made.
+
+        Returns:
+            `dict[str, torch.Tensor]`, *optional*: Scalars on the device (reading them would wait for it), which are averaged
+            over the steps and the processes and logged beside those of the trainer. All processes must return the same names.
+        """
 
 
 class PerturbationConsistencyCallback(PerturbationCallback):

@@ -75,7 +75,8 @@ class AACEArguments:
             "`normalize_perturbation`, `adaptive_perturbation` and `rho`; one of them given beside it wins."
         },
     )
-    rho: float | None = field(
+    # The default None of the following four becomes the method's value when the object is made.
+    rho: float = field(
         default=None,
         metadata={
             "help": "Size of the ascent step, >= 0. A step size (the factor of the ascent gradient), or with "
@@ -83,21 +84,21 @@ class AACEArguments:
             "`aace`, 0.05 for `sam`, 0.5 for `asam`. `perturb_modules norm` needs 10 to 30."
         },
     )
-    perturbation_loss: Literal["aace", "cross_entropy"] | None = field(
+    perturbation_loss: Literal["aace", "cross_entropy"] = field(
         default=None,
         metadata={
             "help": "The loss whose gradient gives the ascent step: `aace`, or `cross_entropy` as in SAM. By default that of "
             "the method."
         },
     )
-    normalize_perturbation: bool | None = field(
+    normalize_perturbation: bool = field(
         default=None,
         metadata={
             "help": "Divide the ascent step by its gradient's norm, so that `rho` is a length, as in SAM. By default as the "
             "method does."
         },
     )
-    adaptive_perturbation: bool | None = field(
+    adaptive_perturbation: bool = field(
         default=None,
         metadata={
             "help": "Scale the ascent gradient by the squared weights, element by element, as in ASAM. By default as the "

@@ -1,75 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Adaptive Adversarial Cross-Entropy (AACE) loss. Knows tensors only."""
+"""The Adaptive Adversarial Cross-Entropy (AACE) loss."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 
-
-def check_classification(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """
-    Checks that `logits` and `labels` are those of a single-label classifier, by shape and dtype alone: no value is
-    read, so that no device is waited for.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch, classes)`): The scores.
-        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
-
-    Raises:
-        `ValueError`: If they are not; the message says what was found and what is needed.
-    """
-    if logits.dim() != 2:
-        raise ValueError(
-            f"Sharpness-aware training needs logits of shape (batch, classes), got {tuple(logits.shape)}. Use a model "
-            "with one score for each class, such as any `AutoModelForImageClassification`."
-        )
-    batch, classes = logits.shape
-    if classes < 2:
-        raise ValueError(
-            f"AACE needs at least 2 classes, got logits of shape {tuple(logits.shape)}. A model with one output is a "
-            "regression: give a binary classifier two classes (`num_labels=2`)."
-        )
-    if labels.is_floating_point():
-        if labels.shape != logits.shape:
-            raise ValueError(
-                f"Floating-point labels must be class probabilities of shape {tuple(logits.shape)}, like the logits, "
-                f"got {tuple(labels.shape)}. For class indices use an integer dtype; regression has no AACE loss."
-            )
-    elif labels.shape != (batch,):
-        raise ValueError(
-            f"Integer labels must have shape ({batch},), one class for each sample, got {tuple(labels.shape)}. For "
-            "soft labels (mixup, cutmix) use floating-point probabilities; multi-label targets have no AACE loss."
-        )
-
-
-def check_label_values(labels: torch.Tensor, classes: int, ignore_index: int = -100) -> None:
-    """
-    Checks the values of the labels. This reads them, which waits for the device: call it once, or after a failure.
-
-    Args:
-        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
-        classes (`int`): Number of classes.
-        ignore_index (`int`, *optional*, defaults to `-100`): The index that marks samples to leave out.
-
-    Raises:
-        `ValueError`: If a class index lies outside `[0, classes)`, or if probabilities do not sum to one.
-    """
-    if labels.is_floating_point():
-        sums = labels.sum(dim=1)
-        if bool((labels < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
-            raise ValueError(
-                "Floating-point labels must be class probabilities, none negative and each row summing to 1, got rows "
-                f"that sum to {sums.min().item():g} .. {sums.max().item():g}. Multi-label targets have no AACE loss: "
-                "give each sample one label, or probabilities, or train plainly (`rho=0`)."
-            )
-        return
-    valid = labels[labels != ignore_index]
-    if valid.numel() > 0 and (int(valid.min()) < 0 or int(valid.max()) >= classes):
-        raise ValueError(
-            f"Labels must lie in [0, {classes}) for a model with {classes} classes, got {int(valid.min())} .. "
-            f"{int(valid.max())}. Set `num_labels` of the model to the number of classes in the data."
-        )
+from .checks import check_classification, explained_labels
 
 
 def count_labels(labels: torch.Tensor) -> torch.Tensor | int:
@@ -161,12 +98,9 @@ def aace_loss(
 
     labels = labels.long()  # or 156, in 8 bits, would be -100
     counts = labels != ignore_index
-    try:
+    with explained_labels(labels, logits.shape[1], ignore_index):
         classes = torch.where(counts, labels, 0).unsqueeze(1)
         losses = _loss_of_classes(logits, classes, target, generator).squeeze(1)
-    except (IndexError, RuntimeError):
-        check_label_values(labels, logits.shape[1], ignore_index)  # a clearer error, if the labels are the reason
-        raise
     losses = torch.where(counts, losses, 0.0)
     if reduction == "none":
         return losses

@@ -4,32 +4,52 @@
 import dataclasses
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import Trainer
 from transformers.modelcard import TrainingSummary, make_markdown_table
 
-from .config import AACEArguments
+from .config import AACEArguments, method_title
 
 
-_AACE = """@inproceedings{ratchatorn2024aace,
-    title     = {Adaptive Adversarial Cross-Entropy Loss for Sharpness-Aware Minimization},
-    author    = {Ratchatorn, Tanapat and Tanaka, Masayuki},
-    booktitle = {IEEE International Conference on Image Processing (ICIP)},
-    year      = {2024}
-}"""
-_SAM = """@inproceedings{foret2021sam,
-    title     = {Sharpness-Aware Minimization for Efficiently Improving Generalization},
-    author    = {Foret, Pierre and Kleiner, Ariel and Mobahi, Hossein and Neyshabur, Behnam},
-    booktitle = {International Conference on Learning Representations (ICLR)},
-    year      = {2021}
-}"""
-_ASAM = """@inproceedings{kwon2021asam,
-    title     = {ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks},
-    author    = {Kwon, Jungmin and Kim, Jeongseop and Park, Hyunseo and Choi, In Kwon},
-    booktitle = {International Conference on Machine Learning (ICML)},
-    year      = {2021}
-}"""
+_TAGS = ("hf_aace", "sharpness-aware-minimization")
+_PACKAGES = ("hf-aace", "transformers", "torch", "datasets", "accelerate")
+
+
+def write_model_card(
+    trainer: Trainer, settings: AACEArguments, tags: str | list[str] | None = None, **metadata: Any
+) -> None:
+    """
+    Write the model card, `README.md` in the output directory of a trainer.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+        settings ([`AACEArguments`]): Its settings of sharpness-aware training.
+        tags (`str` or `list[str]`, *optional*): Tags besides those of the trainer and those of a card that is there.
+        **metadata: What else [`~transformers.Trainer.create_model_card`] takes.
+    """
+    path = Path(trainer.args.output_dir, "README.md")
+    present = ModelCard.load(path).data if path.is_file() else ModelCardData()
+    own = _TAGS if settings.rho > 0 else ()
+    kept = (present.tags or []) if own or tags is not None else []  # Trainer drops them unless it is given others
+    tags = [*([tags] if isinstance(tags, str) else tags or []), *own, *kept]
+    summary = TrainingSummary.from_trainer(trainer, tags=list(dict.fromkeys(tags)), **metadata)
+    text = model_card_text(
+        summary,
+        settings,
+        model_id=trainer.hub_model_id or summary.model_name,
+        log_history=trainer.state.log_history,
+        hardware=describe_hardware(trainer.args.device, trainer.args.world_size),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"---\n{yaml.dump(summary.create_metadata(), sort_keys=False)}---\n\n{text}", encoding="utf-8")
+    if present.library_name == "peft":  # peft wrote it when it saved the adapters, and completes it
+        trainer.accelerator.unwrap_model(trainer.model).create_or_update_model_card(trainer.args.output_dir)
 
 
 def model_card_text(
@@ -41,124 +61,51 @@ def model_card_text(
     hardware: str,
 ) -> str:
     """
-    The text of a model card, below its metadata.
+    Fill in the template of the model card, `model_card_template.md`.
 
     Args:
-        summary ([`~transformers.modelcard.TrainingSummary`]):
-            What Transformers knows about the run.
-        settings ([`AACEArguments`]):
-            The settings of sharpness-aware training.
-        model_id (`str`):
-            What to load the model by.
-        log_history (`list[dict]`):
-            `trainer.state.log_history`.
-        hardware (`str`):
-            What it was trained on.
+        summary ([`~transformers.modelcard.TrainingSummary`]): What Transformers knows about the run.
+        settings ([`AACEArguments`]): The settings of sharpness-aware training.
+        model_id (`str`): The name to load the model by.
+        log_history (`list[dict]`): `trainer.state.log_history`.
+        hardware (`str`): The hardware that it was trained on, in words.
 
     Returns:
-        `str`: The text, in Markdown.
+        `str`: The text below the metadata, in Markdown.
     """
-    paragraphs = [
-        f"# {summary.model_name}",
-        _origin(summary) + " " + _method(settings),
-        "## Use",
-        _usage(_first(summary.tasks), model_id),
-        "## Results",
-        _results(summary),
-        "## Training",
-        _settings_table(settings),
-        _cost(log_history, hardware),
-        "### Hyperparameters",
-        "\n".join(f"- {name}: {value}" for name, value in summary.hyperparameters.items()),
-    ]
-    if summary.eval_lines is not None:
-        paragraphs += ["### Evaluations during training", make_markdown_table(summary.eval_lines).rstrip()]
-    packages = ("hf-aace", "transformers", "torch", "datasets", "accelerate")
-    paragraphs += [
-        "### Versions",
-        "\n".join(f"- {package} {version(package)}" for package in packages),
-        "## Citation",
-        f"```bibtex\n{_citations(settings)}\n```",
-    ]
-    return "\n\n".join(paragraphs) + "\n"
+    names = [option.name for option in dataclasses.fields(AACEArguments)]
+    finished = [entry for entry in log_history if "train_runtime" in entry][-1:]
+    time = timedelta(seconds=round(finished[0]["train_runtime"])) if finished else None
+    environment = jinja2.Environment(keep_trailing_newline=True)
+    environment.filters["number"] = lambda value: f"{value:.4g}" if isinstance(value, float) else value
+    template = environment.from_string(Path(__file__).with_name("model_card_template.md").read_text(encoding="utf-8"))
+    return template.render(
+        name=summary.model_name,
+        base=summary.finetuned_from,  # none from scratch, or of a local folder, whose path is nobody's business
+        datasets=[name for name in _as_list(summary.dataset) if name],
+        settings=settings,
+        method=method_title(settings),
+        fields={name: getattr(settings, name) for name in names if name != "method"},
+        task=next(iter(_as_list(summary.tasks)), None),
+        model_id=model_id,
+        results=summary.eval_results,
+        time=time,
+        speed=finished[0].get("train_samples_per_second") if finished else None,
+        hardware=hardware,
+        hyperparameters=summary.hyperparameters,
+        evaluations=None if summary.eval_lines is None else make_markdown_table(summary.eval_lines).rstrip(),
+        versions={package: version(package) for package in _PACKAGES},
+    )
 
 
 def describe_hardware(device: torch.device, processes: int) -> str:
-    """What a run with so many processes on such devices is trained on, in words."""
+    """Name the hardware of a run with so many processes on such devices."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    return (
-        f"{processes} x {name}"
-        if processes > 1 or device.type != "cpu"
-        else f"a CPU with {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    )
-
-
-def _origin(summary: TrainingSummary) -> str:
-    names = [name for name in _as_list(summary.dataset) if name]
-    data = f"the data set {' and '.join(names)}" if names else "images of its author"
-    base = summary.finetuned_from
-    # None from scratch, or of a local folder, whose path is nobody's business: Transformers tells them not apart.
-    if not base:
-        return f"This model was trained on {data}."
-    return f"This model was fine-tuned from [{base}](https://huggingface.co/{base}) on {data}."
-
-
-def _method(settings: AACEArguments) -> str:
-    trainer = "It was trained by the `AACETrainer` of hf_aace,"
-    if settings.rho == 0:
-        return f"{trainer} with `rho=0`, which is the plain `Trainer` of Transformers."
-    if settings.perturbation_loss == "aace":
-        loss = "the Adaptive Adversarial Cross-Entropy loss ([paper](https://huggingface.co/papers/2406.14329))"
-    else:
-        loss = "cross-entropy, as in SAM ([paper](https://huggingface.co/papers/2010.01412))"
-    return f"{trainer} with sharpness-aware training whose perturbation follows {loss}."
-
-
-def _usage(task: str | None, model_id: str) -> str:
-    if task is None:
-        return f'```python\nfrom transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{model_id}")\n```'
-    example = "image.jpg" if task.startswith("image-") else "..."
-    return (
-        "```python\nfrom transformers import pipeline\n\n"
-        f'classifier = pipeline("{task}", model="{model_id}")\nclassifier("{example}")\n```'
-    )
-
-
-def _results(summary: TrainingSummary) -> str:
-    if not summary.eval_results:
-        return "It has not been evaluated."
-    rows = [f"| {name} | {_number(value)} |" for name, value in summary.eval_results.items()]
-    return "\n".join(["Last evaluation, on the evaluation set:", "", "| | |", "|---|---|", *rows])
-
-
-def _settings_table(settings: AACEArguments) -> str:
-    rows = [
-        f"| `{option.name}` | `{getattr(settings, option.name)}` |" for option in dataclasses.fields(AACEArguments)
-    ]
-    return "\n".join(["Settings of sharpness-aware training:", "", "| | |", "|---|---|", *rows])
-
-
-def _cost(log_history: list[dict[str, Any]], hardware: str) -> str:
-    finished = [entry for entry in log_history if "train_runtime" in entry]
-    if not finished:
-        return f"Trained on {hardware}."
-    time = timedelta(seconds=round(finished[-1]["train_runtime"]))
-    speed = finished[-1].get("train_samples_per_second")
-    return f"Training took {time} on {hardware}" + (f" ({_number(speed)} samples a second)." if speed else ".")
-
-
-def _citations(settings: AACEArguments) -> str:
-    citations = [_AACE if settings.perturbation_loss == "aace" else _SAM]
-    return "\n\n".join(citations + [_ASAM] * settings.adaptive_perturbation)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    threads = torch.get_num_threads()
+    if processes > 1 or device.type != "cpu":
+        return f"{processes} x {name}"
+    return f"a CPU with {threads} thread{'s' * (threads > 1)}"
 
 
 def _as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
-
-
-def _first(value: str | list[str] | None) -> str | None:
-    return next(iter(_as_list(value)), None)

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ascent step on the weights: its scale, its application, its exact undoing. Knows parameters and gradients."""
+"""The perturbation: moves weights along a gradient and restores them exactly. Knows parameters and gradients."""
 
-import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.utils import get_total_norm
 from torch.profiler import record_function
+
+from .checks import check_perturbation
 
 
 # Begins the names under which profilers, and `hf-aace benchmark`, see what a step takes beside its two passes.
@@ -55,9 +53,6 @@ class perturbed:
             Add the step instead of subtracting it: for SAM, whose gradient is that of the training loss itself.
         grad_scale (`torch.Tensor`, *optional*):
             The factor, a scalar, by which `gradients` are too large (the loss scale of fp16).
-        reusable (`bool`, *optional*, defaults to `False`):
-            Keep the moved weights on leaving, so that the context can be entered again for the very same step. Costs a
-            copy of the parameters for as long as the object lives.
 
     Attributes (scalar tensors on the device):
         grad_norm: Norm of the gradient.
@@ -67,7 +62,7 @@ class perturbed:
     Raises:
         `ValueError`: If `rho` is negative or not finite, the lengths differ, there is no gradient at all, or a
             parameter is of 16 bits, where rounding would swallow the step.
-        `RuntimeError`: If it is entered a second time without `reusable`.
+        `RuntimeError`: If it is entered a second time.
 
     Example:
 
@@ -98,24 +93,11 @@ class perturbed:
         adaptive: bool = False,
         maximize: bool = False,
         grad_scale: torch.Tensor | None = None,
-        reusable: bool = False,
     ):
-        if not 0 <= rho < float("inf"):
-            raise ValueError(f"`rho` must be a finite number >= 0, got {rho}.")
         parameters = list(parameters)
-        if len(parameters) != len(gradients):
-            raise ValueError(
-                f"`gradients` must hold one entry for each parameter, got {len(gradients)} for {len(parameters)}."
-            )
+        check_perturbation(parameters, gradients, rho)
         pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-        if not pairs:
-            raise ValueError(
-                "None of the parameters has a gradient, so there is no direction to perturb in. Pass parameters that "
-                "the loss depends on."
-            )
-        check_precision(p for p, _ in pairs)
-        self._backup, self._moved = [], []
-        self._maximize, self._reusable = maximize, reusable
+        self._backup, self._maximize = [], maximize
         with torch.no_grad():
             first = pairs[0][0]
             self._sharding = (first.device_mesh, first.placements) if isinstance(first, DTensor) else None
@@ -123,15 +105,8 @@ class perturbed:
             self._measure([_shard(g) for _, g in pairs], rho, normalize, adaptive, grad_scale)
 
     @record_function(PROFILED + "norm")
-    def _measure(
-        self,
-        gradients: list[torch.Tensor],
-        rho: float,
-        normalize: bool,
-        adaptive: bool,
-        grad_scale: torch.Tensor | None,
-    ) -> None:
-        """Sets the direction of the step, its factor, and the norms."""
+    def _measure(self, gradients: list, rho: float, normalize: bool, adaptive: bool, grad_scale: torch.Tensor | None):
+        """Set the direction of the step, its factor, and the norms."""
         scale = 1.0 if grad_scale is None else 1.0 / grad_scale
         self.grad_norm = length = direction_norm = self._norm(gradients) * scale
         if adaptive:
@@ -181,20 +156,13 @@ class perturbed:
 
     @record_function(PROFILED + "step")
     def __enter__(self) -> "perturbed":
-        if not self._direction and not self._moved:
-            raise RuntimeError(
-                "This perturbation was used up. Make it with `reusable=True` to enter it several times."
-            )
+        if not self._direction:
+            raise RuntimeError("This perturbation was used up: make another one to perturb again.")
         with torch.no_grad():
-            backup = [p.detach().clone() for p in self._parameters]
-            self._backup = backup
+            self._backup = [p.detach().clone() for p in self._parameters]
             try:
-                if self._moved:
-                    torch._foreach_copy_(self._parameters, self._moved)
-                    self._moved = []
-                else:
-                    _step_(self._parameters, self._direction, self._factor, self._finite, self._maximize)
-                    self._direction = []  # a copy of the weights, not to be carried through the second pass
+                _step_(self._parameters, self._direction, self._factor, self._finite, self._maximize)
+                self._direction = []  # a copy of the weights, not to be carried through the second pass
                 torch.clear_autocast_cache()  # or an autocast region around both passes goes on with the old weights
             except BaseException:
                 self._restore()
@@ -202,18 +170,14 @@ class perturbed:
         return self
 
     def __exit__(self, *exception) -> None:
-        try:
-            if self._reusable:
-                self._moved = [p.detach().clone() for p in self._parameters]
-        finally:
-            self._restore()
+        self._restore()
 
     @record_function(PROFILED + "restore")
     def _restore(self) -> None:
         with torch.no_grad():
             try:
                 torch._foreach_copy_(self._parameters, self._backup)
-            except BaseException:  # a Ctrl-C in the middle of it, say: the copy must be whole
+            except BaseException:  # a Ctrl-C in the middle of it, for example: the copy must be whole
                 torch._foreach_copy_(self._parameters, self._backup)
                 raise
             finally:
@@ -222,150 +186,24 @@ class perturbed:
 
 
 def _shard(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor: all of it, or its shard (which shares the memory of the `DTensor`)."""
+    """Return the part of a tensor that this process holds: all of it, or its shard (which shares the memory of the `DTensor`)."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _step_(
-    parameters: list[torch.Tensor],
-    gradients: list[torch.Tensor],
-    factor: torch.Tensor,
-    finite: torch.Tensor,
-    maximize: bool,
-) -> None:
+def _step_(parameters: list, gradients: list, factor: torch.Tensor, finite: torch.Tensor, maximize: bool) -> None:
     """`parameters -= factor * gradients` (`+=` if `maximize`) in place, or nothing where `finite` is false."""
     groups = defaultdict(lambda: ([], []))
     for p, g in zip(parameters, gradients, strict=True):
         if p.device.type in ("cpu", "cuda") and p.is_contiguous() and p.dtype == torch.float32:
-            group = groups[p.device]
-            group[0].append(p)
-            group[1].append(g.contiguous())
+            groups[p.device][0].append(p)
+            groups[p.device][1].append(g.contiguous())
         else:  # the fused kernel takes 32-bit factors and walks memory linearly; other devices may lack it
             step = torch.where(finite.to(p.device), factor.to(p.device) * g, 0.0)
             p.add_(step) if maximize else p.sub_(step)
-    for device, (group_parameters, group_gradients) in groups.items():
-        # The kernel of SGD(fused=True): one pass over memory, left out by the device itself if the gradient is bad.
+    # The kernel of SGD(fused=True): one pass over memory, left out by the device itself if the gradient is bad.
+    plain = {"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "is_first_step": False}
+    for device, (group, group_gradients) in groups.items():
+        skip, lr = (~finite).to(device, torch.float32), factor.to(device, torch.float32)
         torch._fused_sgd_(
-            group_parameters,
-            group_gradients,
-            [],
-            weight_decay=0.0,
-            momentum=0.0,
-            lr=factor.to(device, torch.float32),
-            dampening=0.0,
-            nesterov=False,
-            maximize=maximize,
-            is_first_step=False,
-            grad_scale=None,
-            found_inf=(~finite).to(device, torch.float32),
+            group, group_gradients, [], lr=lr, maximize=maximize, grad_scale=None, found_inf=skip, **plain
         )
-
-
-def check_precision(parameters: Iterable[torch.Tensor]) -> None:
-    """
-    Checks that the parameters can hold a perturbation.
-
-    Args:
-        parameters (iterable of `torch.Tensor`): The parameters to be perturbed.
-
-    Raises:
-        `ValueError`: If one of them is of 16 bits or fewer: a step of, say, 5e-6 on a weight of 0.02 is then
-            rounded away.
-    """
-    for parameter in parameters:
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"The parameters to perturb must be float32 (or float64), got {parameter.dtype}: its rounding would "
-                "swallow the perturbation. Load the model with `dtype=torch.float32` and train with `bf16=True` or "
-                "`fp16=True` for mixed precision. (`bf16_full_eval` and `fp16_full_eval` cast it, too, if it is evaluated "
-                "before it is trained.)"
-            )
-
-
-@contextmanager
-def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
-    """
-    Context manager inside which BatchNorm layers normalise by the batch, as ever in training, but leave their running
-    statistics alone. Of the two passes of a sharpness-aware step, the one at the perturbed weights runs inside it.
-
-    Args:
-        model (`nn.Module`): The model whose BatchNorm layers (`SyncBatchNorm` too) are meant.
-    """
-    # Not `momentum = 0`, the usual trick: that still counts the batch, and breaks layers with `momentum=None`.
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
-    try:
-        for layer in layers:
-            layer.track_running_stats = False
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
-
-
-@contextmanager
-def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """
-    Context manager after which the buffers of a model are what they were before it, but for those of BatchNorm: the vectors
-    of spectral normalisation, say, or moving averages, which a forward pass updates.
-
-    Args:
-        model (`nn.Module`): The model.
-    """
-    kept = [
-        (module._buffers, name, buffer, buffer.clone(), buffer._version)
-        for module in model.modules()
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffers, name, buffer, before, version in kept:
-                if buffer._version != version:
-                    buffer.copy_(before)
-                buffers[name] = buffer  # the model may have put another in its place
-
-
-@contextmanager
-def in_training(model: nn.Module, but: Sequence[nn.Module]) -> Iterator[None]:
-    """
-    Context manager inside which a model is in training mode, and after which every module has the mode of before.
-
-    Args:
-        model (`nn.Module`): The model.
-        but (sequence of `nn.Module`): Modules of it that are in evaluation mode, without what is in them.
-    """
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        model.train()
-        for module in but:
-            module.training = False
-        yield
-    finally:
-        for module, training in before:
-            if module.training != training:
-                module.training = training
-
-
-@contextmanager
-def replayed_rng(devices: set[torch.device]) -> Iterator[None]:
-    """
-    Context manager after which every global random number generator is where it was before it.
-
-    Args:
-        devices (`set[torch.device]`): The devices whose generators are meant, beside those of the CPU.
-    """
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # some models draw from these two
-    accelerators = [device for device in devices if device.type != "cpu"]
-    try:
-        with torch.random.fork_rng(accelerators, device_type=accelerators[0].type if accelerators else "cuda"):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import gc
 import os
+from types import SimpleNamespace
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,6 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from comparison import rng_states, run
+from tiny import MODELS
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 
@@ -28,3 +33,19 @@ def _quiet_quick_and_reproducible():
     gc.freeze()  # or the `gc.collect()` in each `train()` visits all of Transformers, which takes longer than training
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory):
+    """
+    Runs of plain Trainer, each made once for all tests that compare with it: `plain_run(name, dropout, **settings)` gives its
+    `trainer`, its `folder`, and the `rng` that it left. Copy what a test changes.
+    """
+
+    @functools.cache
+    def made(name, dropout=0.0, **settings):
+        folder = tmp_path_factory.mktemp(f"plain-{name}")
+        trainer = run(Trainer, TrainingArguments, lambda: MODELS[name](dropout=dropout), folder, **settings)
+        return SimpleNamespace(trainer=trainer, folder=folder, rng=rng_states())
+
+    return made

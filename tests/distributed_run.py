@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 What test_distributed.py runs on several processes: `torchrun --nproc_per_node 2 distributed_run.py FOLDER SCENARIO ...`
-Each process leaves what a scenario returns in FOLDER/SCENARIO-RANK.pt.
+Each process leaves what a scenario returns in FOLDER/SCENARIO-RANK.pt, and what it is at in FOLDER/running-RANK.txt.
 """
 
 import copy
@@ -9,10 +9,13 @@ import gc
 import os
 import signal
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from tiny import MODELS, VANISHING, InOrder, activation_checkpointing, digits, learning_curve, training_arguments
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,6 +27,8 @@ from hf_aace.callbacks import PerturbationConsistencyCallback
 
 
 ON_GPU = os.environ.get("DISTRIBUTED_RUN_ON_GPU") == "1"
+# How long a process waits for the others within one collective, in seconds: this bounds a hang, however slow the machine.
+WAIT = int(os.environ.get("DISTRIBUTED_RUN_WAIT", 600))
 
 
 def rank():
@@ -73,7 +78,7 @@ class SyncBatchNorms:
 
 
 class SyncBatchNormOnCpu(torch.nn.BatchNorm2d):
-    """What SyncBatchNorm computes, by collectives that the CPU has too: statistics over the samples of all processes."""
+    """Computes as SyncBatchNorm does, by collectives that the CPU has too: statistics over the samples of all processes."""
 
     def forward(self, input):
         dims = (0, 2, 3)
@@ -161,6 +166,7 @@ def run(
             "per_device_train_batch_size": batch_size // world_size(),
             "use_cpu": not ON_GPU,
             "ddp_backend": "gloo" if world_size() > 1 and not ON_GPU else None,
+            "ddp_timeout": WAIT,
             **copy.deepcopy(kwargs),  # Trainer writes into `accelerator_config`
         },
     )
@@ -197,12 +203,9 @@ def against_plain(*mixins, base=InOrder, **kwargs):
 
 
 def collectives(**kwargs):
-    counts = {}
-    for name, settings in {"plain": {"rho": 0}, "local": {}, "synced": {"sync_ascent": True}}.items():
-        counter = CountCollectives()
-        run(callbacks=[counter], max_steps=5, **{"logging_steps": 10, **settings, **kwargs})
-        counts[name] = counter.counts
-    return counts
+    counter = CountCollectives()
+    run(callbacks=[counter], max_steps=5, **{"logging_steps": 10, **kwargs})
+    return counter.counts
 
 
 def interrupted(*mixins, where):
@@ -271,6 +274,15 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Hangs:
+    """The last process never comes back from its second ascent pass."""
+
+    def ascent_logits(self, outputs):
+        if rank() == world_size() - 1 and self.state.global_step == 1:
+            time.sleep(1e6)
+        return super().ascent_logits(outputs)
+
+
 class Fails:
     """The last process fails inside the ascent pass of the seventh step."""
 
@@ -317,69 +329,95 @@ JOINT = {
 }
 
 
+# Runs of plain Trainer, with an ascent by itself, and with a joint one.
+COLLECTIVES = {"plain": {"rho": 0}, "local": {}, "synced": {"sync_ascent": True}}
+
+
 def scenarios(folder):
+    """Returns the scenarios by name: a function to call, or one for each case."""
     plugin = lambda **kwargs: type("_", (Fsdp2OnCpu,), {"plugin": kwargs})  # noqa: E731
     # As the ascent pass asks for anyway: plain Trainer, left alone, adds the gradients up in another order.
     sync_each_batch = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+    not_finite = {"max_steps": 10, "logging_steps": 10}
+    synced_modes = {mode: kwargs for mode, kwargs in MODES.items() if mode.startswith("synced")}
     return {
-        "ddp modes": lambda: {mode: run(**kwargs) for mode, kwargs in MODES.items()},
-        "ddp not finite": lambda: {
-            mode: run(NotFiniteOnLastRank, max_steps=10, logging_steps=10, **kwargs) for mode, kwargs in MODES.items()
+        "ddp modes": {mode: partial(run, **kwargs) for mode, kwargs in MODES.items()},
+        "ddp not finite": {
+            mode: partial(run, NotFiniteOnLastRank, **not_finite, **kwargs) for mode, kwargs in MODES.items()
         },
-        "ddp joint": lambda: {case: run(max_steps=5, sync_ascent=True, **kwargs) for case, kwargs in JOINT.items()},
-        "ddp collectives": collectives,
-        "ddp collectives, accumulated": lambda: collectives(gradient_accumulation_steps=2),
-        "ddp switches": lambda: {
-            "find_unused_parameters": against_plain(ddp_find_unused_parameters=True),
-            "not find_unused_parameters": against_plain(ddp_find_unused_parameters=False),
-            "static_graph": against_plain(ddp_static_graph=True),
-            "bucket views": against_plain(BucketViews, gradient_accumulation_steps=2),
-            "accumulation": against_plain(gradient_accumulation_steps=2),
-            "BatchNorm": against_plain(name="resnet"),
-            "SyncBatchNorm": against_plain(SyncBatchNormsOnCpu, name="resnet"),
-            "bf16": against_plain(bf16=True),
-            "checkpointing": against_plain(gradient_accumulation_steps=2, **activation_checkpointing(False)),
-            "reentrant checkpointing": against_plain(gradient_accumulation_steps=2, **activation_checkpointing(True)),
-            "torch_compile": against_plain(torch_compile=True, torch_compile_backend="aot_eager"),
+        "ddp joint": {case: partial(run, max_steps=5, sync_ascent=True, **kwargs) for case, kwargs in JOINT.items()},
+        "ddp collectives": {name: partial(collectives, **kwargs) for name, kwargs in COLLECTIVES.items()},
+        "ddp collectives, accumulated": {
+            name: partial(collectives, gradient_accumulation_steps=2, **kwargs) for name, kwargs in COLLECTIVES.items()
         },
-        "ddp SyncBatchNorm": lambda: {
-            mode: run(SyncBatchNorms, name="resnet", **MODES[mode]) for mode in ("local", "synced")
+        "ddp switches": {
+            "find_unused_parameters": partial(against_plain, ddp_find_unused_parameters=True),
+            "not find_unused_parameters": partial(against_plain, ddp_find_unused_parameters=False),
+            "static_graph": partial(against_plain, ddp_static_graph=True),
+            "bucket views": partial(against_plain, BucketViews, gradient_accumulation_steps=2),
+            "accumulation": partial(against_plain, gradient_accumulation_steps=2),
+            "BatchNorm": partial(against_plain, name="resnet"),
+            "SyncBatchNorm": partial(against_plain, SyncBatchNormsOnCpu, name="resnet"),
+            "bf16": partial(against_plain, bf16=True),
+            "checkpointing": partial(against_plain, gradient_accumulation_steps=2, **activation_checkpointing(False)),
+            "reentrant checkpointing": partial(
+                against_plain, gradient_accumulation_steps=2, **activation_checkpointing(True)
+            ),
+            "torch_compile": partial(against_plain, torch_compile=True, torch_compile_backend="aot_eager"),
         },
-        "ddp interrupted": lambda: {where: interrupted(where=where) for where in ("ascent", "descent")},
-        "ddp uninterrupted": lambda: run(output_dir=folder / "ddp uninterrupted", **RESUMABLE),
-        "ddp killed": lambda: run(output_dir=folder / "ddp killed", callbacks=[Kill()], **RESUMABLE),
-        "ddp resumed": lambda: run(output_dir=folder / "ddp killed", resume=True, **RESUMABLE),
-        "ddp fails": lambda: run(Fails, output_dir=folder / "ddp fails", save_strategy="steps", save_steps=4),
-        "fsdp2 joint": lambda: {case: run(Fsdp2OnCpu, max_steps=5, **kwargs) for case, kwargs in JOINT.items()},
-        "fsdp2 on GPUs": lambda: {
-            case: run(max_steps=5, fsdp=True, fsdp_config={"version": 2}, **kwargs) for case, kwargs in JOINT.items()
+        "ddp SyncBatchNorm": {
+            mode: partial(run, SyncBatchNorms, name="resnet", **MODES[mode]) for mode in ("local", "synced")
         },
-        "fsdp2 not finite": lambda: {
-            mode: run(Fsdp2OnCpu, NotFiniteOnLastRank, max_steps=10, logging_steps=10, **kwargs)
-            for mode, kwargs in MODES.items()
-            if mode.startswith("synced")
+        "ddp interrupted": {where: partial(interrupted, where=where) for where in ("ascent", "descent")},
+        "ddp uninterrupted": partial(run, output_dir=folder / "ddp uninterrupted", **RESUMABLE),
+        "ddp killed": partial(run, output_dir=folder / "ddp killed", callbacks=[Kill()], **RESUMABLE),
+        "ddp resumed": partial(run, output_dir=folder / "ddp killed", resume=True, **RESUMABLE),
+        "ddp fails": partial(run, Fails, output_dir=folder / "ddp fails", save_strategy="steps", save_steps=4),
+        "ddp hangs": {"at once": partial(run, max_steps=1), "in the second step": partial(run, Hangs)},
+        "fsdp2 joint": {case: partial(run, Fsdp2OnCpu, max_steps=5, **kwargs) for case, kwargs in JOINT.items()},
+        "fsdp2 on GPUs": {
+            case: partial(run, max_steps=5, fsdp=True, fsdp_config={"version": 2}, **kwargs)
+            for case, kwargs in JOINT.items()
         },
-        "fsdp2 switches": lambda: {
-            "accumulation": against_plain(Fsdp2OnCpu, gradient_accumulation_steps=2, **sync_each_batch),
-            "full batch": against_plain(Fsdp2OnCpu, gradient_accumulation_steps=2, ascent_scope="full_batch"),
-            "bf16": against_plain(Fsdp2OnCpu, bf16=True),
-            "checkpointing": against_plain(plugin(activation_checkpointing=True)),
-            "torch_compile": against_plain(Fsdp2OnCpu, torch_compile=True, torch_compile_backend="aot_eager"),
-            "gathered until the backward pass": against_plain(plugin(reshard_after_forward=False)),
+        "fsdp2 not finite": {
+            mode: partial(run, Fsdp2OnCpu, NotFiniteOnLastRank, **not_finite, **kwargs)
+            for mode, kwargs in synced_modes.items()
+        },
+        "fsdp2 switches": {
+            "accumulation": partial(against_plain, Fsdp2OnCpu, gradient_accumulation_steps=2, **sync_each_batch),
+            "full batch": partial(against_plain, Fsdp2OnCpu, gradient_accumulation_steps=2, ascent_scope="full_batch"),
+            "bf16": partial(against_plain, Fsdp2OnCpu, bf16=True),
+            "checkpointing": partial(against_plain, plugin(activation_checkpointing=True)),
+            "torch_compile": partial(against_plain, Fsdp2OnCpu, torch_compile=True, torch_compile_backend="aot_eager"),
+            "gathered until the backward pass": partial(against_plain, plugin(reshard_after_forward=False)),
         },
         "fsdp2 replicated": step_on_replicated_shards,
-        "fsdp2 interrupted": lambda: {where: interrupted(Fsdp2OnCpu, where=where) for where in ("ascent", "descent")},
-        "fsdp2 uninterrupted": lambda: run(Fsdp2OnCpu, output_dir=folder / "fsdp2 uninterrupted", **RESUMABLE),
-        "fsdp2 killed": lambda: run(Fsdp2OnCpu, output_dir=folder / "fsdp2 killed", callbacks=[Kill()], **RESUMABLE),
-        "fsdp2 resumed": lambda: run(Fsdp2OnCpu, output_dir=folder / "fsdp2 killed", resume=True, **RESUMABLE),
+        "fsdp2 interrupted": {where: partial(interrupted, Fsdp2OnCpu, where=where) for where in ("ascent", "descent")},
+        "fsdp2 uninterrupted": partial(run, Fsdp2OnCpu, output_dir=folder / "fsdp2 uninterrupted", **RESUMABLE),
+        "fsdp2 killed": partial(run, Fsdp2OnCpu, output_dir=folder / "fsdp2 killed", callbacks=[Kill()], **RESUMABLE),
+        "fsdp2 resumed": partial(run, Fsdp2OnCpu, output_dir=folder / "fsdp2 killed", resume=True, **RESUMABLE),
+        "fsdp2 BatchNorm": {rho: partial(run, Fsdp2OnCpu, name="resnet", max_steps=3, rho=rho) for rho in (0, 0.05)},
     }
+
+
+def main(folder, names):
+    def result_of(function, *what):
+        (folder / f"running-{rank()}.txt").write_text(": ".join(what))
+        AcceleratorState._reset_state(True)  # what was before may have selected FSDP2
+        return function()
+
+    for name in names:
+        scenario = scenarios(folder)[name]
+        if isinstance(scenario, dict):
+            result = {case: result_of(function, name, str(case)) for case, function in scenario.items()}
+        else:
+            result = result_of(scenario, name)
+        torch.save(result, folder / f"{name}-{rank()}.pt")
+    (folder / f"running-{rank()}.txt").unlink()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     gc.freeze()  # or the `gc.collect()` in each `train()` visits all of Transformers
-    folder, *names = sys.argv[1:]
-    for name in names:
-        result = scenarios(Path(folder))[name]()
-        torch.save(result, Path(folder) / f"{name}-{rank()}.pt")
+    main(Path(sys.argv[1]), sys.argv[2:])
     torch.distributed.destroy_process_group()

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Property 5: gradient accumulation in both scopes."""
+"""Gradient accumulation in both scopes."""
 
 import pytest
 import torch
 from tiny import (
     MODELS,
     InOrder,
+    alive,
     batch,
     convnext,
     digits,
+    hand_out,
     identical,
     resnet,
     trainer_for_single_steps,
@@ -107,7 +109,7 @@ def test_nothing_accumulated_so_far_is_lost(scope, tmp_path):
     window = [batch(8, start=start) for start in (0, 8, 16)]
     model = convnext()
     trainer = trainer_for_single_steps(model, tmp_path, rho=0.05, ascent_scope=scope)
-    trainer._aace_window, trainer.current_gradient_accumulation_steps = window, len(window)
+    trainer.current_gradient_accumulation_steps = len(window)
 
     twin = convnext().train()
     parameters = list(twin.parameters())
@@ -117,7 +119,7 @@ def test_nothing_accumulated_so_far_is_lost(scope, tmp_path):
 
     whole = {key: torch.cat([inputs[key] for inputs in window]) for key in window[0]}
     trainer.accelerator.gradient_state._set_sync_gradients(False)
-    for inputs in window:
+    for inputs in hand_out(trainer, window):
         trainer.training_step(model, inputs)
         with perturbed(parameters, ascent_gradients(whole if scope == "full_batch" else inputs), 0.05):
             (twin(**inputs).loss / 3).backward()
@@ -216,12 +218,24 @@ def test_full_batch_can_be_entered_twice_by_hand(tmp_path):
 
 
 def test_full_batch_keeps_no_copy_of_the_weights_after_the_step(tmp_path):
-    trainer = train(convnext(), tmp_path, digits(64), batch_size=8, accumulate=4, steps=2)
-    assert trainer._aace_perturbation is None
+    """Seen at the end of each optimizer step, beside a plain step."""
+
+    class Count(TrainerCallback):
+        copies = ()
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.copies += (alive(*model.classifier.weight.shape),)
+
+    counts = []
+    for rho in (0, 0.05):
+        count = Count()
+        train(convnext(), tmp_path, digits(64), batch_size=8, accumulate=4, steps=2, rho=rho, callbacks=[count])
+        counts.append(count.copies)
+    assert counts[0] == counts[1]
 
 
 def test_full_batch_counts_each_batch_once_whatever_mode_a_callback_leaves(tmp_path):
-    """One that evaluates between micro-batches, say: BatchNorm is not to see the perturbed weights."""
+    """For example one that evaluates between micro-batches: BatchNorm must not see the perturbed weights."""
 
     class Evaluate(TrainerCallback):
         def on_substep_end(self, args, state, control, model=None, **kwargs):

@@ -6,14 +6,23 @@ import json
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import alive, batch, convnext, digits, identical, trainer_for_single_steps, training_arguments, weights
+from tiny import (
+    alive,
+    batch,
+    convnext,
+    digits,
+    identical,
+    logged,
+    trainer_for_single_steps,
+    training_arguments,
+    weights,
+)
 from transformers import TrainerCallback, TrainerState
 
 import hf_aace.analysis.live_curves
 from hf_aace import AACEConfig, AACETrainer, aace_loss
 from hf_aace.analysis.live_curves import LiveCurvesCallback
-from hf_aace.callbacks import PerturbationConsistencyCallback
-from hf_aace.trainer import PerturbationCallback
+from hf_aace.callbacks import PerturbationCallback, PerturbationConsistencyCallback
 
 
 OWN_KEYS = {
@@ -46,7 +55,7 @@ def ascent_gradient(model, inputs):
 
 
 def test_what_a_callback_returns_is_averaged_by_name(tmp_path):
-    """Whatever else it returns beside it."""
+    """Also if it returns other names on some steps only."""
 
     class Sometimes(PerturbationCallback):
         count = 0
@@ -68,11 +77,11 @@ def test_consistency_is_the_cosine_between_successive_steps(tmp_path, normalize)
         ascent_gradient(trainer.model, first), ascent_gradient(trainer.model, second), dim=0
     )
     trainer.training_step(trainer.model, first)
-    assert "perturbation_consistency" not in trainer._aace_metrics.pop(), "there is none before the first"
+    assert "perturbation_consistency" not in logged(trainer), "there is none before the first"
     trainer.training_step(trainer.model, second)
-    assert trainer._aace_metrics.pop()["perturbation_consistency"] == pytest.approx(expected.item(), abs=1e-5)
+    assert logged(trainer)["perturbation_consistency"] == pytest.approx(expected.item(), abs=1e-5)
     trainer.training_step(trainer.model, second)
-    assert trainer._aace_metrics.pop()["perturbation_consistency"] == pytest.approx(1, abs=1e-5)
+    assert logged(trainer)["perturbation_consistency"] == pytest.approx(1, abs=1e-5)
 
 
 def test_consistency_is_logged_and_changes_nothing(tmp_path):
@@ -92,7 +101,7 @@ def test_a_skipped_perturbation_counts_for_nothing(tmp_path):
     for inputs in (batch(16), bad, batch(16), batch(16)):
         trainer.training_step(trainer.model, inputs)
     # Only the last has a predecessor that was made.
-    assert trainer._aace_metrics.pop()["perturbation_consistency"] == pytest.approx(1, abs=1e-5)
+    assert logged(trainer)["perturbation_consistency"] == pytest.approx(1, abs=1e-5)
 
 
 def test_consistency_starts_anew_when_more_is_trained(tmp_path):
@@ -102,7 +111,7 @@ def test_consistency_starts_anew_when_more_is_trained(tmp_path):
     trainer.training_step(trainer.model, batch(16))
     frozen.requires_grad_(True)
     trainer.training_step(trainer.model, batch(16))
-    assert "perturbation_consistency" not in trainer._aace_metrics.pop()
+    assert "perturbation_consistency" not in logged(trainer)
 
 
 def test_a_callback_of_ones_own_sees_each_perturbation(tmp_path):

@@ -27,40 +27,55 @@ from hf_aace.vision.models import load_model_and_processor
 class Launch:
     """Runs scenarios of distributed_run.py on several processes, and reads what they left."""
 
-    def __init__(self, folder, processes=2, on_gpu=False):
-        self.folder, self.processes, self.on_gpu = folder, processes, on_gpu
+    # Seconds. Not reached on any machine, however busy: a process that waits for another one gives up after `wait` seconds.
+    limit = 3600
 
-    def __call__(self, *names, timeout=120, fails=False):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DISTRIBUTED_RUN_ON_GPU": str(int(self.on_gpu))}
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={self.processes}",
-            "--standalone",
-        ]
-        done = subprocess.run(
-            [*command, Path(__file__).with_name("distributed_run.py"), self.folder, *names],
-            capture_output=True,
+    def __init__(self, folder, processes=2, on_gpu=False, wait=600):
+        self.folder, self.processes = folder, processes
+        self.environment = {
+            "OMP_NUM_THREADS": "1",
+            "DISTRIBUTED_RUN_ON_GPU": str(int(on_gpu)),
+            "DISTRIBUTED_RUN_WAIT": str(wait),
+        }
+
+    def __call__(self, *names, ends_in=None):
+        """Runs scenarios, and at last `ends_in`, which is expected to end the processes with an error."""
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={self.processes}", "--standalone"]
+        script = Path(__file__).with_name("distributed_run.py")
+        process = subprocess.Popen(
+            [*command, script, self.folder, *names, *([ends_in] if ends_in else [])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout,
-            env=environment,
+            env={**os.environ, **self.environment},
             cwd=self.folder,
         )
-        assert (done.returncode != 0) == fails, done.stdout[-5000:] + done.stderr[-5000:]
-        return done.stdout + done.stderr
+        try:
+            output, _ = process.communicate(timeout=self.limit)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher ends the others
+            output, _ = process.communicate()
+            raise AssertionError(f"Not done after {self.limit} s. {self.running()}\n{output[-5000:]}") from None
+        assert (process.returncode != 0) == (ends_in is not None), f"{self.running()}\n{output[-10000:]}"
+        assert all((self.folder / f"{name}-0.pt").exists() for name in names), f"{self.running()}\n{output[-10000:]}"
+        return output
+
+    def running(self) -> str:
+        """Tells the case that each process was at."""
+        files = sorted(self.folder.glob("running-*.txt"))
+        return " ".join(f"Process {file.stem[8:]} was at '{file.read_text()}'." for file in files)
 
     def results(self, name):
         return [torch.load(self.folder / f"{name}-{rank}.pt") for rank in range(self.processes)]
 
 
-# As few launches as there can be: each takes seconds to import everything.
+# As few pairs of processes as there can be, since each takes seconds to import everything. Each ends in a failure, after which
+# the next one goes on in the same folder.
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory):
-    launch = Launch(tmp_path_factory.mktemp("ddp"))
-    launch("ddp killed", fails=True)
+def first_pair(tmp_path_factory):
+    launch = Launch(tmp_path_factory.mktemp("distributed"))
     launch(
         "ddp modes",
         "ddp not finite",
@@ -70,25 +85,34 @@ def ddp(tmp_path_factory):
         "ddp switches",
         "ddp interrupted",
         "ddp uninterrupted",
-        "ddp resumed",
+        ends_in="ddp killed",
     )
     return launch
 
 
 @pytest.fixture(scope="module")
-def fsdp2(tmp_path_factory):
-    launch = Launch(tmp_path_factory.mktemp("fsdp2"))
-    launch("fsdp2 killed", fails=True)
-    launch(
+def second_pair(first_pair):
+    first_pair(
+        "ddp resumed",
         "fsdp2 joint",
         "fsdp2 not finite",
         "fsdp2 switches",
+        "fsdp2 BatchNorm",
         "fsdp2 replicated",
         "fsdp2 interrupted",
         "fsdp2 uninterrupted",
-        "fsdp2 resumed",
+        ends_in="fsdp2 killed",
     )
-    return launch
+    return first_pair
+
+
+@pytest.fixture(scope="module")
+def third_pair(second_pair):
+    second_pair.output_of_failure = second_pair("fsdp2 resumed", ends_in="ddp fails")
+    return second_pair
+
+
+PAIR_OF = {"ddp": "first_pair", "fsdp2": "second_pair"}
 
 
 def check_equal_on_all(results):
@@ -129,28 +153,30 @@ def check_equals_one_process(results, case, output_dir, atol=1e-6):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ddp_processes_end_with_equal_weights(ddp, mode):
+def test_ddp_processes_end_with_equal_weights(first_pair, mode):
     """Each perturbs by its own gradient, or all by one; what the optimizer gets is one gradient, on clean weights."""
-    results = [result[mode] for result in ddp.results("ddp modes")]
+    results = [result[mode] for result in first_pair.results("ddp modes")]
     assert results[0]["wrapper"] == "DistributedDataParallel"
     check_equal_on_all(results)
     assert skipped(results[0]) == 0
-    others = [result[other]["weights"] for result in ddp.results("ddp modes")[:1] for other in MODES if other != mode]
+    others = [
+        result[other]["weights"] for result in first_pair.results("ddp modes")[:1] for other in MODES if other != mode
+    ]
     assert not any(identical(results[0]["weights"], other) for other in others)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ddp_counts_what_one_process_skips(ddp, mode):
+def test_ddp_counts_what_one_process_skips(first_pair, mode):
     """
     Two bad steps of one process: locally that one alone skips, synced all do, together. With micro-batches that perturb
     by themselves, each counts.
     """
-    results = [result[mode] for result in ddp.results("ddp not finite")]
+    results = [result[mode] for result in first_pair.results("ddp not finite")]
     check_equal_on_all(results)
     assert all(value.isfinite().all() for value in results[0]["weights"].values())
     micro_batches = 1 if "full batch" in mode else MODES[mode].get("gradient_accumulation_steps", 1)
     assert skipped(results[0]) == 2 * micro_batches
-    clean = ddp.results("ddp modes")[0][mode]
+    clean = first_pair.results("ddp modes")[0][mode]
     assert not identical(results[0]["weights"], clean["weights"])
 
 
@@ -158,13 +184,13 @@ def test_ddp_counts_what_one_process_skips(ddp, mode):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_synced_processes_equal_one_process_on_the_joint_batch(kind, case, request, tmp_path):
     """Also where the processes have unequal numbers of samples that count."""
-    check_equals_one_process(request.getfixturevalue(kind).results(f"{kind} joint"), case, tmp_path)
+    check_equals_one_process(request.getfixturevalue(PAIR_OF[kind]).results(f"{kind} joint"), case, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ddp collectives", "ddp collectives, accumulated"])
-def test_local_ascent_takes_no_collective(ddp, name):
+def test_local_ascent_takes_no_collective(first_pair, name):
     """As many as plain Trainer, by the profiler; a synced one averages the gradient and the number of samples."""
-    for counts in ddp.results(name):
+    for counts in first_pair.results(name):
         micro_batches = 2 if "accumulated" in name else 1
         assert counts["plain"]
         assert counts["local"] == counts["plain"]
@@ -207,16 +233,16 @@ def check_against_plain(results):
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_ddp_goes_on_working(ddp, switch):
-    check_against_plain([result[switch] for result in ddp.results("ddp switches")])
+def test_ddp_goes_on_working(first_pair, switch):
+    check_against_plain([result[switch] for result in first_pair.results("ddp switches")])
 
 
 # ---- FSDP2 ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode.startswith("synced")])
-def test_fsdp2_skips_together(fsdp2, mode):
-    results = [result[mode] for result in fsdp2.results("fsdp2 not finite")]
+def test_fsdp2_skips_together(second_pair, mode):
+    results = [result[mode] for result in second_pair.results("fsdp2 not finite")]
     check_equal_on_all(results)
     assert all(value.isfinite().all() for value in results[0]["weights"].values())
     micro_batches = 1 if "full batch" in mode else MODES[mode].get("gradient_accumulation_steps", 1)
@@ -227,13 +253,21 @@ def test_fsdp2_skips_together(fsdp2, mode):
     "switch",
     ["accumulation", "full batch", "bf16", "checkpointing", "torch_compile", "gathered until the backward pass"],
 )
-def test_fsdp2_goes_on_working(fsdp2, switch):
-    check_against_plain([result[switch] for result in fsdp2.results("fsdp2 switches")])
+def test_fsdp2_goes_on_working(second_pair, switch):
+    check_against_plain([result[switch] for result in second_pair.results("fsdp2 switches")])
 
 
-def test_norm_counts_copies_of_shards_once(fsdp2):
+@pytest.mark.parametrize("rho", [0, 0.05])
+def test_fsdp2_leaves_batch_norm_statistics_to_each_process(second_pair, rho):
+    """It shards parameters and leaves buffers alone, plain training's too: a checkpoint holds those of the first process."""
+    first, second = (result[rho]["weights"] for result in second_pair.results("fsdp2 BatchNorm"))
+    differ = {name for name in first if not torch.equal(first[name], second[name])}
+    assert differ == {name for name in first if name.endswith(("running_mean", "running_var"))}
+
+
+def test_norm_counts_copies_of_shards_once(second_pair):
     """HSDP, in which each shard lies on several processes."""
-    for result in fsdp2.results("fsdp2 replicated"):
+    for result in second_pair.results("fsdp2 replicated"):
         torch.testing.assert_close(result["sharded"], result["whole"])
 
 
@@ -243,32 +277,37 @@ def test_norm_counts_copies_of_shards_once(fsdp2):
 @pytest.mark.parametrize("where", ["ascent", "descent"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_exception_leaves_the_weights(kind, where, request):
-    """What the modules compute afterwards too: FSDP2 could go on with the perturbed weights that it gathered."""
-    for result in request.getfixturevalue(kind).results(f"{kind} interrupted"):
+    """And what the modules compute afterwards: FSDP2 could go on with the perturbed weights that it gathered."""
+    for result in request.getfixturevalue(PAIR_OF[kind]).results(f"{kind} interrupted"):
         assert identical(result[where]["before"], result[where]["after"])
         assert torch.equal(result[where]["logits"], result[where]["logits_after"])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_killed_and_resumed_run_ends_as_one_never_killed(kind, request):
-    launch = request.getfixturevalue(kind)
+def test_killed_and_resumed_run_ends_as_one_never_killed(kind, third_pair):
     for uninterrupted, resumed in zip(
-        launch.results(f"{kind} uninterrupted"), launch.results(f"{kind} resumed"), strict=True
+        third_pair.results(f"{kind} uninterrupted"), third_pair.results(f"{kind} resumed"), strict=True
     ):
         assert identical(uninterrupted["weights"], resumed["weights"])
         assert torch.equal(uninterrupted["rng"], resumed["rng"])
         assert uninterrupted["logs"][-1] == resumed["logs"][-1]
 
 
-def test_failure_of_one_process_ends_the_run(tmp_path):
+def test_failure_of_one_process_ends_the_run(third_pair):
     """With its error on screen, not by a hang, and with the last checkpoint whole."""
-    output = Launch(tmp_path)("ddp fails", fails=True)
-    assert "the image of rank 1 is broken" in output
-    checkpoint = tmp_path / "ddp fails" / "checkpoint-4"
+    assert "the image of rank 1 is broken" in third_pair.output_of_failure
+    checkpoint = third_pair.folder / "ddp fails" / "checkpoint-4"
     assert TrainerState.load_from_json(checkpoint / "trainer_state.json").global_step == 4
     assert all(value.isfinite().all() for value in load_file(checkpoint / "model.safetensors").values())
     assert torch.load(checkpoint / "optimizer.pt")["param_groups"]
-    assert not (tmp_path / "ddp fails" / "checkpoint-8").exists()
+    assert not (third_pair.folder / "ddp fails" / "checkpoint-8").exists()
+
+
+@pytest.mark.slow
+def test_a_hang_ends_in_a_message_that_names_the_case(tmp_path):
+    """After the time that one process waits for another, which does not depend on what else is run."""
+    with pytest.raises(AssertionError, match=r"Process 0 was at 'ddp hangs: in the second step'.*Process 1 was at"):
+        Launch(tmp_path, wait=5)("ddp hangs")
 
 
 # ---- More processes, and GPUs ---------------------------------------------------------------------------------------
@@ -277,7 +316,7 @@ def test_failure_of_one_process_ends_the_run(tmp_path):
 @pytest.mark.slow
 def test_four_processes(tmp_path):
     launch = Launch(tmp_path, processes=4)
-    launch("ddp modes", "ddp joint", "fsdp2 joint", timeout=600)
+    launch("ddp modes", "ddp joint", "fsdp2 joint")
     for mode in MODES:
         check_equal_on_all([result[mode] for result in launch.results("ddp modes")])
     for case in JOINT:
@@ -318,7 +357,6 @@ def test_command_under_the_shipped_configuration_for_fsdp2(model, tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -333,7 +371,7 @@ def test_command_under_the_shipped_configuration_for_fsdp2(model, tmp_path):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus(tmp_path):
     launch = Launch(tmp_path, on_gpu=True)
-    launch("ddp modes", "ddp SyncBatchNorm", "ddp joint", "ddp collectives", "fsdp2 on GPUs", timeout=600)
+    launch("ddp modes", "ddp SyncBatchNorm", "ddp joint", "ddp collectives", "fsdp2 on GPUs")
     for name in ("ddp modes", "ddp SyncBatchNorm"):
         for mode in launch.results(name)[0]:
             check_equal_on_all([result[mode] for result in launch.results(name)])

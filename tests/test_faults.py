@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Property 2, exact restore: whatever fails, at whatever stage of a training step, the weights are afterwards bit for bit what
+Exact restore: whatever fails, at whatever stage of a training step, the weights are afterwards bit for bit what
 they were, the gradients accumulated so far are still there, and the next step is the one that would have been taken.
 """
 
 import pytest
 import torch
-from tiny import batch, convnext, identical, resnet, trainer_for_single_steps, weights
+from tiny import batch, convnext, hand_out, identical, logged, resnet, trainer_for_single_steps, weights
 
-import hf_aace.perturbation
 from hf_aace import AACETrainer
 
 
@@ -52,8 +51,7 @@ def inject(stage, error, trainer, monkeypatch):
     elif stage == "ascent backward, at its end":
         monkeypatch.setattr(torch.autograd, "grad", fail_once(error, torch.autograd.grad, after=True))
     elif stage == "scaling":
-        norm = hf_aace.perturbation.get_total_norm
-        monkeypatch.setattr(hf_aace.perturbation, "get_total_norm", fail_once(error, norm))
+        monkeypatch.setattr(torch.linalg, "vector_norm", fail_once(error, torch.linalg.vector_norm))
     elif stage == "copying":
         monkeypatch.setattr(torch.Tensor, "clone", fail_once(error, torch.Tensor.clone, at_call=3))
     elif stage == "applying, half done":
@@ -116,7 +114,7 @@ def test_failure_at_any_stage_leaves_the_weights_and_the_next_step_works(stage, 
     def prepared():
         trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.05, ascent_scope=scope)
         trainer.training_step(trainer.model, batch(16))  # something is accumulated already
-        trainer._aace_window = window  # what Trainer hands to `get_batch_samples`
+        hand_out(trainer, window)
         return trainer
 
     reference = prepared()
@@ -132,8 +130,7 @@ def test_failure_at_any_stage_leaves_the_weights_and_the_next_step_works(stage, 
         assert identical(gradients(trainer.model), accumulated)
 
         for one in (reference, trainer):
-            one._aace_perturbation = None  # as `get_batch_samples` does
-            for inputs in window:
+            for inputs in hand_out(one, window):
                 one.training_step(one.model, inputs)
         assert identical(state(trainer.model), before)
         assert identical(gradients(trainer.model), gradients(reference.model))
@@ -144,7 +141,7 @@ def test_failure_in_the_middle_of_an_accumulation_leaves_the_weights(error, tmp_
     """`full_batch` swaps the weights for each micro-batch: the second of three fails, the third still works."""
     window = [batch(16, start=start) for start in (0, 16, 32)]
     trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.05, ascent_scope="full_batch")
-    trainer._aace_window = window
+    hand_out(trainer, window)
     trainer.accelerator.gradient_state._set_sync_gradients(False)
     before = state(trainer.model)
     trainer.training_step(trainer.model, window[0])
@@ -179,7 +176,7 @@ def test_nan_in_either_pass_leaves_the_weights_and_the_next_step_works(which, sc
     loss = trainer.training_step(trainer.model, batch())
     assert identical(state(trainer.model), before)
     assert loss.isfinite() == (which == "ascent"), "a bad ascent makes the step a plain one"
-    assert trainer._aace_metrics.pop()["skipped_perturbations"] == (which == "ascent")
+    assert logged(trainer)["skipped_perturbations"] == (which == "ascent")
     trainer.poison = None
     trainer.model.zero_grad()
     assert trainer.training_step(trainer.model, batch()).isfinite()

@@ -2,11 +2,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import alive
 from torch import nn
 
 from hf_aace import aace_loss, perturbed
-from hf_aace.perturbation import PROFILED, frozen_running_statistics
+from hf_aace.isolation import frozen_running_statistics
+from hf_aace.perturbation import PROFILED
 
 
 def parameters_and_gradients(dtype=torch.float32):
@@ -147,51 +147,13 @@ def test_restores_after_an_exception_inside():
         assert torch.equal(flat(parameters), before)
 
 
-def test_reusable_gives_the_very_same_weights_again():
-    parameters, gradients = parameters_and_gradients()
-    before = flat(parameters)
-    perturbation = perturbed(parameters, gradients, 0.3, reusable=True)
-    with perturbation:
-        moved = flat(parameters)
-    for _ in range(2):
-        assert torch.equal(flat(parameters), before)
-        with perturbation:
-            assert torch.equal(flat(parameters), moved)
-    assert torch.equal(flat(parameters), before)
-
-
-def test_restores_when_the_moved_weights_cannot_be_kept(monkeypatch):
-    """For the next entry, which takes memory."""
-
-    def out_of_memory(tensor):
-        raise torch.OutOfMemoryError("injected")
-
-    parameters, gradients = parameters_and_gradients()
-    before = flat(parameters)
-    perturbation = perturbed(parameters, gradients, 0.3, reusable=True)
-    with monkeypatch.context() as patches, pytest.raises(torch.OutOfMemoryError), perturbation:
-        patches.setattr(torch.Tensor, "clone", out_of_memory)
-    assert torch.equal(flat(parameters), before)
-
-
-def test_reusable_holds_one_copy_at_a_time():
-    """Of the clean weights inside, and of the moved ones outside: two would take as much memory as another model."""
-    parameters, gradients = parameters_and_gradients()
-    before = alive(2, 3, 4)
-    perturbation = perturbed(parameters, gradients, 0.3, reusable=True)
-    for _ in range(2):
-        with perturbation:
-            assert alive(2, 3, 4) == before + 1
-        assert alive(2, 3, 4) == before + 1
-
-
-def test_is_used_up_after_one_entry_unless_reusable():
+def test_is_used_up_after_one_entry():
     parameters, gradients = parameters_and_gradients()
     perturbation = perturbed(parameters, gradients, 0.3)
     with perturbation:
         pass
     before = flat(parameters)
-    with pytest.raises(RuntimeError, match="reusable=True"), perturbation:
+    with pytest.raises(RuntimeError, match="make another one"), perturbation:
         pass
     assert torch.equal(flat(parameters), before)
 

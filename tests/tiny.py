@@ -70,20 +70,20 @@ def resnet(dropout: float = 0.0) -> nn.Module:
 MODELS = {"convnext": convnext, "vit": vit, "resnet": resnet}
 
 
+_IMAGES, _LABELS = (torch.from_numpy(array) for array in load_digits(return_X_y=True))  # reading them takes 20 ms
+
+
 def digits(count: int = 256, dtype: torch.dtype = torch.float32) -> list[dict]:
-    images, labels = load_digits(return_X_y=True)
+    images = (_IMAGES[:count] / 16).to(dtype).view(-1, 1, 8, 8)
     return [
-        {"pixel_values": torch.tensor(image / 16, dtype=dtype).view(1, 8, 8), "labels": int(label)}
-        for image, label in zip(images[:count], labels[:count], strict=True)
+        {"pixel_values": image.clone(), "labels": label}
+        for image, label in zip(images, _LABELS[:count].tolist(), strict=True)
     ]
 
 
 def batch(size: int = 16, start: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    rows = digits(start + size, dtype)[start:]
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }
+    chosen = slice(start, start + size)
+    return {"pixel_values": (_IMAGES[chosen] / 16).to(dtype).view(-1, 1, 8, 8), "labels": _LABELS[chosen].clone()}
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -92,7 +92,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two state dicts are equal bit for bit."""
+    """Returns True if two state dicts are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -146,6 +146,37 @@ def trainer_for_single_steps(model, output_dir, cls=None, **kwargs):
     return trainer
 
 
+def hand_out(trainer, batches) -> list[dict]:
+    """Gives a trainer the micro-batches of an optimizer step, as `train()` does before it steps through them."""
+    device = next(trainer.model.parameters()).device
+    return trainer.get_batch_samples(iter(batches), len(batches), device)[0]
+
+
+def step_through(trainer, batches) -> None:
+    """Calls `training_step` for each micro-batch of an optimizer step, as `train()` does."""
+    for inputs in hand_out(trainer, batches):
+        trainer.accelerator.gradient_state._set_sync_gradients(inputs is batches[-1])
+        trainer.training_step(trainer.model, inputs)
+
+
+def logged(trainer) -> dict:
+    """The entry that a trainer logs for the steps since its last log."""
+    trainer.log({"loss": 0.0})
+    return trainer.state.log_history[-1]
+
+
+def record_ascents(model) -> list[int]:
+    """A list that will hold the batch size of each ascent pass of a model, which is called without labels there."""
+    sizes = []
+
+    def record(module, args, kwargs):
+        if "labels" not in kwargs:
+            sizes.append(len(kwargs["pixel_values"]))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    return sizes
+
+
 class Small(nn.Module):
     """A classifier of 303 parameters."""
 
@@ -159,7 +190,7 @@ class Small(nn.Module):
 
 
 def small_data(sizes=(10, 7, 3)):
-    """Batches of unequal sizes, as the last one of a data set is."""
+    """Batches of unequal sizes, as the last one of a dataset is."""
     generator = torch.Generator().manual_seed(1)
     return [
         {

@@ -13,8 +13,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..losses import check_classification, check_label_values, count_labels
-from ..perturbation import check_precision, perturbed, replayed_rng
+from ..checks import check_classification, check_label_values, check_precision
+from ..isolation import replayed_rng
+from ..losses import count_labels
+from ..perturbation import perturbed
 from .derived_state import check_logits_follow_weights, switching_modules, unchanged_state, versions
 
 

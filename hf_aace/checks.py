@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of trainers, batches and labels: each refuses what cannot be trained, before any weight moves, and names the fix."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import unwrap_peft_model
+from transformers.training_args import ParallelMode
+from transformers.utils import logging
+
+from .config import AACEArguments
+
+
+logger = logging.get_logger(__name__)
+
+_WITHOUT_SHARDING = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_INSTEAD = (
+    "Use DDP (the default of `torchrun` and `accelerate launch --multi_gpu`), FSDP2 (`fsdp_version: 2` in the configuration "
+    "of accelerate), or plain training (`rho=0`)."
+)
+
+
+def check_trainer(trainer: Trainer, args: AACEArguments, parameters: list[nn.Parameter] | None) -> None:
+    """
+    Check that a trainer can train with these settings.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+        args ([`AACEArguments`]): The settings of its ascent.
+        parameters (`list[nn.Parameter]`): The parameters to perturb; not looked at with `rho=0`.
+
+    Raises:
+        `ValueError`: If it cannot: for its processes and devices, its optimizer, its model, or the dtype of the parameters.
+    """
+    _check_processes(trainer)
+    if trainer.accelerator.is_fsdp2 and not args.sync_ascent and trainer.is_world_process_zero():
+        logger.warning_once(
+            "`sync_ascent=False` is taken as True with FSDP2: the shards of each weight live on many processes, which "
+            "can only perturb it together."
+        )
+    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if "lomo" in optimizer or "layerwise" in optimizer:
+        raise ValueError(
+            f"`optim={optimizer!r}` updates the weights inside the backward pass, while they are perturbed, so that "
+            "the update would be lost. Use an optimizer that steps after it, such as `adamw_torch`."
+        )
+    config = getattr(trainer.model, "config", None)  # any `nn.Module` may be trained
+    problem_type, num_labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+    if problem_type in ("regression", "multi_label_classification") or num_labels == 1:
+        raise ValueError(
+            "Sharpness-aware training needs a single-label classifier with at least 2 classes, got a model with "
+            f"`problem_type={problem_type!r}` and `num_labels={num_labels}`. Use plain training (`rho=0`), or a model "
+            "with one score for each class."
+        )
+    check_precision(parameters)
+
+
+def _check_processes(trainer: Trainer) -> None:
+    """Refuse all but one device for each process, DDP and FSDP2."""
+    accelerator = trainer.accelerator
+    # `n_gpu` may be changed by hand after construction, `parallel_mode` follows it.
+    if trainer.args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
+        raise ValueError(
+            f"torch.nn.DataParallel over {trainer.args.n_gpu} GPUs does not go with sharpness-aware training. Start one "
+            "process for each (`torchrun --nproc_per_node`), or show the process one GPU: `CUDA_VISIBLE_DEVICES=0`."
+        )
+    if trainer.args.parallel_mode not in (ParallelMode.NOT_PARALLEL, ParallelMode.DISTRIBUTED):
+        raise ValueError(f"Sharpness-aware training does not go with {trainer.args.parallel_mode}. {_INSTEAD}")
+    if trainer.is_deepspeed_enabled or accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "Sharpness-aware training does not go with DeepSpeed, whose backward pass updates the weights: the ascent "
+            f"pass would train. {_INSTEAD}"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError(
+                "Sharpness-aware training does not go with FSDP1, which is deprecated. Use FSDP2: `fsdp_version: 2` in the "
+                'configuration of accelerate, or `fsdp_config={"version": 2}` in the training arguments.'
+            )
+    elif accelerator.distributed_type not in _WITHOUT_SHARDING:
+        raise ValueError(f"Sharpness-aware training is untested with {accelerator.distributed_type}. {_INSTEAD}")
+    elif any(isinstance(p, DTensor) for p in trainer.model.parameters()):
+        raise ValueError(
+            "The model was loaded as shards (`tp_plan`, `distributed_config` or `device_mesh`), which sharpness-aware "
+            f"training does not go with. Load it whole. {_INSTEAD}"
+        )
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            f"Sharpness-aware training does not go with tensor, context or sequence parallelism. {_INSTEAD}"
+        )
+
+
+def check_mixin_order(cls: type, mixin: type) -> None:
+    """
+    Check that a subclass of the mixin has it before the Trainer class among its bases.
+
+    Raises:
+        `TypeError`: If not: the class would train plainly.
+    """
+    order = cls.__mro__
+    if Trainer in order and order.index(Trainer) < order.index(mixin):
+        raise TypeError(
+            f"{cls.__name__} would train plainly: put {mixin.__name__} before the Trainer class among its bases."
+        )
+
+
+def check_parameters(trainable: Mapping[str, nn.Parameter], chosen: list[nn.Parameter], pattern: str | None) -> None:
+    """
+    Check that there are parameters to perturb.
+
+    Args:
+        trainable (`Mapping[str, nn.Parameter]`): The trainable parameters of the model by name.
+        chosen (`list[nn.Parameter]`): Those of them that `perturb_modules` chooses.
+        pattern (`str`, *optional*): `perturb_modules`.
+
+    Raises:
+        `ValueError`: If one of the two is empty.
+    """
+    if not trainable:
+        raise ValueError(
+            "The model has no parameter that requires a gradient, so there is nothing to train. To evaluate it only, "
+            "set `rho=0`."
+        )
+    if not chosen:
+        raise ValueError(
+            f"`perturb_modules={pattern!r}` matches none of the {len(trainable)} trainable parameters, such as "
+            f"{list(trainable)[:3]}. It is a regular expression, searched in the parameter names; leave it out to perturb "
+            "them all."
+        )
+
+
+def check_backward_hooks(parameters: Iterable[nn.Parameter]) -> None:
+    """
+    Check that no optimizer steps inside the backward pass, where the weights are the perturbed ones.
+
+    Raises:
+        `ValueError`: If a parameter has a hook that runs there.
+    """
+    if any(p._post_accumulate_grad_hooks for p in parameters):
+        raise ValueError(
+            "Some parameters have hooks that run inside the backward pass (`register_post_accumulate_grad_hook`), as "
+            "optimizers that step there do: they would act on the perturbed weights. Step the optimizer after it."
+        )
+
+
+def check_reentrant(trainer: Trainer, error: RuntimeError) -> None:
+    """
+    Look at an error of the ascent's backward pass: reentrant activation checkpointing says only there that it cannot serve
+    `autograd.grad`.
+
+    Raises:
+        `ValueError`: If that is the reason and `backward()` cannot serve instead.
+        `RuntimeError`: The error itself, if it has another reason.
+    """
+    if "use_reentrant=True" not in str(error):
+        raise error
+    if trainer.args.ddp_static_graph:
+        raise ValueError(
+            "Reentrant activation checkpointing with `ddp_static_graph` does not go with sharpness-aware training: "
+            'DDP would count the ascent pass too. Set `activation_checkpointing_kwargs={"use_reentrant": False}`.'
+        ) from error
+
+
+def check_window(inputs: Any, window: list[Any]) -> None:
+    """
+    Check that a batch is one of the micro-batches that the ascent over the whole accumulated batch takes.
+
+    Raises:
+        `ValueError`: If it is another object: the two passes would see different batches.
+    """
+    if not any(inputs is batch for batch in window):
+        raise ValueError(
+            '`ascent_scope="full_batch"` takes its ascent from the batches as `get_batch_samples` returned them, but '
+            "`training_step` got another: change batches in the `get_batch_samples` of a class behind "
+            'SharpnessAwareMixin, or in the data collator, or set `ascent_scope="micro_batch"`.'
+        )
+
+
+def check_batch(inputs: Any, label_name: str) -> None:
+    """
+    Check that a batch is a dictionary with labels.
+
+    Raises:
+        `ValueError`: If it is not.
+    """
+    if not isinstance(inputs, Mapping):
+        raise ValueError(
+            f"Sharpness-aware training needs batches that are dictionaries, got a {type(inputs).__name__}. Let the "
+            f"`data_collator` return one, with the labels under `{label_name}`."
+        )
+    if not isinstance(inputs.get(label_name), torch.Tensor):
+        others = sorted(key for key in inputs if key != label_name)
+        raise ValueError(
+            f"Sharpness-aware training needs the labels of each batch under `{label_name}`, got a batch with only {others}. "
+            "Add them to the dataset, or set `label_names` of the training arguments."
+        )
+
+
+def check_inputs_of_model(trainer: Trainer, demanded: set[str], inputs: Mapping[str, Any]) -> None:
+    """
+    Check that a batch holds what the model's `forward` cannot do without.
+
+    Raises:
+        `ValueError`: If an argument is missing.
+    """
+    if missing := sorted(demanded - inputs.keys()):
+        raise ValueError(
+            f"`forward` of {type(trainer.model).__name__} needs {missing}, got a batch with {sorted(inputs)}. Name the "
+            f"columns alike, or override `ascent_outputs` of {type(trainer).__name__} to call the model."
+        )
+
+
+def check_labels(trainer: Trainer, labels: torch.Tensor, classes: int) -> None:
+    """
+    Check the values of the first labels. This waits for the device.
+
+    Raises:
+        `ValueError`: If they are no classes of the model, or soft labels that its own loss would take for something else.
+    """
+    check_label_values(labels, classes)
+    own_loss = trainer.compute_loss_func is not None or type(trainer).compute_loss is not Trainer.compute_loss
+    if labels.is_floating_point() and isinstance(bare_model(trainer), PreTrainedModel) and not own_loss:
+        raise ValueError(
+            f"The labels are floating-point, of shape {tuple(labels.shape)}, which the model itself takes for "
+            "multi-label targets. For soft labels (mixup, cutmix) pass a `compute_loss_func` that computes their "
+            "cross-entropy."
+        )
+
+
+def bare_model(trainer: Trainer) -> nn.Module:
+    """The model of a trainer without the wrappers of accelerate, `torch.compile` and peft."""
+    return unwrap_peft_model(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
+
+
+def check_classification(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """
+    Checks that `logits` and `labels` are those of a single-label classifier, by shape and dtype alone: no value is
+    read, so that no device is waited for.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, classes)`): The scores.
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
+
+    Raises:
+        `ValueError`: If they are not; the message says what was found and what is needed.
+    """
+    if logits.dim() != 2:
+        raise ValueError(
+            f"Sharpness-aware training needs logits of shape (batch, classes), got {tuple(logits.shape)}. Use a model "
+            "with one score for each class, such as any `AutoModelForImageClassification`."
+        )
+    batch, classes = logits.shape
+    if classes < 2:
+        raise ValueError(
+            f"AACE needs at least 2 classes, got logits of shape {tuple(logits.shape)}. A model with one output is a "
+            "regression: give a binary classifier two classes (`num_labels=2`)."
+        )
+    if labels.is_floating_point():
+        if labels.shape != logits.shape:
+            raise ValueError(
+                f"Floating-point labels must be class probabilities of shape {tuple(logits.shape)}, like the logits, "
+                f"got {tuple(labels.shape)}. For class indices use an integer dtype; regression has no AACE loss."
+            )
+    elif labels.shape != (batch,):
+        raise ValueError(
+            f"Integer labels must have shape ({batch},), one class for each sample, got {tuple(labels.shape)}. For "
+            "soft labels (mixup, cutmix) use floating-point probabilities; multi-label targets have no AACE loss."
+        )
+
+
+def check_label_values(labels: torch.Tensor, classes: int, ignore_index: int = -100) -> None:
+    """
+    Checks the values of the labels. This reads them, which waits for the device: call it once, or after a failure.
+
+    Args:
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
+        classes (`int`): Number of classes.
+        ignore_index (`int`, *optional*, defaults to `-100`): The index that marks samples to leave out.
+
+    Raises:
+        `ValueError`: If a class index lies outside `[0, classes)`, or if probabilities do not sum to one.
+    """
+    if labels.is_floating_point():
+        sums = labels.sum(dim=1)
+        if bool((labels < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+            raise ValueError(
+                "Floating-point labels must be class probabilities, none negative and each row summing to 1, got rows "
+                f"that sum to {sums.min().item():g} .. {sums.max().item():g}. Multi-label targets have no AACE loss: "
+                "give each sample one label, or probabilities, or train plainly (`rho=0`)."
+            )
+        return
+    valid = labels[labels != ignore_index]
+    if valid.numel() > 0 and (int(valid.min()) < 0 or int(valid.max()) >= classes):
+        raise ValueError(
+            f"Labels must lie in [0, {classes}) for a model with {classes} classes, got {int(valid.min())} .. "
+            f"{int(valid.max())}. Set `num_labels` of the model to the number of classes in the data."
+        )
+
+
+@contextmanager
+def explained_labels(labels: torch.Tensor, classes: int, ignore_index: int = -100) -> Iterator[None]:
+    """
+    Context manager for a loss, inside which an error of indexing becomes one of [`check_label_values`] if the labels are its
+    reason.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError):
+        check_label_values(labels, classes, ignore_index)
+        raise
+
+
+def check_perturbation(
+    parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], rho: float
+) -> None:
+    """
+    Check that weights can be perturbed along gradients.
+
+    Raises:
+        `ValueError`: If `rho` is negative or not finite, the lengths differ, there is no gradient at all, or a parameter with
+            one is of 16 bits.
+    """
+    if not 0 <= rho < float("inf"):
+        raise ValueError(f"`rho` must be a finite number >= 0, got {rho}.")
+    if len(parameters) != len(gradients):
+        raise ValueError(
+            f"`gradients` must hold one entry for each parameter, got {len(gradients)} for {len(parameters)}."
+        )
+    moved = [p for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    if not moved:
+        raise ValueError(
+            "None of the parameters has a gradient, so there is no direction to perturb in. Pass parameters that "
+            "the loss depends on."
+        )
+    check_precision(moved)
+
+
+def check_precision(parameters: Iterable[torch.Tensor]) -> None:
+    """
+    Checks that the parameters can hold a perturbation.
+
+    Args:
+        parameters (iterable of `torch.Tensor`): The parameters to be perturbed.
+
+    Raises:
+        `ValueError`: If one of them is of 16 bits or fewer: a step of, say, 5e-6 on a weight of 0.02 is then
+            rounded away.
+    """
+    for parameter in parameters:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"The parameters to perturb must be float32 (or float64), got {parameter.dtype}: its rounding would "
+                "swallow the perturbation. Load the model with `dtype=torch.float32` and train with `bf16=True` or "
+                "`fp16=True` for mixed precision. (`bf16_full_eval` and `fp16_full_eval` cast it, too, if it is evaluated "
+                "before it is trained.)"
+            )

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mixin over a Trainer of the user's own, with its constructor, its `compute_loss`, its batches and its logs."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import Linear, check_goes_on_working, train, weighted_cross_entropy
+from tiny import (
+    batch,
+    convnext,
+    digits,
+    identical,
+    learning_curve,
+    trainer_for_single_steps,
+    training_arguments,
+    vit,
+    weights,
+)
+from transformers import (
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from hf_aace import AACEArguments, AACEConfig, AACETrainer, SharpnessAwareMixin
+
+
+def test_mixin_over_a_trainer_and_arguments_of_ones_own(tmp_path):
+    @dataclass
+    class MyArguments(AACEArguments, TrainingArguments):
+        scale: float = 2.0
+
+    class MyTrainer(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return self.args.scale * super().compute_loss(model, inputs, *args, **kwargs)
+
+        def log(self, logs, *args, **kwargs):
+            super().log({**logs, "mine": 1.0}, *args, **kwargs)
+
+    class Mine(SharpnessAwareMixin, MyTrainer):
+        pass
+
+    arguments = training_arguments(MyArguments, tmp_path, max_steps=5, rho=0.1)
+    trainer = Mine(convnext(), arguments, train_dataset=digits())
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["mine"] == 1.0 and log["rho"] == 0.1
+    assert log["loss"] == pytest.approx(2 * log["clean_loss"], rel=0.1)
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+def test_mixin_over_a_trainer_with_a_constructor_of_its_own(how, tmp_path):
+    """Whose first argument need not be the model; one given by its path is loaded all the same."""
+
+    class MyTrainer(Trainer):
+        def __init__(self, class_weights, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.class_weights = class_weights
+
+    class Mine(SharpnessAwareMixin, MyTrainer):
+        pass
+
+    vit().save_pretrained(tmp_path / "vit")
+    arguments = training_arguments(AACEConfig, tmp_path)
+    if how == "positional":
+        trainer = Mine("heavy", model=str(tmp_path / "vit"), args=arguments)
+    else:
+        trainer = Mine(class_weights="heavy", args=arguments, model=str(tmp_path / "vit"))
+    assert trainer.class_weights == "heavy" and identical(weights(trainer.model), weights(vit()))
+
+
+def test_a_string_that_is_not_the_model_is_not_loaded(tmp_path):
+    class MyTrainer(Trainer):
+        def __init__(self, name, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.name = name
+
+    class Mine(SharpnessAwareMixin, MyTrainer):
+        pass
+
+    trainer = Mine("heavy", vit(), training_arguments(AACEConfig, tmp_path))
+    assert trainer.name == "heavy" and identical(weights(trainer.model), weights(vit()))
+
+
+def test_mixin_behind_the_trainer_is_refused(tmp_path):
+    """Its methods would never be called: that would train plainly, without a word."""
+    with pytest.raises(TypeError, match="Late would train plainly: put SharpnessAwareMixin before"):
+
+        class Late(Trainer, SharpnessAwareMixin):
+            pass
+
+
+def test_overridden_compute_loss_keeps_working(tmp_path):
+    class Weighted(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")  # as the examples of Transformers do
+            outputs = model(**inputs)
+            loss = weighted_cross_entropy(outputs, labels)
+            return (loss, outputs) if return_outputs else loss
+
+    class Ours(AACETrainer, Weighted):
+        pass
+
+    check_goes_on_working(vit, tmp_path, trainer=Weighted, ours=Ours)
+
+
+def compiled():
+    return torch.compile(Linear(), backend="eager")
+
+
+def adapted():
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(Linear(), peft.LoraConfig(target_modules=["linear"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("make_model", [Linear, compiled, adapted])
+def test_what_a_batch_holds_for_an_overridden_compute_loss_is_kept_from_the_model(make_model, tmp_path):
+    """Also where the model is inside another, whose `forward` takes anything."""
+
+    class Weighted(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            sample_weights, labels = inputs.pop("sample_weights"), inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = (sample_weights * F.cross_entropy(outputs[0], labels, reduction="none")).mean()
+            return (loss, outputs) if return_outputs else loss
+
+    class Ours(AACETrainer, Weighted):
+        pass
+
+    def with_weights(rows):
+        return default_data_collator(rows) | {"sample_weights": torch.linspace(0, 1, len(rows))}
+
+    kwargs = {"data_collator": with_weights, "remove_unused_columns": False, "label_names": ["labels"]}
+
+    def seeded():
+        torch.manual_seed(0)
+        return make_model()
+
+    check_goes_on_working(seeded, tmp_path, trainer=Weighted, ours=Ours, **kwargs)
+
+
+def test_a_model_that_takes_anything_gets_all_of_the_batch(tmp_path):
+    """In both passes."""
+
+    class Anything(Linear):
+        def forward(self, labels=None, **inputs):
+            return super().forward(inputs["pixel_values"] * inputs["contrasts"], labels)
+
+    def with_contrasts(rows):
+        return default_data_collator(rows) | {"contrasts": torch.linspace(0.5, 2, len(rows)).view(-1, 1, 1, 1)}
+
+    check_goes_on_working(Anything, tmp_path, data_collator=with_contrasts, remove_unused_columns=False)
+
+
+def test_a_model_that_is_called_otherwise_than_by_the_names_of_the_batch(tmp_path):
+    """As those of torchvision are, by an overridden `compute_loss`."""
+
+    class Positional(Linear):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    class Calls(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = model(inputs["pixel_values"])
+            loss = F.cross_entropy(logits, inputs["labels"])
+            return (loss, {"logits": logits}) if return_outputs else loss
+
+    class Ours(AACETrainer, Calls):
+        def ascent_outputs(self, model, inputs):
+            return model(inputs["pixel_values"])
+
+    check_goes_on_working(Positional, tmp_path, trainer=Calls, ours=Ours, remove_unused_columns=False)
+
+    class WithoutIt(AACETrainer, Calls):
+        pass
+
+    with pytest.raises(
+        ValueError, match=r"needs \['x'\], got .*\['labels', 'pixel_values'\].* `ascent_outputs` of WithoutIt"
+    ):
+        train(WithoutIt, AACEConfig, Positional(), tmp_path, remove_unused_columns=False)
+
+
+def test_the_ascent_is_by_the_batch_that_the_trainer_has_prepared(tmp_path):
+    """One that changes images on the device is to be perturbed by those that it trains on."""
+
+    class Doubled(AACETrainer):
+        def _prepare_inputs(self, inputs):
+            inputs = super()._prepare_inputs(inputs)
+            return {**inputs, "pixel_values": 2 * inputs["pixel_values"]}
+
+    moved = []
+    for cls, factor in ((Doubled, 1), (AACETrainer, 2)):
+        trainer = trainer_for_single_steps(convnext(), tmp_path, cls, rho=0.1)
+        inputs = batch()
+        inputs["pixel_values"] *= factor
+        with trainer.perturbed_weights(trainer.model, inputs):
+            moved.append(weights(trainer.model))
+    assert identical(*moved)
+
+
+def test_inputs_that_are_not_copied_keep_their_labels(tmp_path):
+    """A Trainer of one's own may prepare its inputs beforehand."""
+
+    class Prepared(AACETrainer):
+        def _prepare_inputs(self, inputs):
+            return inputs
+
+    trainer = trainer_for_single_steps(vit(), tmp_path, Prepared, rho=0.1)
+    inputs = batch()
+    trainer.training_step(trainer.model, inputs)
+    assert set(inputs) == {"pixel_values", "labels"}
+
+
+def test_the_users_batch_is_not_modified(tmp_path):
+    for kwargs in ({}, {"label_smoothing_factor": 0.1}):
+        trainer = trainer_for_single_steps(vit(), tmp_path, ascent_fraction=0.5, **kwargs)
+        inputs = batch()
+        before = copy.deepcopy(inputs)
+        trainer.training_step(trainer.model, inputs)
+        assert identical(inputs, before)
+
+
+def test_lists_of_images_are_cut_by_ascent_fraction(tmp_path):
+    class OfLists(AACETrainer):
+        def ascent_outputs(self, model, inputs):
+            return model(torch.stack(inputs["images"]))
+
+    trainer = trainer_for_single_steps(convnext(), tmp_path, OfLists, rho=0.1, ascent_fraction=0.25)
+    whole = batch(16)
+    with trainer.perturbed_weights(trainer.model, {"images": list(whole["pixel_values"]), "labels": whole["labels"]}):
+        moved = weights(trainer.model)
+    reference = trainer_for_single_steps(convnext(), tmp_path, rho=0.1)
+    with reference.perturbed_weights(reference.model, batch(4)):
+        assert identical(weights(reference.model), moved)
+
+
+def test_custom_sampler_and_overridden_log_keep_working(tmp_path):
+    class Mine(Trainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def log(self, logs, *args, **kwargs):
+            logs["mine"] = 1.0
+            super().log(logs, *args, **kwargs)
+
+    class Ours(AACETrainer, Mine):
+        pass
+
+    plain, vanishing, _ = check_goes_on_working(vit, tmp_path, trainer=Mine, ours=Ours)
+    assert all(log["mine"] == 1.0 for log in vanishing.state.log_history)
+    assert [log["loss"] for log in learning_curve(plain)[:1]] == [log["loss"] for log in learning_curve(vanishing)[:1]]
+
+
+def test_a_loss_logged_within_a_step_is_no_error(tmp_path):
+    """With one perturbation for several micro-batches there is nothing to add to it in the later ones."""
+
+    class Logs(AACETrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            self.log({"loss": float(loss.detach())})
+            return loss
+
+    options = {"max_steps": 2, "gradient_accumulation_steps": 2, "ascent_scope": "full_batch", "logging_steps": 1}
+    trainer = Logs(convnext(), training_arguments(AACEConfig, tmp_path, **options), train_dataset=digits())
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logged) == 2 * (2 + 1)
+    assert all(log["skipped_perturbations"] == 0 for log in logged if "perturbation_norm" in log)

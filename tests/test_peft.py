@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA and its kin: the adapters are what trains, and what is perturbed."""
+
+import pytest
+import torch
+from comparison import check_goes_on_working
+from tiny import (
+    batch,
+    trainer_for_single_steps,
+    training_arguments,
+    vit,
+    weights,
+)
+from tiny_configs import image_classifier
+from torch import nn
+
+from hf_aace import AACEConfig, AACETrainer
+from hf_aace.vision.models import add_lora
+
+
+def lora():
+    from peft import LoraConfig, get_peft_model
+
+    model = vit(0.1)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    return get_peft_model(model, config)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
+def test_lora_perturbs_the_adapters_alone(tmp_path):
+    pytest.importorskip("peft")
+    _, _, real = check_goes_on_working(lora, tmp_path, rho=10.0)
+    trainer = trainer_for_single_steps(lora(), tmp_path, rho=10.0)
+    nn.init.normal_(next(p for name, p in trainer.model.named_parameters() if "lora_B" in name))
+    before = weights(trainer.model)
+    with trainer.perturbed_weights(trainer.model, batch()):
+        moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and all("lora_" in name or "modules_to_save" in name for name in moved)
+    assert any("lora_" in name for name in moved)
+    real.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
+def test_the_folder_of_an_adapter_as_model_trains_the_head_alone(tmp_path):
+    """Transformers loads adapters frozen, and only what peft saved whole is trainable. `is_trainable=True` trains both."""
+    peft = pytest.importorskip("peft")
+    vit().save_pretrained(tmp_path / "base")
+    adapted = lora()
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    def trainable(model):
+        return {name for name, p in model.named_parameters() if p.requires_grad}
+
+    arguments = training_arguments(AACEConfig, tmp_path)
+    by_name = AACETrainer(str(tmp_path / "adapter"), arguments).model
+    assert any("lora_" in name for name, _ in by_name.named_parameters())
+    head = {f"classifier.modules_to_save.default.{name}" for name in ("weight", "bias")}
+    assert trainable(by_name) == head
+    loaded = peft.PeftModel.from_pretrained(vit(), tmp_path / "adapter", is_trainable=True)
+    assert trainable(AACETrainer(loaded, arguments).model) == trainable(lora())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
+def test_lora_on_swiftformer_trains_every_layer_called_norm():
+    """Its head has a BatchNorm of that name, and peft matches what it saves whole by the ends of the names."""
+    pytest.importorskip("peft")
+    model = image_classifier("SwiftFormerForImageClassification")
+    called_norm = {name for name, _ in model.named_modules() if name.split(".")[-1] == "norm"}
+    adapted = add_lora(model, rank=2)
+    whole = {
+        name.removeprefix("base_model.model.").split(".modules_to_save")[0]
+        for name, p in adapted.named_parameters()
+        if p.requires_grad and "lora_" not in name
+    }
+    assert whole == called_norm | {"head", "dist_head"} and len(called_norm) > 1

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings, models and batches that cannot be trained are refused before any weight moves; the message names the fix."""
+
+import pytest
+import torch
+from tiny import (
+    batch,
+    convnext,
+    digits,
+    identical,
+    trainer_for_single_steps,
+    training_arguments,
+    vit,
+    weights,
+)
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_aace import AACEConfig, AACETrainer
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rho", -0.1, r"`rho` must be a finite number >= 0, got -0.1"),
+        ("rho", float("nan"), "`rho` .* got nan"),
+        ("rho", float("inf"), "`rho` .* got inf"),
+        ("ascent_fraction", 0.0, r"`ascent_fraction` must lie in \(0, 1\], got 0.0"),
+        ("ascent_fraction", 1.5, r"`ascent_fraction` .* got 1.5"),
+        ("ascent_fraction", float("nan"), r"`ascent_fraction` .* got nan"),
+        ("perturb_every", 0, "`perturb_every` must be a whole number of steps >= 1, got 0"),
+        ("ascent_every", 0, "`ascent_every` must be a whole number of steps >= 1, got 0"),
+        ("perturb_every", 1.5, "`perturb_every` .* got 1.5"),
+        ("perturbation_loss", "mse", r"`perturbation_loss` must be one of \['aace', 'cross_entropy'\], got 'mse'"),
+        ("aace_target", "x", r"`aace_target` must be one of \['adaptive', 'uniform', 'random'\], got 'x'"),
+        ("ascent_scope", "x", r"`ascent_scope` must be one of \['micro_batch', 'full_batch'\], got 'x'"),
+        ("perturb_modules", "(", r"`perturb_modules` must be a regular expression, got '\('"),
+        ("rho", "1e-2", r"`rho` must be a number, got '1e-2'"),  # as YAML reads it
+    ],
+)
+def test_bad_settings_are_refused(field, value, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        AACEConfig(str(tmp_path), **{field: value})
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=1)
+    trainer = AACETrainer(convnext(), arguments, train_dataset=digits(16))
+    before = weights(trainer.model)
+    setattr(arguments, field, value)  # as a hyperparameter search does
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert identical(weights(trainer.model), before)
+
+
+def test_perturb_modules_that_match_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`perturb_modules='encoderr'` matches none of the .* parameters, such as"):
+        AACETrainer(convnext(), training_arguments(AACEConfig, tmp_path, perturb_modules="encoderr"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"problem_type": "regression"}, {"problem_type": "multi_label_classification"}, {"num_labels": 1}]
+)
+def test_models_that_are_no_single_label_classifiers_are_refused(change, tmp_path):
+    model = convnext()
+    model.config.update(change)
+    with pytest.raises(ValueError, match=r"single-label classifier with at least 2 classes.*`rho=0`"):
+        AACETrainer(model, training_arguments(AACEConfig, tmp_path))
+    AACETrainer(model, training_arguments(AACEConfig, tmp_path, rho=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_parameters_are_refused_with_the_fix(dtype, tmp_path):
+    arguments = training_arguments(AACEConfig, tmp_path)
+    with pytest.raises(ValueError, match=r"must be float32.*dtype=torch.float32.*bf16=True"):
+        AACETrainer(convnext().to(dtype), arguments)
+    frozen = convnext().to(dtype).requires_grad_(False)
+    frozen.classifier = nn.Linear(32, 10)
+    AACETrainer(frozen, arguments)  # what is not trained may be of any precision
+    AACETrainer(convnext().to(dtype), training_arguments(AACEConfig, tmp_path, rho=0))
+
+
+class Scores(nn.Module):
+    """Returns logits of any shape."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape, self.weight = shape, nn.Parameter(torch.ones(()))
+
+    def forward(self, pixel_values, labels=None):
+        return {"loss": self.weight, "logits": self.weight * torch.randn(len(pixel_values), *self.shape)}
+
+
+@pytest.mark.parametrize("loss", ["aace", "cross_entropy"])
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (Scores(10, 4, 4), {}, r"logits of shape \(batch, classes\), got \(16, 10, 4, 4\)"),
+        (Scores(1), {}, "at least 2 classes, got logits of shape"),
+        (Scores(10), {"labels": None}, r"needs the labels of each batch under `labels`.*only \['pixel_values'\]"),
+        (Scores(10), {"labels": torch.randint(10, (16,)) + 5}, r"Labels must lie in \[0, 10\) .* Set `num_labels`"),
+        (Scores(10), {"labels": torch.full((16,), -1)}, r"Labels must lie in \[0, 10\) .*got -1 .. -1"),
+        (Scores(10), {"labels": torch.randn(16)}, "regression has no AACE loss"),
+        (Scores(10), {"labels": torch.randint(2, (16, 10))}, "multi-label targets have no AACE loss"),
+        (Scores(10), {"labels": torch.ones(16, 10)}, r"sum to 10 .. 10. Multi-label targets"),
+        (convnext(), {"labels": torch.full((16, 10), 0.1)}, "pass a `compute_loss_func`"),
+    ],
+)
+def test_batches_that_are_no_classification_are_refused(model, change, message, loss, tmp_path):
+    trainer = trainer_for_single_steps(model, tmp_path, perturbation_loss=loss)
+    before = weights(model)
+    inputs = {key: value for key, value in {**batch(16), **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        trainer.training_step(model, inputs)
+    assert identical(weights(model), before)
+
+
+def test_a_label_without_a_batch_is_refused_whatever_the_share_of_the_batch(tmp_path):
+    trainer = trainer_for_single_steps(convnext(), tmp_path, ascent_fraction=0.5)
+    with pytest.raises(ValueError, match=r"Integer labels must have shape \(1,\).* got \(\)"):
+        trainer.training_step(trainer.model, batch(1) | {"labels": torch.tensor(1)})
+
+
+def test_batches_that_are_no_dictionaries_are_refused(tmp_path):
+    trainer = trainer_for_single_steps(convnext(), tmp_path)
+    with pytest.raises(ValueError, match=r"dictionaries, got a tuple\. Let the `data_collator` .* under `labels`"):
+        trainer.training_step(trainer.model, tuple(batch().values()))
+
+
+@pytest.mark.parametrize("loss", ["aace", "cross_entropy"])
+def test_labels_out_of_range_are_refused_in_later_steps_too(loss, tmp_path):
+    trainer = trainer_for_single_steps(convnext(), tmp_path, perturbation_loss=loss)
+    trainer.training_step(trainer.model, batch())
+    with pytest.raises(ValueError, match=r"Labels must lie in \[0, 10\)"):
+        trainer.training_step(trainer.model, {**batch(), "labels": torch.full((16,), 10)})
+
+
+def test_outputs_without_logits_are_refused_naming_the_method_to_override(tmp_path):
+    class Model(Scores):
+        def forward(self, pixel_values, labels=None):
+            return {"loss": self.weight, "scores": self.weight * torch.randn(len(pixel_values), 10)}
+
+    trainer = trainer_for_single_steps(Model(), tmp_path)
+    with pytest.raises(ValueError, match=r"hold no `logits`, only \['loss', 'scores'\]. Override `ascent_logits`"):
+        trainer.training_step(trainer.model, batch())
+
+    class WithScores(AACETrainer):
+        def ascent_logits(self, outputs):
+            return outputs["scores"]
+
+    trainer = trainer_for_single_steps(Model(), tmp_path, cls=WithScores)
+    trainer.training_step(trainer.model, batch())
+
+
+def test_what_rho_0_allows_is_refused_when_a_callback_raises_it(tmp_path):
+    """As at the start, before any weight moves by it."""
+
+    class Raise(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            args.rho = 0.1 if state.global_step == 2 else 0.0
+
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=4, rho=0.0)
+    trainer = AACETrainer(vit(), arguments, train_dataset=digits(), callbacks=[Raise()])
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="DataParallel over 2 GPUs"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_that_step_inside_backward_are_refused(optim, tmp_path):
+    with pytest.raises(ValueError, match=rf"`optim='{optim}'` updates the weights inside the backward pass"):
+        AACETrainer(convnext(), training_arguments(AACEConfig, tmp_path, optim=optim))
+
+
+def test_hooks_that_run_inside_backward_are_refused(tmp_path):
+    trainer = trainer_for_single_steps(convnext(), tmp_path)
+    next(trainer.model.parameters()).register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="register_post_accumulate_grad_hook"):
+        trainer.training_step(trainer.model, batch())
+
+
+def test_a_second_training_is_checked_as_the_first(tmp_path):
+    """The model may have got hooks in between."""
+    trainer = AACETrainer(convnext(), training_arguments(AACEConfig, tmp_path, max_steps=1), train_dataset=digits(16))
+    trainer.train()
+    next(trainer.model.parameters()).register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="register_post_accumulate_grad_hook"):
+        trainer.train()
+
+
+def test_data_parallel_is_refused(tmp_path):
+    arguments = training_arguments(AACEConfig, tmp_path)
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match=r"DataParallel over 2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
+        AACETrainer(vit(), arguments)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both passes of a step see the same random numbers; BatchNorm statistics and other buffers are updated once."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import check_goes_on_working, run
+from tiny import (
+    batch,
+    convnext,
+    digits,
+    identical,
+    resnet,
+    trainer_for_single_steps,
+    training_arguments,
+    vit,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer
+
+from hf_aace import AACEConfig, AACETrainer
+
+
+def test_both_passes_see_the_same_dropout_mask(tmp_path):
+    seen = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.dropout = nn.Linear(64, 10), nn.Dropout(0.5)
+
+        def forward(self, pixel_values, labels=None):
+            dropped = self.dropout(torch.ones(64))
+            seen.append(dropped)
+            logits = self.linear(pixel_values.flatten(1) * dropped)
+            loss = None if labels is None else F.cross_entropy(logits, labels)
+            return {"logits": logits} if loss is None else {"loss": loss, "logits": logits}
+
+    run(AACETrainer, AACEConfig, Model, tmp_path, steps=3)
+    assert len(seen) == 6
+    for ascent, descent in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(ascent, descent)
+    assert not torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.rand(()).item(), random.random, np.random.rand], ids=["torch", "python", "numpy"]
+)
+def test_both_passes_see_the_same_random_numbers(draw, tmp_path):
+    """Some models draw which layer to drop from Python or NumPy."""
+    seen = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 10)
+
+        def forward(self, pixel_values, labels=None):
+            seen.append(draw())
+            logits = seen[-1] * self.linear(pixel_values.flatten(1))
+            return (
+                {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+            )
+
+    trainer = trainer_for_single_steps(Model(), tmp_path)
+    for _ in range(3):
+        trainer.training_step(trainer.model, batch())
+    assert seen[::2] == seen[1::2] and len(set(seen)) == 3
+
+
+def test_random_changes_of_a_batch_on_the_device_are_the_same_in_both_passes(tmp_path):
+    """Or the perturbation would be by other images, and the run draw other numbers than a plain one."""
+
+    class Noisy(Trainer):
+        def _prepare_inputs(self, inputs):
+            inputs = super()._prepare_inputs(inputs)
+            return {**inputs, "pixel_values": inputs["pixel_values"] + torch.randn_like(inputs["pixel_values"])}
+
+    class Ours(AACETrainer, Noisy):
+        pass
+
+    check_goes_on_working(vit, tmp_path, trainer=Noisy, ours=Ours)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_random_targets_are_drawn_anew_for_each_batch_and_alike_in_each_run(accumulate, tmp_path, monkeypatch):
+    """Also where the model draws no random numbers; and without an effect on the others of the run."""
+    drawn, runs = [], []
+
+    def randint(high, size, **kwargs):
+        drawn.append(torch_randint(high, size, **kwargs))
+        return drawn[-1]
+
+    torch_randint = torch.randint
+    for target in ("random", "random", "uniform"):
+        drawn.clear()
+        arguments = training_arguments(
+            AACEConfig, tmp_path, max_steps=4, gradient_accumulation_steps=accumulate, aace_target=target
+        )
+        trainer = AACETrainer(convnext(), arguments, train_dataset=digits())
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint", randint)
+            trainer.train()
+        runs.append(({tuple(classes.flatten().tolist()) for classes in drawn}, torch.get_rng_state()))
+    assert len(runs[0][0]) == 4 * accumulate and runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[2][1])
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
+def test_batch_norm_statistics_are_updated_once_per_step_from_the_clean_weights(scope, plain_run, tmp_path):
+    """With the learning rate 0 the weights stay clean, so plain Trainer's statistics are those of the clean weights."""
+    kwargs = {"learning_rate": 0.0, "gradient_accumulation_steps": 2, "steps": 10}
+    plain = plain_run("resnet", **kwargs).trainer
+    ours = run(AACETrainer, AACEConfig, resnet, tmp_path, rho=0.5, ascent_scope=scope, **kwargs)
+    buffers = dict(ours.model.named_buffers())
+    assert identical(buffers, dict(plain.model.named_buffers()))
+    counts = [int(value) for name, value in buffers.items() if name.endswith("num_batches_tracked")]
+    assert counts and set(counts) == {20}
+
+
+class MovingMean(nn.Module):
+    def __init__(self, rebinds):
+        super().__init__()
+        self.rebinds = rebinds
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3))
+        if self.rebinds:
+            self.mean = mean
+        else:
+            self.mean.copy_(mean)
+        return x - self.mean[:, None, None]
+
+
+class Convolutional(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution, self.layer, self.linear = nn.Conv2d(1, 8, 3), layer(), nn.Linear(8, 10)
+
+    def forward(self, pixel_values, labels=None):
+        features = self.layer(self.convolution(pixel_values)).relu().mean((2, 3))
+        logits = self.linear(features)
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("accumulate", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accumulated"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.InstanceNorm2d(8, track_running_stats=True, affine=True),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1)),
+        lambda: MovingMean(rebinds=False),
+        lambda: MovingMean(rebinds=True),
+        lambda: nn.BatchNorm2d(8),
+    ],
+    ids=["instance norm", "spectral norm", "moving mean", "moving mean, another tensor", "batch norm"],
+)
+def test_what_a_forward_pass_keeps_is_updated_once(layer, accumulate, tmp_path):
+    check_goes_on_working(lambda: Convolutional(layer), tmp_path, **accumulate)
+
+
+@pytest.mark.parametrize("where", ["compute_loss", "training_step"])
+def test_layers_that_the_trainer_puts_into_evaluation_mode(where, tmp_path):
+    """Frozen BatchNorm: the ascent pass neither normalizes by its batch there nor counts it, from the first step on."""
+
+    class Frozen(Trainer):
+        def compute_loss(self, model, *args, **kwargs):
+            if where == "compute_loss":
+                model.layer.eval()
+            return super().compute_loss(model, *args, **kwargs)
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            if where == "compute_loss":
+                return super().training_step(model, inputs, *args, **kwargs)
+            model.eval()
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    class Ours(AACETrainer, Frozen):
+        pass
+
+    _, _, real = check_goes_on_working(
+        lambda: Convolutional(lambda: nn.BatchNorm2d(8)), tmp_path, trainer=Frozen, ours=Ours
+    )
+    assert real.model.layer.num_batches_tracked == 0
+
+
+def test_the_ascent_is_in_training_mode_after_an_evaluation(tmp_path):
+    """Or dropout would differ between the passes, and BatchNorm not count the batch."""
+    modes = []
+
+    class Look(AACETrainer):
+        def ascent_outputs(self, model, inputs):
+            modes.append(model.training)
+            return super().ascent_outputs(model, inputs)
+
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1)
+    trainer = Look(resnet(), arguments, train_dataset=digits(), eval_dataset=digits(32))
+    trainer.train()
+    counts = {int(b) for name, b in trainer.model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {4} and modes == [True] * 4
+
+
+class CheckpointedBatchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm, self.classifier = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+    def forward(self, pixel_values, labels=None):
+        hidden = checkpoint(self.norm, self.convolution(pixel_values), use_reentrant=True)
+        logits = self.classifier(hidden.relu().mean((2, 3)))
+        outputs = {"logits": logits}
+        return outputs if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), **outputs}
+
+
+def test_reentrant_checkpointing_of_batch_norm(tmp_path):
+    """The ascent pass that finds out about it, on the first step, has already counted the batch: that is undone."""
+
+    def make_model():
+        torch.manual_seed(0)
+        return CheckpointedBatchNorm()
+
+    plain, *_ = check_goes_on_working(make_model, tmp_path)
+    assert plain.model.norm.num_batches_tracked == 2 * 6  # PyTorch counts each forward pass, recomputed ones too
