@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """State that a model derives from its weights and keeps in evaluation mode: it must not outlive a move of the weights."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,11 +31,12 @@ def unchanged_state(model: nn.Module) -> Iterator[None]:
     Args:
         model (`nn.Module`): The model.
     """
-    attributes = []
-    for module in model.modules():
-        state = {name: value for name, value in vars(module).items() if name not in _NO_STATE}
-        copies = {name: copy.copy(value) for name, value in state.items() if isinstance(value, dict | list | set)}
-        attributes.append((module, state | copies))
+    attributes = [
+        (module, {name: value for name, value in vars(module).items() if name not in _NO_STATE})
+        for module in model.modules()
+    ]
+    containers = [value for _, state in attributes for value in state.values() if type(value) in (dict, list, set)]
+    contents = [container.copy() for container in containers]
     rewritten = [p for module in switching_modules(model) for p in module.parameters()]
     tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.buffers(), *rewritten)]
     try:
@@ -44,6 +44,9 @@ def unchanged_state(model: nn.Module) -> Iterator[None]:
     finally:
         for module, before in attributes:
             vars(module).update(before)
+        for container, before in zip(containers, contents, strict=True):
+            container.clear()
+            container.extend(before) if isinstance(container, list) else container.update(before)
         with torch.no_grad():
             for tensor, before in tensors:
                 tensor.copy_(before)

@@ -39,9 +39,7 @@ class EmpiricalRisk:
         self.model, self.batches = model, batches
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
-            raise ValueError(
-                "The model has no parameter that requires a gradient, so there is no sharpness to measure."
-            )
+            raise ValueError("The model has no parameter that requires a gradient, so no sharpness to measure.")
         if any(isinstance(p, DTensor) for p in self.parameters):
             raise ValueError("The model is sharded over processes. Save it, and measure it whole in a single one.")
         check_precision(self.parameters)
@@ -77,9 +75,7 @@ class EmpiricalRisk:
         outputs = self.model(**inputs)
         if isinstance(outputs, Mapping):
             if "logits" not in outputs:
-                raise ValueError(
-                    f"The outputs of {type(self.model).__name__} hold no `logits`, only {sorted(outputs)}."
-                )
+                raise ValueError(f"{type(self.model).__name__} returns no `logits`, only {sorted(outputs)}.")
             outputs = outputs["logits"]
         logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
         check_classification(logits, labels)
@@ -170,9 +166,7 @@ def measuring(model: nn.Module, batches: Batches) -> Iterator[EmpiricalRisk]:
         `ValueError`: If `batches` can be read only once; and as [`EmpiricalRisk`].
     """
     if isinstance(batches, Iterator):
-        raise ValueError(
-            "`batches` is read several times, but is an iterator, which can be read once. Pass a list of it."
-        )
+        raise ValueError("`batches` is read several times, but is an iterator, which can be read once. Pass a list.")
     model = extract_model_from_parallel(model, keep_torch_compile=False)  # a compiled one has no second derivatives
     risk = EmpiricalRisk(model, batches)
     # Of the attention kernels, only this one has second derivatives.

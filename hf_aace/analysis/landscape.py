@@ -84,7 +84,7 @@ def loss_path(
     different = sorted(key for key in shapes.keys() | others.keys() if shapes.get(key) != others.get(key))
     if different:
         raise ValueError(
-            f"There is a line between models of the same architecture only; these two differ in: {', '.join(different[:3])}."
+            f"Models of a line must have the same architecture. These differ in {', '.join(different[:3])}."
         )
 
     def compute() -> LossPath:
@@ -106,7 +106,7 @@ def loss_path(
         return LossPath(position, np.array(losses))
 
     settings = {"start": start, "stop": stop, "points": points}
-    return _cached(LossPath, compute, cache_dir, "path", settings, [model, other], batches)
+    return _cached(LossPath, cache_dir, settings, [model, other], batches, compute)
 
 
 def loss_surface(
@@ -165,7 +165,7 @@ def loss_surface(
         return LossSurface(coordinates, coordinates.copy(), losses)
 
     settings = {"directions": directions, "radius": radius, "points": points, "seed": seed}
-    return _cached(LossSurface, compute, cache_dir, "surface", settings, [model], batches)
+    return _cached(LossSurface, cache_dir, settings, [model], batches, compute)
 
 
 def _filter_normalized(risk: EmpiricalRisk, generator: torch.Generator) -> torch.Tensor:
@@ -181,15 +181,9 @@ def _filter_normalized(risk: EmpiricalRisk, generator: torch.Generator) -> torch
 
 
 def _cached(
-    kind: type,
-    compute: Callable[[], Any],
-    cache_dir: str | os.PathLike | None,
-    name: str,
-    settings: dict[str, Any],
-    models: list[nn.Module],
-    batches: Batches,
+    kind: type, cache_dir: str | os.PathLike | None, settings: dict, models: list, batches: Batches, compute: Callable
 ) -> Any:
-    """Return what `compute` does, from a file if it exists. The name of the file is a hash of all that the grid depends on."""
+    """Return what `compute` returns, from a file if there is one. Its name is a hash of all that the grid depends on."""
     if cache_dir is None:
         return compute()
     hasher = Hasher()
@@ -198,7 +192,7 @@ def _cached(
     with measuring(models[0], batches):  # it keeps the random numbers that reading the batches may draw
         for batch in batches:
             hasher.update(dict(batch))
-    path = Path(cache_dir) / f"{name}-{hasher.hexdigest()}.npz"
+    path = Path(cache_dir) / f"{kind.__name__.removeprefix('Loss').lower()}-{hasher.hexdigest()}.npz"
     if path.is_file():
         with np.load(path) as arrays:
             return kind(**arrays)

@@ -271,6 +271,15 @@ def test_the_cache_of_parametrizations_is_refused_and_parametrizations_are_not()
     assert sam_sharpness(model, small_data(), 0.5) == expected > 0
 
 
+def test_a_list_that_a_module_fills_is_afterwards_the_same_list_with_what_it_held():
+    """Somebody may hold it: a recorder of activations."""
+    model = Scaled()
+    model.recorded = recorded = [0]
+    model.register_forward_hook(lambda module, *_: module.recorded.append(1))
+    sam_sharpness(model, small_data(), 0.5)
+    assert model.recorded is recorded and recorded == [0]
+
+
 def test_weights_that_a_hook_computes_are_afterwards_those_of_the_model():
     """The older `weight_norm` leaves the weight of the last forward pass as an attribute of the layer."""
     model = Scaled()
