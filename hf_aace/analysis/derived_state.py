@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from ..isolation import unchanged_buffers
 from ..perturbation import perturbed
 
 
@@ -57,19 +59,25 @@ def versions(model: nn.Module) -> dict[int, int]:
     return {id(tensor): tensor._version for tensor in (*model.parameters(), *model.buffers())}
 
 
+def derive_anew(modules: Sequence[nn.Module]) -> None:
+    """Let modules drop what they derived from earlier weights, or what holds a graph that was used up."""
+    for module in modules:
+        module.train()
+        module.eval()
+
+
 def check_logits_follow_weights(
-    model: nn.Module, parameters: Sequence[nn.Parameter], logits: Callable[[], torch.Tensor], state: dict[int, int]
+    model: nn.Module, parameters: Sequence[nn.Parameter], run: Callable[[int], torch.Tensor], state: dict[int, int]
 ) -> bool:
     """
     Check that the logits of a model in evaluation mode follow its weights. Each parameter is moved a little: the logits,
-    projected on a random direction, must change if and only if their gradient says so. Only models that may keep derived state
-    are checked: those with modules that hold a tensor beside parameters and buffers, write to a buffer, have a `train` method of their
-    own, or are parametrized.
+    projected on a random direction, must change if and only if their gradient says so. A parameter without effect must have no
+    gradient in training mode either. Only models that may keep derived state are checked, see `_may_keep_derived_state`.
 
     Args:
         model (`nn.Module`): The model, after a forward pass in evaluation mode.
         parameters (sequence of `nn.Parameter`): Its trainable parameters.
-        logits (`Callable`): Computes the logits of some samples, with their graph.
+        run (`Callable`): Computes the logits of a number of samples, with their graph.
         state (`dict[int, int]`): What [`versions`] returned before that pass.
 
     Returns:
@@ -78,17 +86,14 @@ def check_logits_follow_weights(
     Raises:
         `ValueError`: If they do not follow. The message names the parameter and its module.
     """
-    switching = switching_modules(model)
-    if not (switching or _held_beside(state, model) or any(map(parametrize.is_parametrized, model.modules()))):
+    if not _may_keep_derived_state(model, state):
         return False
-    with torch.enable_grad():
-        base = logits().double()
-        projection = torch.randn(base.shape, generator=torch.Generator().manual_seed(0)).to(base)
-        gradients = torch.autograd.grad((base * projection).sum(), parameters, materialize_grads=True)
-    # A tensor without a gradient, even now, may have been derived before from any parameter of the same module.
-    held = _held_beside(state, model)
-    suspects = {id(p) for m, kept in held.items() if not all(t.requires_grad for t in kept) for p in m.parameters()}
-    noise = 1e-5 * float((base * projection).detach().norm())
+    switching = switching_modules(model)
+
+    def projected() -> torch.Tensor:
+        derive_anew(switching)
+        logits = run(1).double()
+        return logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
 
     def change_and_prediction(p: nn.Parameter, gradient: torch.Tensor, share: float) -> list[float]:
         """Move a parameter by a share of its norm. Returns the change of the projected logits and its prediction, sorted."""
@@ -97,36 +102,63 @@ def check_logits_follow_weights(
         for module in switching:
             module.train()  # takes weights that were merged into others out of them, before they move
         with perturbed([p], [direction], size, maximize=True), torch.no_grad():
-            change = float(((logits().double() - base) * projection).sum())
+            change = float((projected() - base).sum())
             for module in switching:
                 module.train()
         return sorted((abs(change), size * abs(float((gradient * direction).sum()))))
 
-    names = {id(p): name for name, p in model.named_parameters()}
+    with torch.enable_grad():
+        base = projected()
+        gradients = torch.autograd.grad(base.sum(), parameters, materialize_grads=True)
+    base = base.detach()
+    noise = 1e-5 * float(base.norm())
+    unseen = []
     for p, gradient in zip(parameters, gradients, strict=True):
         # Some parameters, such as a token of zeros before a LayerNorm, follow their gradient for tiny steps only.
         moves = (change_and_prediction(p, gradient, share) for share in (1e-2, 1e-4, 1e-6))
         less, more = next(moves)
-        stale = id(p) in suspects if more == 0 else more > noise and less < 0.1 * more
-        if stale and (more == 0 or all(less < 0.1 * more for less, more in moves)):
-            name = names[id(p)]
-            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-            raise ValueError(
-                f"In evaluation mode, the logits do not follow the parameter {name!r} of {owner} as their gradient says: the "
-                "model keeps something that it derived from its weights. Its sharpness can be measured if each forward pass "
-                "derives that anew."
-            )
+        if more == 0:
+            unseen.append(p)
+        elif more > noise and less < 0.1 * more and all(less < 0.1 * more for less, more in moves):
+            raise _refusal(model, p)
+    derive_anew(switching)
+    if unseen and len(run(2)) == 2:  # BatchNorm cannot train on one sample
+        with torch.enable_grad(), unchanged_buffers(model):
+            model.train()
+            gradients = torch.autograd.grad(run(2).square().sum(), unseen, materialize_grads=True)
+        model.eval()
+        for p, gradient in zip(unseen, gradients, strict=True):
+            if gradient.any():
+                raise _refusal(model, p)
     return True
 
 
-def _held_beside(state: dict[int, int], model: nn.Module) -> dict[nn.Module, list[torch.Tensor]]:
-    """Find the tensors that modules hold as attributes beside the state, or in it but written to since."""
-    found = {}
+def _may_keep_derived_state(model: nn.Module, state: dict[int, int]) -> bool:
+    """
+    Tell whether a module has a `train` method of its own, is parametrized (which has a cache), holds a tensor beside the state
+    or has written to the state, or has trainable parameters together with a buffer that may be derived from them.
+    """
     for module in model.modules():
-        tensors = _tensors([value for name, value in vars(module).items() if name not in _NO_STATE])
-        if held := [tensor for tensor in tensors if state.get(id(tensor)) != tensor._version]:
-            found[module] = held
-    return found
+        held = _tensors([value for name, value in vars(module).items() if name not in _NO_STATE])
+        buffers = not isinstance(module, _NormBase) and any(
+            b.is_floating_point() for b in module.buffers(recurse=False)
+        )
+        if (
+            (buffers and any(p.requires_grad for p in module.parameters(recurse=False)))
+            or parametrize.is_parametrized(module)
+            or any(state.get(id(tensor)) != tensor._version for tensor in held)
+        ):
+            return True
+    return bool(switching_modules(model))
+
+
+def _refusal(model: nn.Module, parameter: nn.Parameter) -> ValueError:
+    name = next(name for name, p in model.named_parameters() if p is parameter)
+    owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    return ValueError(
+        f"In evaluation mode, the logits do not follow the parameter {name!r} of {owner} as their gradient says: the model keeps "
+        "something that it derived from its weights. Its sharpness can be measured if each forward pass derives that anew."
+    )
 
 
 def _tensors(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:

@@ -17,7 +17,7 @@ from ..checks import check_classification, check_label_values, check_precision
 from ..isolation import replayed_rng
 from ..losses import count_labels
 from ..perturbation import perturbed
-from .derived_state import check_logits_follow_weights, switching_modules, unchanged_state, versions
+from .derived_state import check_logits_follow_weights, derive_anew, switching_modules, unchanged_state, versions
 
 
 Batches = Iterable[Mapping[str, Any]]
@@ -55,11 +55,16 @@ class EmpiricalRisk:
         """Run the model on each batch and check what it returns."""
         for batch in self.batches if batches is None else batches:
             state = None if self._checked else versions(self.model)
+            derive_anew(self._switching)
             logits, labels = self._run(batch)
             if state is not None:
                 self._checked = True
-                one = next(samples_in_groups(batch, 1))
-                if check_logits_follow_weights(self.model, self.parameters, lambda one=one: self._run(one)[0], state):
+
+                def run(count: int, batch: Mapping[str, Any] = batch) -> torch.Tensor:
+                    return self._run(next(samples_in_groups(batch, count)))[0]
+
+                if check_logits_follow_weights(self.model, self.parameters, run, state):
+                    derive_anew(self._switching)
                     logits, labels = self._run(batch)  # the weights have moved meanwhile
             yield logits, labels
 
@@ -68,10 +73,6 @@ class EmpiricalRisk:
         labels = inputs.pop("labels", None)
         if not isinstance(labels, torch.Tensor):
             raise ValueError(f"Each batch needs `labels`, a tensor; got one with only {sorted(inputs)}.")
-        for module in self._switching:
-            # What they keep in evaluation mode may be of earlier weights, or hold a graph that was used up.
-            module.train()
-            module.eval()
         outputs = self.model(**inputs)
         if isinstance(outputs, Mapping):
             if "logits" not in outputs:

@@ -239,6 +239,7 @@ def test_levit_is_measured_with_the_biases_of_the_moved_weights(name):
     [
         (DerivedByEval, "'v' of DerivedByEval"),
         (DroppedByForward, "'v' of DroppedByForward"),
+        (InBuffer, "'v' of InBuffer"),
         (Merged, "'a' of Merged"),
         (ModulePutInPlace, "'first.weight' of Linear"),
     ],
@@ -257,9 +258,26 @@ def test_what_no_change_of_mode_drops_is_refused_by_name(model, parameter, evalu
             measure()
 
 
-def test_what_a_forward_pass_writes_to_a_buffer_is_refused_by_name():
-    with pytest.raises(ValueError, match="do not follow the parameter 'v' of InBuffer"):
-        sam_sharpness(InBuffer(), small_data(), 0.5)
+class Unused(KeptUntilTrain):
+    """Has parameters that no forward pass uses: in a module that keeps something, and beside a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(3))
+        self.register_buffer("constant", torch.ones(3))
+        self.auxiliary = KeptUntilTrain()
+        evaluated(self.auxiliary)
+        self.norm = nn.BatchNorm1d(8)
+
+    def scale(self):
+        return self.norm(super().scale().expand(2, -1))[:1]
+
+
+def test_parameters_that_no_pass_uses_are_no_reason_to_refuse():
+    model = Unused()
+    before = weights(model)
+    assert sam_sharpness(model, small_data(), 0.5) > 0
+    assert identical(weights(model), before), "also the running statistics"
 
 
 def test_the_cache_of_parametrizations_is_refused_and_parametrizations_are_not():
