@@ -59,11 +59,8 @@ class EmpiricalRisk:
             logits, labels = self._run(batch)
             if state is not None:
                 self._checked = True
-
-                def run(count: int, batch: Mapping[str, Any] = batch) -> torch.Tensor:
-                    return self._run(next(samples_in_groups(batch, count)))[0]
-
-                if check_logits_follow_weights(self.model, self.parameters, run, state):
+                one = next(samples_in_groups(batch, 1))
+                if check_logits_follow_weights(self.model, self.parameters, lambda one=one: self._run(one)[0], state):
                     derive_anew(self._switching)
                     logits, labels = self._run(batch)  # the weights have moved meanwhile
             yield logits, labels
