@@ -76,7 +76,7 @@ def check_logits_follow_weights(
     Args:
         model (`nn.Module`): The model, after a forward pass in evaluation mode.
         parameters (sequence of `nn.Parameter`): Its trainable parameters.
-        run (`Callable`): Computes the logits of a sample, with their graph.
+        run (`Callable`): Computes the logits of a few samples, with their graph.
         state (`dict[int, int]`): What [`versions`] returned before that pass.
 
     Returns:

@@ -189,7 +189,7 @@ def _cached(
     hasher = Hasher()
     for part in (settings, *[(dict(m.state_dict()), [p.requires_grad for p in m.parameters()]) for m in models]):
         hasher.update(part)
-    with measuring(models[0], batches):  # it keeps the random numbers that reading the batches may draw
+    with measuring(models[0], batches):  # reading the batches may draw random numbers, which it gives back
         for batch in batches:
             hasher.update(dict(batch))
     path = Path(cache_dir) / f"{kind.__name__.removeprefix('Loss').lower()}-{hasher.hexdigest()}.npz"

@@ -280,6 +280,21 @@ def test_parameters_that_no_pass_uses_are_no_reason_to_refuse():
     assert identical(weights(model), before), "also the running statistics"
 
 
+class SteepToken(KeptUntilTrain):
+    """Normalizes a token of zeros, whose effect follows its gradient for tiny steps only."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(8))
+
+    def scale(self):
+        return super().scale() + F.layer_norm(self.token, (8,), eps=1e-12)
+
+
+def test_a_parameter_with_a_steep_effect_is_no_reason_to_refuse():
+    assert sam_sharpness(SteepToken(), small_data(), 0.5) > 0
+
+
 def test_the_cache_of_parametrizations_is_refused_and_parametrizations_are_not():
     model = Scaled()
     nn.utils.parametrizations.weight_norm(model.first)
