@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sharpness-aware training for the Hugging Face Trainer, with the AACE loss in its ascent step."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from .perturbation import perturbed
     from .trainer import AACETrainer, SharpnessAwareMixin
 
+
+# peft imports bitsandbytes where it is installed, which warns that it lacks 4-bit kernels: nothing here uses them, and the first
+# lines on a user's screen are to be about the user's run.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of trainers, batches and labels: each refuses what cannot be trained, before any weight moves, and names the fix."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,14 +27,14 @@ _INSTEAD = (
 )
 
 
-def check_trainer(trainer: Trainer, args: AACEArguments, parameters: list[nn.Parameter] | None) -> None:
+def check_trainer(trainer: Trainer, args: AACEArguments, parameters: list[nn.Parameter]) -> None:
     """
     Check that a trainer can train with these settings.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer.
         args ([`AACEArguments`]): The settings of its ascent.
-        parameters (`list[nn.Parameter]`): The parameters to perturb; not looked at with `rho=0`.
+        parameters (`list[nn.Parameter]`): The parameters to perturb.
 
     Raises:
         `ValueError`: If it cannot: for its processes and devices, its optimizer, its model, or the dtype of the parameters.
@@ -49,6 +50,10 @@ def check_trainer(trainer: Trainer, args: AACEArguments, parameters: list[nn.Par
         raise ValueError(
             f"`optim={optimizer!r}` updates the weights inside the backward pass, while they are perturbed, so that "
             "the update would be lost. Use an optimizer that steps after it, such as `adamw_torch`."
+        )
+    if trainer.args.fp16 and trainer.args.device.type == "cpu":
+        logger.warning_once(
+            "`fp16=True` has no effect on a CPU: Transformers trains in 32 bits there. Use `bf16=True`."
         )
     config = getattr(trainer.model, "config", None)  # any `nn.Module` may be trained
     problem_type, num_labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
@@ -117,7 +122,7 @@ def check_parameters(trainable: Mapping[str, nn.Parameter], chosen: list[nn.Para
 
     Args:
         trainable (`Mapping[str, nn.Parameter]`): The trainable parameters of the model by name.
-        chosen (`list[nn.Parameter]`): Those of them that `perturb_modules` chooses.
+        chosen (`list[nn.Parameter]`): The ones that `perturb_modules` chooses.
         pattern (`str`, *optional*): `perturb_modules`.
 
     Raises:
@@ -129,10 +134,12 @@ def check_parameters(trainable: Mapping[str, nn.Parameter], chosen: list[nn.Para
             "set `rho=0`."
         )
     if not chosen:
+        meaning = (
+            "means the normalization layers" if pattern == "norm" else "is a regular expression, searched in the names"
+        )
         raise ValueError(
             f"`perturb_modules={pattern!r}` matches none of the {len(trainable)} trainable parameters, such as "
-            f"{list(trainable)[:3]}. It is a regular expression, searched in the parameter names; leave it out to perturb "
-            "them all."
+            f"{list(trainable)[:3]}. It {meaning}; leave it out to perturb them all."
         )
 
 
@@ -150,7 +157,7 @@ def check_backward_hooks(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def check_reentrant(trainer: Trainer, error: RuntimeError) -> None:
+def check_reentrant(trainer: Trainer, error: RuntimeError, used_backward: bool) -> None:
     """
     Look at an error of the ascent's backward pass: reentrant activation checkpointing says only there that it cannot serve
     `autograd.grad`.
@@ -159,7 +166,7 @@ def check_reentrant(trainer: Trainer, error: RuntimeError) -> None:
         `ValueError`: If that is the reason and `backward()` cannot serve instead.
         `RuntimeError`: The error itself, if it has another reason.
     """
-    if "use_reentrant=True" not in str(error):
+    if used_backward or "use_reentrant=True" not in str(error):
         raise error
     if trainer.args.ddp_static_graph:
         raise ValueError(
@@ -203,16 +210,31 @@ def check_batch(inputs: Any, label_name: str) -> None:
         )
 
 
-def check_inputs_of_model(trainer: Trainer, demanded: set[str], inputs: Mapping[str, Any]) -> None:
+def check_inputs_of_model(
+    trainer: Trainer, accepted: Mapping[str, inspect.Parameter], kept: Set[str], batch: Set[str]
+) -> None:
     """
     Check that a batch holds what the model's `forward` cannot do without.
 
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+        accepted (`Mapping[str, inspect.Parameter]`): The parameters of `forward`.
+        kept (`Set[str]`): The keys of the batch that the model is given.
+        batch (`Set[str]`): All keys of the batch.
+
     Raises:
-        `ValueError`: If an argument is missing.
+        `ValueError`: If an argument without a default is missing, or `forward` has no argument of the name of any key.
     """
-    if missing := sorted(demanded - inputs.keys()):
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {name: argument for name, argument in accepted.items() if argument.kind not in variable}
+    missing = sorted(
+        name for name, argument in named.items() if argument.default is argument.empty and name not in kept
+    )
+    if named and not missing and not kept & named.keys():
+        missing = [getattr(bare_model(trainer), "main_input_name", next(iter(named)))]
+    if missing:
         raise ValueError(
-            f"`forward` of {type(trainer.model).__name__} needs {missing}, got a batch with {sorted(inputs)}. Name the "
+            f"`forward` of {type(trainer.model).__name__} needs {missing}, got a batch with {sorted(batch)}. Name the "
             f"columns alike, or override `ascent_outputs` of {type(trainer).__name__} to call the model."
         )
 
@@ -241,7 +263,7 @@ def bare_model(trainer: Trainer) -> nn.Module:
 
 def check_classification(logits: torch.Tensor, labels: torch.Tensor) -> None:
     """
-    Checks that `logits` and `labels` are those of a single-label classifier, by shape and dtype alone: no value is
+    Check that `logits` and `labels` are those of a single-label classifier, by shape and dtype alone: no value is
     read, so that no device is waited for.
 
     Args:
@@ -277,7 +299,7 @@ def check_classification(logits: torch.Tensor, labels: torch.Tensor) -> None:
 
 def check_label_values(labels: torch.Tensor, classes: int, ignore_index: int = -100) -> None:
     """
-    Checks the values of the labels. This reads them, which waits for the device: call it once, or after a failure.
+    Check the values of the labels. This reads them, which waits for the device: call it once, or after a failure.
 
     Args:
         labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
@@ -307,7 +329,7 @@ def check_label_values(labels: torch.Tensor, classes: int, ignore_index: int = -
 @contextmanager
 def explained_labels(labels: torch.Tensor, classes: int, ignore_index: int = -100) -> Iterator[None]:
     """
-    Context manager for a loss, inside which an error of indexing becomes one of [`check_label_values`] if the labels are its
+    Turn an error of indexing in a loss into one of [`check_label_values`], inside this context manager, if the labels are its
     reason.
     """
     try:
@@ -344,7 +366,7 @@ def check_perturbation(
 
 def check_precision(parameters: Iterable[torch.Tensor]) -> None:
     """
-    Checks that the parameters can hold a perturbation.
+    Check that the parameters can hold a perturbation.
 
     Args:
         parameters (iterable of `torch.Tensor`): The parameters to be perturbed.

@@ -32,6 +32,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "rho": 0.5,
     },
 }
+# The default rho of each method if only the normalization layers are perturbed, which takes longer steps: the least of those that
+# were best on validation images in the study (notebooks/study); not measured for ASAM, which is nearly SAM where weights are near 1.
+_RHO_OF_NORM_LAYERS = {"aace": 10.0, "sam": 1.0, "asam": 1.0}
 
 _CHOICES = {
     "perturbation_loss": ["aace", "cross_entropy"],
@@ -81,7 +84,7 @@ class AACEArguments:
         metadata={
             "help": "Size of the ascent step, >= 0. A step size (the factor of the ascent gradient), or with "
             "`normalize_perturbation` the length of the step. 0 is plain training. By default that of the method: 0.01 for "
-            "`aace`, 0.05 for `sam`, 0.5 for `asam`. `perturb_modules norm` needs 10 to 30."
+            "`aace`, 0.05 for `sam`, 0.5 for `asam`; with `perturb_modules norm` 10, 1 and 1."
         },
     )
     perturbation_loss: Literal["aace", "cross_entropy"] = field(
@@ -115,7 +118,8 @@ class AACEArguments:
     ascent_fraction: float = field(
         default=1.0,
         metadata={
-            "help": "Share of each batch that the ascent pass uses, in (0, 1]: its first samples, at least one."
+            "help": "Share of each batch that the ascent pass uses, in (0, 1]: its first samples, at least two, and with "
+            "BatchNorm a dozen, if the batch has them."
         },
     )
     ascent_scope: Literal["micro_batch", "full_batch"] = field(
@@ -145,12 +149,13 @@ class AACEArguments:
     perturb_modules: str | None = field(
         default=None,
         metadata={
-            "help": "Regular expression, searched in the parameter names: perturb only the trainable parameters that "
-            "match. `norm`: the normalisation layers of most models. All parameters by default."
+            "help": "The trainable parameters to perturb: `norm` for those of the normalization layers (of all kinds, by "
+            "the type of the layer), or a regular expression, searched in the parameter names. All by default."
         },
     )
 
-    _applied_method: ClassVar[str | None] = "none yet"  # the method that the fields were last set by
+    _method_applied: ClassVar[bool] = False
+    _applied_method: ClassVar[str | None] = None  # the method that the fields were last set by
 
     def __post_init__(self):
         self.check_aace_arguments()
@@ -158,17 +163,20 @@ class AACEArguments:
             super().__post_init__()
 
     def _apply_method(self) -> None:
-        """Sets the fields that were left out as the method has them, all at first, later those that an earlier method set."""
+        """Set the fields that were left out as the method has them; later, those that an earlier method set."""
         if self.method not in (None, *METHODS):
             raise ValueError(f"`method` must be one of {list(METHODS)}, or left out, got {self.method!r}.")
-        first = self._applied_method == "none yet"
-        if self.method == self._applied_method:
+        if self._method_applied and self.method == self._applied_method:
             return
         settings = METHODS[self.method or "aace"]
-        earlier = dict.fromkeys(settings) if first else METHODS[self._applied_method or "aace"]
+        earlier = METHODS[self._applied_method or "aace"] if self._method_applied else dict.fromkeys(settings)
         given = [name for name in settings if getattr(self, name) != earlier[name]]
         for name in settings.keys() - set(given):
             setattr(self, name, settings[name])
+        if "rho" not in given and self.perturb_modules == "norm":
+            for name, row in METHODS.items():
+                if all(getattr(self, key) == value for key, value in row.items() if key != "rho"):
+                    self.rho = _RHO_OF_NORM_LAYERS[name]
         changed = [name for name in given if name != "rho" and getattr(self, name) != settings[name]]
         if self.method is not None and changed and len(given) == len(settings):
             raise ValueError(
@@ -178,11 +186,11 @@ class AACEArguments:
             )
         if changed:
             self.method = None  # the settings are of no method's paper any more
-        self._applied_method = self.method
+        self._method_applied, self._applied_method = True, self.method
 
     def check_aace_arguments(self) -> None:
         """
-        Checks the fields that this class adds. Called when an [`AACEConfig`] or a trainer is made, and again when
+        Check the fields that this class adds. Called when an [`AACEConfig`] or a trainer is made, and again when
         training starts, since a hyperparameter search or a callback may have set them meanwhile.
 
         Raises:
@@ -245,8 +253,9 @@ class AACEConfig(AACEArguments, TrainingArguments):
         rho (`float`, *optional*):
             Size of the ascent step, `>= 0`. Un-normalised it is a step size, in units of weight per unit of gradient;
             with `normalize_perturbation` it is a length in weight space. Independent of accumulation steps, number of
-            processes, label smoothing and the fp16 loss scale. The default is the method's, for all weights;
-            `perturb_modules="norm"` needs 10 to 30. `0` is plain training, bit for bit.
+            processes, label smoothing and the fp16 loss scale. The default is the method's; with
+            `perturb_modules="norm"`, whose steps are longer, 10 for AACE and 1 for SAM and ASAM. `0` is plain training, bit for
+            bit.
         perturbation_loss (`str`, *optional*):
             The loss whose gradient gives the ascent step: `"aace"` (descended: away from the true class) or
             `"cross_entropy"` (ascended, as SAM does). Always the mean over the samples, without label smoothing.
@@ -259,9 +268,9 @@ class AACEConfig(AACEArguments, TrainingArguments):
             `"uniform"`, or `"random"` (one wrong class drawn for each sample). The last two are the paper's ablations.
             Only for `perturbation_loss="aace"`.
         ascent_fraction (`float`, *optional*, defaults to `1.0`):
-            Share of each batch that the ascent pass uses, in `(0, 1]`: its first `round(ascent_fraction * batch)`
-            samples, at least one. The descent pass always uses the whole batch. BatchNorm takes its running statistics from
-            the ascent pass, so from these samples: keep to a dozen or more for a model that has it.
+            Share of each batch that the ascent pass uses, in `(0, 1]`: its first `round(ascent_fraction * batch)` samples, at
+            least two, if the batch has them. The descent pass always uses the whole batch. BatchNorm takes its running
+            statistics from the ascent pass: a model that has it uses at least twelve samples, or the whole batch.
         ascent_scope (`str`, *optional*, defaults to `"micro_batch"`):
             Under gradient accumulation, what one perturbation is computed from: each `"micro_batch"` for itself, or
             the `"full_batch"` that makes up the optimizer step.
@@ -272,18 +281,18 @@ class AACEConfig(AACEArguments, TrainingArguments):
             Perturb on every this many optimizer steps; the steps between are plain.
         ascent_every (`int`, *optional*, defaults to `1`):
             Take an ascent pass on every this many optimizer steps only; perturbed steps between move the weights along the
-            gradient of the last one again (of its last micro-batch, with `ascent_scope="micro_batch"` under accumulation).
+            gradient of the last one again (of its last micro-batch, with `ascent_scope="micro_batch"` under accumulation; one
+            that is not finite skips them all).
             That gradient is kept, in memory of the size of the perturbed parameters, but in no checkpoint: the step after a
             save takes an ascent pass of its own. BatchNorm updates its running statistics on steps with an ascent pass only.
         perturb_modules (`str`, *optional*):
-            A regular expression, searched (`re.search`) in the names of the model's parameters: only trainable ones
-            that match are perturbed. Defaults to all trainable parameters. `"norm"` means the normalisation layers of most
-            models of Transformers (SAM-ON, Müller et al., [arXiv 2306.04226](https://huggingface.co/papers/2306.04226)),
-            which are less than a hundredth of the parameters: the backward pass of the ascent then takes no gradient of
-            the other weights, a third of its operations (a compiled one takes them all), and only these are copied. Some
-            models have other names for them: EfficientNet `"norm|_bn"`, many of timm `"norm|bn"`, ImageGPT `"ln_"`, BERT
-            `"LayerNorm"`, and ConvNeXt, before its downsampling, `"norm|downsampling_layer.0"` (the README's study was made
-            without).
+            Which trainable parameters are perturbed. Defaults to all. `"norm"` means those of the normalization layers (SAM-ON,
+            Müller et al., [arXiv 2306.04226](https://huggingface.co/papers/2306.04226)), less than a hundredth of all: the
+            backward pass of the ascent then takes no gradient of the other weights, a third of its operations (a compiled one
+            takes them all), and only these are copied. Anything else is a regular expression, searched (`re.search`) in the names
+            of the parameters. A normalization layer is told by its type, not its name: torch's `LayerNorm`, `GroupNorm`,
+            `RMSNorm`, BatchNorm and InstanceNorm, and every class with "norm" in its name; of it the parameters `weight` and
+            `bias` with at most one dimension larger than 1 count.
 
     Raises:
         `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.

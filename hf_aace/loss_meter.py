@@ -2,7 +2,7 @@
 """The training loss before and after the perturbation, measured alike for the log, and compared with the loss that is trained on."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,9 +30,6 @@ class LossMeter:
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer.
-
-    Attributes:
-        measurable (`bool`): False once the loss turned out not to be the one that is trained on.
     """
 
     def __init__(self, trainer: Trainer):
@@ -41,7 +38,7 @@ class LossMeter:
 
     def reset(self) -> None:
         """Begin anew, as when training begins."""
-        self.measurable, self._compared, self._outputs = True, False, None
+        self._measurable, self._compared, self._told, self._outputs = True, False, False, None
 
     def loss(self, outputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
@@ -67,7 +64,7 @@ class LossMeter:
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
         """
-        Context manager for the descent: keeps a copy of what the model returns, as losses may change it in place.
+        Keep a copy of what the model returns inside this context manager, as losses may change it in place.
 
         Args:
             model (`nn.Module`): The model that the training step got.
@@ -92,8 +89,8 @@ class LossMeter:
         num_items: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """
-        Measure the mean training loss at the perturbed weights, on the samples of the ascent. The first time this compares it
-        with the loss that is trained on, and waits for the device.
+        Measure the training loss at the perturbed weights, summed over the samples of the ascent. The first time this compares
+        it with the loss that is trained on, and waits for the device.
 
         Args:
             loss (`torch.Tensor`): The loss that the training step returned.
@@ -107,18 +104,21 @@ class LossMeter:
             if isinstance(outputs, tuple) and outputs[0] is not None and outputs[0].dim() == 0:
                 outputs = outputs[1:]  # without the loss
             logits = self._trainer.ascent_logits(outputs)
-            whole = self.loss(outputs, logits, labels) / count_labels(labels)
+            total = self.loss(outputs, logits, labels)
         except Exception as error:
             self._leave_out(f"the outputs of the training step have no logits ({type(error).__name__}: {error}).")
             return torch.full((), math.nan, device=loss.device)
+        count = count_labels(labels)
         if not self._compared:
-            self._compare(loss.item(), whole.item(), count_labels(labels), micro_batches, num_items)
-        if used == len(labels) or self._trainer.compute_loss_func is not None:
-            return whole
-        return self.loss(outputs, logits[:used], labels[:used]) / count_labels(labels[:used])
+            self._compare(loss.item(), (total / count).item(), count, micro_batches, num_items)
+        if used == len(labels):
+            return total
+        batch = len(labels)
+        outputs = recursively_apply(lambda x: x[:used] if x.dim() > 0 and len(x) == batch else x, outputs)
+        return self.loss(outputs, logits[:used], labels[:used])
 
     def _compare(self, trained: float, measured: float, samples: Any, micro_batches: int, num_items: Any) -> None:
-        """Tell if the loss that is trained on is the measured one, or that times the micro-batches and processes, or another."""
+        """Check that the loss that is trained on equals the measured one, possibly scaled; warn otherwise."""
         if not (math.isfinite(trained) and math.isfinite(measured)):
             return
         self._compared = True
@@ -139,11 +139,37 @@ class LossMeter:
             )
             return
         self._leave_out(
-            f"the loss that is trained on ({trained:.4g}) is not the cross-entropy of the model's logits ({right[-1]:.4g}). "
+            f"the loss that is trained on ({trained:.4g}) is not the cross-entropy of the model's logits ({right[0]:.4g}). "
             "Give your loss as `compute_loss_func` instead of overriding `compute_loss` to have them."
         )
 
+    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
+        """
+        Leave out of the log what could not be measured. At the first log, tell of a perturbation that does next to nothing or
+        much too much.
+
+        Args:
+            metrics (`dict[str, float]`): The averages for the log.
+        """
+        if not self._measurable:
+            return {name: value for name, value in metrics.items() if name not in ("clean_loss", "sharpness")}
+        if "sharpness" in metrics and not self._told and self._trainer.is_world_process_zero():
+            self._told = True
+            clean, rise = metrics["clean_loss"], metrics["sharpness"]
+            if abs(rise) < 1e-3 * clean:
+                logger.warning(
+                    f"The perturbation changes the training loss of {clean:.4g} by {rise:.2g} only: this is nearly plain "
+                    "training, at a higher price. The un-normalized step of AACE grows as the model becomes confident; if "
+                    "`sharpness` in the log stays as small, try a `rho` ten times as large."
+                )
+            elif rise > max(1.0, clean):
+                logger.warning(
+                    f"The perturbation raises the training loss from {clean:.4g} to {clean + rise:.4g}: the model can hardly "
+                    "learn from that. Try a `rho` a tenth as large."
+                )
+        return metrics
+
     def _leave_out(self, why: str) -> None:
-        if self.measurable and self._trainer.is_world_process_zero():
+        if self._measurable and self._trainer.is_world_process_zero():
             logger.warning(_NOT_LOGGED + why)
-        self.measurable = False
+        self._measurable = False

@@ -12,7 +12,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer
-from transformers.modelcard import TrainingSummary, make_markdown_table
+from transformers.modelcard import TrainingSummary, make_markdown_table, parse_log_history
 
 from .config import AACEArguments, method_title
 
@@ -22,7 +22,11 @@ _PACKAGES = ("hf-aace", "transformers", "torch", "datasets", "accelerate")
 
 
 def write_model_card(
-    trainer: Trainer, settings: AACEArguments, tags: str | list[str] | None = None, **metadata: Any
+    trainer: Trainer,
+    settings: AACEArguments,
+    first_step: int = 0,
+    tags: str | list[str] | None = None,
+    **metadata: Any,
 ) -> None:
     """
     Write the model card, `README.md` in the output directory of a trainer.
@@ -30,6 +34,7 @@ def write_model_card(
     Args:
         trainer ([`~transformers.Trainer`]): The trainer.
         settings ([`AACEArguments`]): Its settings of sharpness-aware training.
+        first_step (`int`, *optional*, defaults to 0): The step that the last training began at; above 0 it was resumed.
         tags (`str` or `list[str]`, *optional*): Tags besides those of the trainer and those of a card that is there.
         **metadata: What else [`~transformers.Trainer.create_model_card`] takes.
     """
@@ -39,11 +44,18 @@ def write_model_card(
     kept = (present.tags or []) if own or tags is not None else []  # Trainer drops them unless it is given others
     tags = [*([tags] if isinstance(tags, str) else tags or []), *own, *kept]
     summary = TrainingSummary.from_trainer(trainer, tags=list(dict.fromkeys(tags)), **metadata)
+    history, best_step = trainer.state.log_history, trainer.state.best_global_step
+    if best := bool(trainer.args.load_best_model_at_end and best_step and "train_runtime" in history[-1]):
+        # The weights are those of the best evaluation, after which others may have come.
+        up_to_best = [entry for entry in history if entry["step"] <= best_step and "train_runtime" not in entry]
+        *_, summary.eval_results = parse_log_history([*up_to_best, history[-1]])
     text = model_card_text(
         summary,
         settings,
         model_id=trainer.hub_model_id or summary.model_name,
-        log_history=trainer.state.log_history,
+        log_history=history,
+        best=best,
+        first_step=first_step,
         hardware=describe_hardware(trainer.args.device, trainer.args.world_size),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +71,8 @@ def model_card_text(
     model_id: str,
     log_history: list[dict[str, Any]],
     hardware: str,
+    first_step: int = 0,
+    best: bool = False,
 ) -> str:
     """
     Fill in the template of the model card, `model_card_template.md`.
@@ -69,6 +83,8 @@ def model_card_text(
         model_id (`str`): The name to load the model by.
         log_history (`list[dict]`): `trainer.state.log_history`.
         hardware (`str`): The hardware that it was trained on, in words.
+        first_step (`int`, *optional*, defaults to 0): The step that the last training began at.
+        best (`bool`, *optional*, defaults to `False`): The results are those of the best evaluation, not of the last one.
 
     Returns:
         `str`: The text below the metadata, in Markdown.
@@ -76,6 +92,10 @@ def model_card_text(
     names = [option.name for option in dataclasses.fields(AACEArguments)]
     finished = [entry for entry in log_history if "train_runtime" in entry][-1:]
     time = timedelta(seconds=round(finished[0]["train_runtime"])) if finished else None
+    # Entries that were read from a checkpoint have their keys in another order than those made since.
+    lines = summary.eval_lines or []
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    lines = [{key: line.get(key, "") for key in columns} for line in lines]
     environment = jinja2.Environment(keep_trailing_newline=True)
     environment.filters["number"] = lambda value: f"{value:.4g}" if isinstance(value, float) else value
     template = environment.from_string(Path(__file__).with_name("model_card_template.md").read_text(encoding="utf-8"))
@@ -89,11 +109,13 @@ def model_card_text(
         task=next(iter(_as_list(summary.tasks)), None),
         model_id=model_id,
         results=summary.eval_results,
+        best=best,
         time=time,
         speed=finished[0].get("train_samples_per_second") if finished else None,
         hardware=hardware,
         hyperparameters=summary.hyperparameters,
-        evaluations=None if summary.eval_lines is None else make_markdown_table(summary.eval_lines).rstrip(),
+        first_step=first_step,
+        evaluations=make_markdown_table(lines).rstrip() if lines else None,
         versions={package: version(package) for package in _PACKAGES},
     )
 

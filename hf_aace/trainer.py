@@ -20,14 +20,14 @@ from .perturbation import perturbed
 
 class SharpnessAwareMixin(TrainerWorkarounds):
     r"""
-    Gives sharpness-aware training to a subclass of [`~transformers.Trainer`]:
+    Add sharpness-aware training to a subclass of [`~transformers.Trainer`]:
 
     ```python
     class MyAACETrainer(SharpnessAwareMixin, MyTrainer): ...
     ```
 
-    Each training step first computes the gradient of the mean ascent loss (AACE by default) at the weights `w`, moves
-    the weights along it to `w'`, lets `MyTrainer.training_step` do at `w'` what it would have done at `w`, and puts
+    By default each training step first computes the gradient of the mean ascent loss (AACE) at the weights `w`, moves the
+    weights along it to `w'`, lets `MyTrainer.training_step` do at `w'` what it would have done at `w`, and puts
     the weights back, bit for bit, whatever happened. Both passes see the same random numbers, BatchNorm statistics are
     updated from `w` only, and `rho=0` is `MyTrainer` itself.
 
@@ -35,13 +35,14 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     [`~transformers.TrainingArguments`] gives each of them its default. With `model` a string, the model is loaded by
     `AutoModelForImageClassification.from_pretrained`, in 32 bits.
 
-    Besides what `MyTrainer` logs, each training log holds, averaged over the steps since the last log (the first four over
-    those that took an ascent pass) and over the processes:
+    Besides what `MyTrainer` logs, each training log holds averages over the steps since the last log and over the processes
+    (`clean_loss`, `clean_accuracy`, `sharpness` and `ascent_loss` over the steps that took an ascent pass):
 
-    - `clean_loss`: the training loss at `w`, on the samples of the ascent pass: cross-entropy with the label smoothing
-      of the arguments, or what `compute_loss_func` returns (not what an overridden `compute_loss` does),
+    - `clean_loss`: the mean training loss at `w`, on the samples of the ascent: cross-entropy with the label smoothing of the
+      arguments, or what `compute_loss_func` returns,
     - `clean_accuracy`: the share of these samples that the model classifies at `w` as their labels say,
-    - `sharpness`: the training loss at `w'` (Trainer's own `loss`) minus `clean_loss`,
+    - `sharpness`: the mean training loss at `w'` on the same samples minus `clean_loss`. If they do not
+      match the loss that is trained on (an overridden `compute_loss`, for example), both are left out and a warning is logged,
     - `ascent_loss`, `ascent_grad_norm`: the ascent loss at `w` and the norm of its gradient,
     - `perturbation_norm`: the distance from `w` to `w'`,
     - `rho`: its present value,
@@ -59,7 +60,9 @@ class SharpnessAwareMixin(TrainerWorkarounds):
             kwargs["model"] = _load_model(kwargs["model"])
         elif args and isinstance(args[0], str):
             first = next(iter(inspect.signature(super().__init__).parameters.values()))
-            if first.name == "model" or first.kind is first.VAR_POSITIONAL:  # else a string of a Trainer of one's own
+            if (
+                first.name == "model" or first.kind is first.VAR_POSITIONAL
+            ):  # in a custom Trainer the first argument may be another string
                 args = (_load_model(args[0]), *args[1:])
         super().__init__(*args, **kwargs)
         self._ascent = Ascent(self)
@@ -73,13 +76,13 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args, **kwargs) -> torch.Tensor:
         with self.perturbed_weights(model, inputs):
             loss = super().training_step(model, inputs, *args, **kwargs)
-        self._ascent.log_descent(loss)
+        self._ascent.log_descent(inputs, loss, kwargs.get("num_items_in_batch", args[0] if args else None))
         return loss
 
     @contextmanager
     def perturbed_weights(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any]) -> Iterator[perturbed | None]:
         """
-        Context manager inside which the weights are the perturbed ones, as a training step needs them.
+        Perturb the weights inside this context manager, as a training step needs it.
 
         Args:
             model (`nn.Module`): The model that the training step got.
@@ -88,7 +91,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         Returns:
             [`perturbed`]: The perturbation, or `None` if this step is a plain one.
         """
-        perturbation = self._ascent.perturbation(model, inputs)
+        perturbation = self._ascent.prepare_perturbation(model, inputs)
         if perturbation is None:
             yield None
         else:
@@ -96,7 +99,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
                 yield perturbation
 
     def forget_ascent(self) -> None:
-        """Make the next perturbed step take an ascent pass of its own, whatever `ascent_every` says."""
+        """Make the next perturbed step take an ascent pass of its own, whatever `ascent_every` says. Call it between steps."""
         self._ascent.forget()
 
     def ascent_outputs(self, model: nn.Module, inputs: Mapping[str, torch.Tensor | Any]) -> Any:
@@ -117,21 +120,20 @@ class SharpnessAwareMixin(TrainerWorkarounds):
             `ValueError`: If `forward` needs what the batch does not hold.
         """
         label = self._ascent.label_name
-        accepted = inspect.signature(bare_model(self).forward).parameters
+        accepted = dict(inspect.signature(bare_model(self).forward).parameters)
         anything = any(argument.kind is argument.VAR_KEYWORD for argument in accepted.values())
-        demanded = {
-            name
-            for name, argument in accepted.items()
-            if argument.default is argument.empty
-            and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+        needs_label = label in accepted and accepted[label].default is inspect.Parameter.empty
+        if not needs_label:
+            accepted.pop(label, None)
+        # What is not accepted, such as sample weights, is for an overridden `compute_loss`.
+        kept = {
+            key: value
+            for key, value in inputs.items()
+            if (anything or key in accepted) and (needs_label or key != label)
         }
-        check_inputs_of_model(self, demanded, inputs)
-        # What is not accepted, sample weights say, is for an overridden `compute_loss`.
-        kept = {key: value for key, value in inputs.items() if key != label and (anything or key in accepted)}
-        if label not in demanded:
-            return model(**kept)
-        outputs = model(**kept, **{label: inputs[label]})
-        return outputs[1:] if isinstance(outputs, tuple) else outputs
+        check_inputs_of_model(self, accepted, kept.keys(), inputs.keys())
+        outputs = model(**kept)
+        return outputs[1:] if needs_label and isinstance(outputs, tuple) else outputs
 
     def ascent_logits(self, outputs: Any) -> torch.Tensor:
         """
@@ -203,9 +205,7 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
     ```
     """
 
-    _tag_names = ("hf_aace", "sharpness-aware-minimization")
-
-    @functools.wraps(Trainer.__init__)
+    @functools.wraps(Trainer.__init__)  # for the signature that help and editors show
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
 
@@ -223,7 +223,8 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
             **kwargs: What else [`~transformers.Trainer.create_model_card`] takes.
         """
         if self.is_world_process_zero():
-            write_model_card(self, self._ascent.args, language=language, license=license, tags=tags, **kwargs)
+            first_step = self._ascent.first_step
+            write_model_card(self, self._ascent.args, first_step, tags, language=language, license=license, **kwargs)
 
 
 def _load_model(name: str) -> PreTrainedModel:

@@ -10,12 +10,12 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from tiny import MODELS, VANISHING, InOrder, activation_checkpointing, digits, learning_curve, training_arguments
 from torch.distributed.device_mesh import init_device_mesh
@@ -338,6 +338,7 @@ def scenarios(folder):
     plugin = lambda **kwargs: type("_", (Fsdp2OnCpu,), {"plugin": kwargs})  # noqa: E731
     # As the ascent pass asks for anyway: plain Trainer, left alone, adds the gradients up in another order.
     sync_each_batch = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     not_finite = {"max_steps": 10, "logging_steps": 10}
     synced_modes = {mode: kwargs for mode, kwargs in MODES.items() if mode.startswith("synced")}
     return {
@@ -363,8 +364,8 @@ def scenarios(folder):
             "reentrant checkpointing": partial(
                 against_plain, gradient_accumulation_steps=2, **activation_checkpointing(True)
             ),
-            "torch_compile": partial(against_plain, torch_compile=True, torch_compile_backend="aot_eager"),
         },
+        "ddp compiled": partial(against_plain, **compiled),
         "ddp SyncBatchNorm": {
             mode: partial(run, SyncBatchNorms, name="resnet", **MODES[mode]) for mode in ("local", "synced")
         },
@@ -388,7 +389,6 @@ def scenarios(folder):
             "full batch": partial(against_plain, Fsdp2OnCpu, gradient_accumulation_steps=2, ascent_scope="full_batch"),
             "bf16": partial(against_plain, Fsdp2OnCpu, bf16=True),
             "checkpointing": partial(against_plain, plugin(activation_checkpointing=True)),
-            "torch_compile": partial(against_plain, Fsdp2OnCpu, torch_compile=True, torch_compile_backend="aot_eager"),
             "gathered until the backward pass": partial(against_plain, plugin(reshard_after_forward=False)),
         },
         "fsdp2 replicated": step_on_replicated_shards,
@@ -396,14 +396,17 @@ def scenarios(folder):
         "fsdp2 uninterrupted": partial(run, Fsdp2OnCpu, output_dir=folder / "fsdp2 uninterrupted", **RESUMABLE),
         "fsdp2 killed": partial(run, Fsdp2OnCpu, output_dir=folder / "fsdp2 killed", callbacks=[Kill()], **RESUMABLE),
         "fsdp2 resumed": partial(run, Fsdp2OnCpu, output_dir=folder / "fsdp2 killed", resume=True, **RESUMABLE),
+        "fsdp2 compiled": partial(against_plain, Fsdp2OnCpu, **compiled),
         "fsdp2 BatchNorm": {rho: partial(run, Fsdp2OnCpu, name="resnet", max_steps=3, rho=rho) for rho in (0, 0.05)},
     }
 
 
 def main(folder, names):
+    if not ON_GPU:  # else accelerate makes the group, with `ddp_timeout`, which it leaves out on the CPU
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=WAIT))
+
     def result_of(function, *what):
         (folder / f"running-{rank()}.txt").write_text(": ".join(what))
-        AcceleratorState._reset_state(True)  # what was before may have selected FSDP2
         return function()
 
     for name in names:

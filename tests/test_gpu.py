@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from tiny import VANISHING, batch, convnext, digits, identical, training_arguments, vit, weights
+from tiny import VANISHING, batch, convnext, digits, hand_out, identical, training_arguments, vit, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_aace import AACEConfig, AACETrainer
@@ -111,12 +111,12 @@ def test_no_host_synchronisation_per_step(precision, scope, tmp_path):
     trainer.current_gradient_accumulation_steps = 1
     model = trainer.accelerator.prepare(trainer.model)
     inputs = {key: value.cuda() for key, value in batch().items()}
-    trainer._aace_window = [inputs, inputs]
-    trainer.training_step(model, inputs)  # the first step reads the labels once, to check them
+    first, *others = hand_out(trainer, [dict(inputs) for _ in range(4)])
+    trainer.training_step(model, first)  # the first step reads the labels and the loss once, to check them
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
-            trainer.training_step(model, inputs)
+        for each in others:
+            trainer.training_step(model, each)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -127,7 +127,7 @@ def test_no_host_synchronisation_per_step(precision, scope, tmp_path):
     ids=["", "ascent_every", "full_batch"],
 )
 def test_cuda_graphs(switch, tmp_path):
-    """They write each pass's gradients where those of the last one were. On the CPU: tests/test_compatibility.py."""
+    """They write each pass's gradients where those of the last one were. On the CPU: tests/test_compile.py."""
 
     class StableGradients(TrainerCallback):
         """Under accumulation, plain Trainer's too, torch demands gradients that no graph has made."""

@@ -27,10 +27,11 @@ def test_second_pass_sees_the_perturbation_under_autocast(outer, tmp_path):
     trainer.model, _ = trainer.accelerator.prepare(trainer.model, torch.optim.SGD(trainer.model.parameters()))
     with torch.autocast("cpu", torch.bfloat16, enabled=outer):
         loss = trainer.training_step(trainer.model, batch())
-    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
-        perturbation = trainer.perturbed_weights(trainer.model, batch())
-    # A new region has no copies yet.
-    with perturbation, torch.autocast("cpu", torch.bfloat16, enabled=outer):
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=outer),
+        trainer.perturbed_weights(trainer.model, batch()),
+        torch.autocast("cpu", torch.bfloat16, enabled=outer, cache_enabled=False),  # each use makes a new copy
+    ):
         assert trainer.compute_loss(trainer.model, batch()).item() == loss.item()
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 from huggingface_hub import ModelCard
 from tiny import digits, training_arguments, vit
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_aace import AACEArguments, AACEConfig, AACETrainer
 from hf_aace.vision.metrics import compute_metrics_fn
@@ -28,8 +28,11 @@ def card(output_dir, model=None, cls=AACEConfig, write=lambda trainer: trainer.c
 
 def test_card_has_settings_results_cost_and_citation(tmp_path):
     written, trainer = card(tmp_path / "mine", rho=0.07, ascent_fraction=0.5)
+    assert "| method | AACE |" in written.text
     for option in dataclasses.fields(AACEArguments):
-        assert f"| `{option.name}` | `{getattr(trainer.args, option.name)}` |" in written.text
+        assert (
+            option.name == "method" or f"| `{option.name}` | `{getattr(trainer.args, option.name)}` |" in written.text
+        )
     accuracy = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry][-1]
     assert f"| Accuracy | {accuracy:.4g} |" in written.text
     speed = next(entry for entry in trainer.state.log_history if "train_runtime" in entry)["train_samples_per_second"]
@@ -65,7 +68,7 @@ def test_card_takes_what_trainer_takes(tmp_path):
 
     written, _ = card(tmp_path, write=write)
     assert written.text.strip().startswith("# Sorter")
-    assert "fine-tuned from [google/vit](https://huggingface.co/google/vit) on the data set beans" in written.text
+    assert "fine-tuned from [google/vit](https://huggingface.co/google/vit) on the dataset beans" in written.text
     assert (written.data.license, written.data.base_model) == ("mit", "google/vit")
     assert {"first", "second"} <= set(written.data.tags)  # those of the card that was there are kept
 
@@ -98,3 +101,56 @@ def test_card_of_a_peft_model_stays_one(tmp_path):
     written, _ = card(tmp_path, model=model, write=lambda t: (t.save_model(), t.create_model_card()))
     assert written.data.library_name == "peft"
     assert "Settings of sharpness-aware training" in written.text
+
+
+def resumed_card(output_dir, **kwargs):
+    """The card of a run of four epochs that was stopped after two and resumed."""
+
+    class Stop(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.epoch >= 2
+
+    settings = {"num_train_epochs": 4, "eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
+    for callbacks, resume in (([Stop()], None), ([], True)):
+        trainer = AACETrainer(
+            vit(),
+            training_arguments(AACEConfig, output_dir, **settings, **kwargs),
+            train_dataset=digits(64),
+            eval_dataset=digits(32),
+            compute_metrics=compute_metrics_fn(["accuracy"]),
+            callbacks=callbacks,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+    trainer.create_model_card()
+    return ModelCard.load(output_dir / "README.md").text, trainer
+
+
+def test_evaluations_before_and_after_a_resume_stand_in_the_same_columns(tmp_path):
+    """Those before come from a file whose keys are sorted: their accuracy stood under the loss."""
+    text, trainer = resumed_card(tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.count("|") > 4]
+    header, values = rows[0], rows[2:]
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(values) == len(evaluations) == 4
+    for row, entry in zip(values, evaluations, strict=True):
+        shown = dict(zip(header, row, strict=True))
+        assert float(shown["Validation Loss"]) == pytest.approx(entry["eval_loss"], abs=1e-4)
+        assert float(shown["Accuracy"]) == pytest.approx(entry["eval_accuracy"], abs=1e-4)
+
+
+def test_time_of_a_resumed_run_says_from_where(tmp_path):
+    assert "This is the time since it was resumed at step 8." in resumed_card(tmp_path)[0]
+    assert "resumed" not in card(tmp_path / "whole")[0].text
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_results_are_those_of_the_weights_that_are_saved(which, tmp_path):
+    """With `load_best_model_at_end` they are not those of the last evaluation."""
+    settings = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": which == "first"}
+    text, trainer = resumed_card(tmp_path, learning_rate=1e-3, **settings)
+    best = trainer.state.best_global_step
+    entry = next(entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == best)
+    assert f"| Loss | {entry['eval_loss']:.4g} |" in text and "Best evaluation" in text
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(entry["eval_loss"], rel=1e-4)
+    trainer.create_model_card()
+    assert "Last evaluation" in ModelCard.load(tmp_path / "README.md").text

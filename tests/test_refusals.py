@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from comparison import Linear
 from tiny import (
     batch,
     convnext,
@@ -191,3 +192,13 @@ def test_data_parallel_is_refused(tmp_path):
     arguments._n_gpu = 2
     with pytest.raises(ValueError, match=r"DataParallel over 2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
         AACETrainer(vit(), arguments)
+
+
+@pytest.mark.parametrize("column", ["image", "pixels"])
+@pytest.mark.parametrize("make_model", [vit, Linear], ids=["of Transformers", "of one's own"])
+def test_a_batch_without_the_input_of_the_model_names_the_columns(make_model, column, tmp_path):
+    """Transformers itself says "You have to specify pixel_values", and not what there is."""
+    rows = [{column: row["pixel_values"], "labels": row["labels"]} for row in digits(16)]
+    arguments = training_arguments(AACEConfig, tmp_path, max_steps=1, rho=0.1, remove_unused_columns=False)
+    with pytest.raises(ValueError, match=rf"needs \['pixel_values'\], got a batch with \[.*'{column}'"):
+        AACETrainer(make_model(), arguments, train_dataset=rows).train()

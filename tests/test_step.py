@@ -16,6 +16,7 @@ from tiny import (
     digits,
     identical,
     record_ascents,
+    resnet,
     trainer_for_single_steps,
     training_arguments,
     vit,
@@ -175,8 +176,8 @@ def test_rho_does_not_depend_on_the_loss_scale(tmp_path):
     torch.testing.assert_close(perturbation(trainer, batch()), expected)
 
 
-@pytest.mark.parametrize(("fraction", "used"), [(1.0, 16), (0.5, 8), (0.1, 2), (0.001, 1)])
-def test_ascent_fraction_uses_the_first_samples_at_least_one(fraction, used, tmp_path):
+@pytest.mark.parametrize(("fraction", "used"), [(1.0, 16), (0.5, 8), (0.1, 2), (0.001, 2)])
+def test_ascent_fraction_uses_the_first_samples_at_least_two(fraction, used, tmp_path):
     trainer = trainer_for_single_steps(convnext(), tmp_path, rho=0.1, ascent_fraction=fraction)
     sizes = record_ascents(trainer.model)
     with trainer.perturbed_weights(trainer.model, batch(16)):
@@ -185,6 +186,31 @@ def test_ascent_fraction_uses_the_first_samples_at_least_one(fraction, used, tmp
     whole = trainer_for_single_steps(convnext(), tmp_path, rho=0.1)
     with whole.perturbed_weights(whole.model, {key: value[:used] for key, value in batch(16).items()}):
         assert identical(weights(whole.model), moved)
+
+
+@pytest.mark.parametrize(("size", "used"), [(16, 12), (13, 12), (8, 8), (2, 2)])
+def test_batch_norm_gets_a_dozen_samples_or_the_whole_batch(size, used, tmp_path):
+    """Its running statistics come from the ascent: from fewer they are noise, and of one sample it cannot train."""
+    trainer = trainer_for_single_steps(resnet(), tmp_path, rho=0.1, ascent_fraction=0.25)
+    sizes = record_ascents(trainer.model)
+    with trainer.perturbed_weights(trainer.model, batch(size)):
+        pass
+    assert sizes == [used]
+
+
+@pytest.mark.parametrize("last", [1, 2, 5])
+@pytest.mark.parametrize("make_model", [convnext, vit, resnet], ids=["convnext", "vit", "resnet"])
+def test_a_small_last_batch_trains(make_model, last, tmp_path):
+    """As with plain Trainer, which cannot train BatchNorm on one sample either."""
+    if make_model is resnet and last == 1:
+        pytest.skip("plain Trainer fails, too")
+    arguments = training_arguments(
+        AACEConfig, tmp_path, rho=0.1, ascent_fraction=0.25, num_train_epochs=2, per_device_train_batch_size=16
+    )
+    trainer = AACETrainer(make_model(), arguments, train_dataset=digits(32 + last))
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert all(value.isfinite().all() for value in weights(trainer.model).values())
 
 
 @pytest.mark.parametrize("target", ["uniform", "random"])

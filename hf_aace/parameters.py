@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters to perturb: all, those of the normalization layers, or those whose names match."""
+
+import re
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase  # the one base of all BatchNorm and InstanceNorm layers
+
+from .checks import check_parameters
+
+
+_NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+
+
+def parameters_to_perturb(model: nn.Module, perturb_modules: str | None) -> list[nn.Parameter]:
+    """
+    List the trainable parameters that `perturb_modules` chooses.
+
+    Args:
+        model (`nn.Module`): The model, without the wrappers of accelerate.
+        perturb_modules (`str`, *optional*): As in [`AACEConfig`]. Defaults to all parameters.
+
+    Returns:
+        `list[nn.Parameter]`: The parameters, each once, in the order of the model.
+
+    Raises:
+        `ValueError`: If there are none.
+    """
+    # FSDP2's activation checkpointing and compilation put their wrappers into the names.
+    trainable = {
+        name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    if perturb_modules == "norm":
+        norm = {
+            id(p)
+            for module in model.modules()
+            if isinstance(module, _NORM_LAYERS) or "norm" in type(module).__name__.lower()
+            for name, p in module.named_parameters(recurse=False)
+            # A convolution that normalizes its own weights may have "norm" in its name: its weights have several dimensions.
+            if name in ("weight", "bias") and sum(size > 1 for size in p.shape) <= 1
+        }
+        chosen = [p for p in trainable.values() if id(p) in norm]
+    else:
+        chosen = [p for name, p in trainable.items() if perturb_modules is None or re.search(perturb_modules, name)]
+    check_parameters(trainable, chosen, perturb_modules)
+    return chosen
