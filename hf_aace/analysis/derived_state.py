@@ -91,7 +91,7 @@ def check_logits_follow_weights(
 
     def projected() -> torch.Tensor:
         derive_anew(switching)
-        logits = run().double()
+        logits = run()
         return logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
 
     def change_and_prediction(p: nn.Parameter, gradient: torch.Tensor, share: float) -> list[float]:
@@ -114,7 +114,7 @@ def check_logits_follow_weights(
         for module in around:
             module.training = not isinstance(module, _NormBase)
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(run().double().sum(), [p], materialize_grads=True)
+            (gradient,) = torch.autograd.grad(run().sum(), [p], materialize_grads=True)
         model.eval()
         return float(gradient.norm())
 
