@@ -1,13 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the toy is said to show, it shows."""
+"""The model of two weights in notebook 2 shows what the notebook says."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from toy import METHODS, TwoWeights, toy_data, toy_loss, toy_minimum, train_toy
 
 from hf_aace.analysis.sharpness import hessian_eigenvalues
+
+
+def _toy():
+    """Execute the cell of the notebook that is tagged `toy`."""
+    path = Path(__file__).parents[1] / "notebooks" / "02_what_aace_does.ipynb"
+    cells = nbformat.read(path, as_version=4).cells
+    (source,) = (cell.source for cell in cells if "toy" in cell.metadata.get("tags", []))
+    names = {}
+    exec(compile(source, "notebook 2", "exec"), names)
+    return SimpleNamespace(**names)
+
+
+toy = _toy()
+METHODS, TwoWeights, train_toy = toy.METHODS, toy.TwoWeights, toy.train_toy
+toy_data, toy_loss, toy_minimum = toy.toy_data, toy.toy_loss, toy.toy_minimum
 
 
 @pytest.fixture(scope="module")
