@@ -190,13 +190,6 @@ def folder(tmp_path):
     return tmp_path / "pets", broken
 
 
-@pytest.fixture
-def warnings(monkeypatch):
-    said = []
-    monkeypatch.setattr("hf_aace.vision.datasets.logger.warning", said.append)
-    return said
-
-
 def test_corrupt_images_are_left_out_and_counted_if_asked(folder, warnings):
     path, broken = folder
     dataset = load_image_dataset(str(path), seed=0, skip_corrupt_images=True)
