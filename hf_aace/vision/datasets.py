@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load labeled images to train and test on: scikit-learn's digits, a folder, files, or a dataset on the Hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from .corrupt import without_corrupt_images
 from .folders import files_in as files_in
 from .folders import load_splits, metadata_hint, warn_of_unused_images
 from .images import first_few
+from .value_range import check_image_range
 
 
 logger = logging.get_logger(__name__)
@@ -34,6 +36,7 @@ def load_image_dataset(
     image_column_name: str | None = None,
     label_column_name: str | None = None,
     skip_corrupt_images: bool = False,
+    image_range: Sequence[float] | None = None,
 ) -> DatasetDict:
     """
     Load a dataset for image classification.
@@ -63,6 +66,10 @@ def load_image_dataset(
         skip_corrupt_images (`bool`, *optional*, defaults to `False`):
             Decode every image beforehand and leave out those that cannot be decoded, with a warning that names and counts
             them. By default they are an error: local images beforehand, images of the Hub when a batch is made.
+        image_range (`Sequence[float]`, *optional*):
+            The values that become black and white when the images are decoded, see
+            [`~hf_aace.vision.images.decode_image`]. Some images are compared with it, or with what the type of their files
+            can hold, and a warning says if they do not fit. The images themselves are not changed.
 
     Returns:
         `DatasetDict`: The splits `train` and `test`, and `validation` if `validation_size` asks for it or the dataset has
@@ -83,6 +90,7 @@ def load_image_dataset(
         splits = _load_digits()
     else:
         splits = _load(name, image_column_name, label_column_name, skip_corrupt_images)
+        check_image_range(name, splits.values(), image_range)
     test = splits.pop("test")
     if validation_size > 0:
         if splits.pop("validation", None) is not None:

@@ -2,12 +2,14 @@
 """Decode images of every kind, and turn batches of them into what a model takes."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import fsspec
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
 from transformers import TimmWrapperImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
@@ -24,14 +26,18 @@ IMAGE_SUFFIXES = frozenset(PIL.Image.registered_extensions()) - {".pdf", ".palm"
 _DRAFT_MARGIN = 2
 
 
-def decode_image(image: PIL.Image.Image | dict[str, Any] | None, min_size: int | None = None) -> PIL.Image.Image:
+def decode_image(
+    image: PIL.Image.Image | dict[str, Any] | None,
+    min_size: int | None = None,
+    image_range: Sequence[float] | None = None,
+) -> PIL.Image.Image:
     """
     Decode an image and convert it to 8 bits of red, green and blue.
 
     - The image is turned upright, by its EXIF data.
     - Transparent parts become white.
-    - 16 bits of gray are scaled by their range, 65535 becoming 255; 32 bits (integers or floating-point numbers that do not
-      fit into 16) by the lowest and the highest value of the image.
+    - Gray of 16 bits is scaled so that 65535 becomes 255, and gray of 32 bits (integers or floating-point numbers that do not
+      fit into 16) from the lowest and the highest value of the image to 0 and 255; unless `image_range` says otherwise.
     - Palettes, gray and CMYK are converted; of an animation the first frame is taken.
 
     Args:
@@ -42,6 +48,9 @@ def decode_image(image: PIL.Image.Image | dict[str, Any] | None, min_size: int |
             Height and width that suffice, in pixels. A JPEG at least twice as large is decoded at the smallest of a half, a
             quarter or an eighth of its size that still has them, in a fraction of the time and the memory. By default, images
             are decoded whole.
+        image_range (`Sequence[float]`, *optional*):
+            Two values, which become 0 (black) and 255; others are clipped. `(0, 4095)` is for 12 bits in files of 16. Images
+            of 8 bits are scaled only if the second value is at most 255. Of color in 16 bits Pillow reads the upper 8 only.
 
     Returns:
         `PIL.Image.Image`: The image, of mode `RGB`.
@@ -50,22 +59,52 @@ def decode_image(image: PIL.Image.Image | dict[str, Any] | None, min_size: int |
         `ValueError`: If the image cannot be decoded, or Pillow takes it for a decompression bomb, since it has more than
             `2 * PIL.Image.MAX_IMAGE_PIXELS` (179 million) pixels. The message names the file.
     """
+    if isinstance(image, PIL.Image.Image):
+        return _to_rgb(image, image_range)
+    with _opened(image, min_size) as opened:
+        return _to_rgb(opened, image_range)
+
+
+def value_range(image: dict[str, Any]) -> tuple[str, float, float]:
+    """
+    Read the range of the values in an encoded image, before they are scaled.
+
+    Args:
+        image (`dict`): The image, with `bytes` or `path`.
+
+    Returns:
+        `tuple[str, float, float]`: How the values are stored (`"8 bits"`, `"16 bits"`, `"16 bits of color"`, or `"32 bits"` for
+        integers and floating-point numbers that are not in `[0, 65535]`), the lowest value and the highest.
+
+    Raises:
+        `ValueError`: If the image cannot be decoded.
+    """
+    with _opened(image, min_size=1) as opened:
+        factor = 257 if _is_deep_color(opened) else 1
+        pixels = _pixels(opened if _is_deep_gray(opened) else opened.convert("RGB"))
+        low, high = float(pixels.min()) * factor, float(pixels.max()) * factor
+    if pixels.dtype == np.uint8:
+        return ("8 bits" if factor == 1 else "16 bits of color"), low, high
+    return ("16 bits" if _fits_16_bits(pixels) else "32 bits"), low, high
+
+
+@contextmanager
+def _opened(image: dict[str, Any] | None, min_size: int | None) -> Iterator[PIL.Image.Image]:
+    """Open an encoded image, and raise a `ValueError` with its name if it cannot be decoded inside the block."""
     if image is None:
         raise ValueError("A row of the dataset has no image. Leave it out, or set `skip_corrupt_images`.")
-    if not isinstance(image, dict):
-        return _to_rgb(image)
     try:
-        with _open(image) as file, PIL.Image.open(file) as opened:
+        with _file(image) as file, PIL.Image.open(file) as opened:
             if min_size is not None:
                 opened.draft(None, (min_size, min_size))  # without effect unless it is a JPEG
-            return _to_rgb(opened)
+            yield opened
     # Pillow's decoders raise errors of many kinds: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         problem = str(error) or type(error).__name__
         raise ValueError(f"The image {image['path'] or ''!r} cannot be decoded: {problem}") from error
 
 
-def _open(image: dict[str, Any]) -> Any:
+def _file(image: dict[str, Any]) -> Any:
     if image["bytes"] is not None:
         return io.BytesIO(image["bytes"])
     if "://" in image["path"]:  # in a streamed dataset
@@ -73,30 +112,51 @@ def _open(image: dict[str, Any]) -> Any:
     return open(image["path"], "rb")
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        return PIL.Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def _is_deep_gray(image: PIL.Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
 
 
-def _to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Scale gray of 16 or 32 bits to 8."""
+def _is_deep_color(image: PIL.Image.Image) -> bool:
+    """Tell whether the file holds 16 bits, of which Pillow reads the upper 8; not known once the image is loaded."""
+    return not _is_deep_gray(image) and ";16" in str(image.tile)
+
+
+def _pixels(image: PIL.Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
     if not np.isfinite(pixels).all():
         raise ValueError("some of its pixels are not finite")
-    whole_numbers = np.issubdtype(pixels.dtype, np.integer)
-    pixels = pixels.astype(np.float64)
-    low, high = pixels.min(), pixels.max()
-    if whole_numbers and low >= 0 and high <= 65535:  # Pillow opens some files of 16 bits in 32
-        return np.round(pixels * (255 / 65535)).astype(np.uint8)
-    return np.round((pixels - low) * (255 / (high - low) if high > low else 0.0)).astype(np.uint8)
+    return pixels
+
+
+def _fits_16_bits(pixels: np.ndarray) -> bool:
+    """Tell whether these are integers of 16 bits; Pillow opens some files of 16 bits in 32."""
+    return np.issubdtype(pixels.dtype, np.integer) and pixels.min() >= 0 and pixels.max() <= 65535
+
+
+def _to_rgb(image: PIL.Image.Image, image_range: Sequence[float] | None) -> PIL.Image.Image:
+    deep_color = isinstance(image, PIL.ImageFile.ImageFile) and _is_deep_color(image)
+    image = PIL.ImageOps.exif_transpose(image)
+    if _is_deep_gray(image):
+        return PIL.Image.fromarray(_to_bytes(_pixels(image), image_range)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if image_range is None or (image_range[1] > 255 and not deep_color):
+        return image
+    values = np.arange(256) * (257 if deep_color else 1)
+    return image.point(_to_bytes(values, image_range).tolist() * 3)
+
+
+def _to_bytes(pixels: np.ndarray, image_range: Sequence[float] | None) -> np.ndarray:
+    """Scale values of 16 or 32 bits to 8."""
+    low, high = image_range or ((0, 65535) if _fits_16_bits(pixels) else (float(pixels.min()), float(pixels.max())))
+    scale = 255 / (high - low) if high > low else 0.0
+    return np.round((pixels.astype(np.float64) - low) * scale).clip(0, 255).astype(np.uint8)
 
 
 def image_transform(
-    processor: BaseImageProcessor, *, skip_corrupt_images: bool = False
+    processor: BaseImageProcessor, *, skip_corrupt_images: bool = False, image_range: Sequence[float] | None = None
 ) -> Callable[[dict[str, list]], dict[str, Any]]:
     """
     Make the function that turns a batch of images and labels into what a model takes, for
@@ -108,6 +168,8 @@ def image_transform(
         skip_corrupt_images (`bool`, *optional*, defaults to `False`):
             Leave out images that cannot be decoded, with a warning that names and counts them. Only for
             [`~datasets.IterableDataset.map`], since other datasets must keep their length.
+        image_range (`Sequence[float]`, *optional*):
+            The values that become black and white, see [`decode_image`]. A model needs the same in training and afterwards.
 
     Returns:
         `Callable`: A function from a batch with `image` and `label` to a batch with `labels` and the outputs of the processor:
@@ -123,7 +185,7 @@ def image_transform(
         images, labels = [], []
         for image, label in zip(batch["image"], batch["label"], strict=True):
             try:
-                images.append(decode_image(image, min_size))
+                images.append(decode_image(image, min_size, image_range))
             except ValueError as error:
                 if not skip_corrupt_images:
                     raise

@@ -2,7 +2,7 @@
 """Stream datasets while training on them, from the Hub or from WebDataset or parquet files."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .columns import TEST_SPLITS, class_name, image_and_label
 from .folders import load_splits, warn_of_unused_images
 from .images import first_few, image_transform
+from .value_range import check_image_range
 
 
 # Encoded images: about 100 MB if an image has 100 kB.
@@ -27,6 +28,7 @@ def stream_image_dataset(
     train_size: int | None = None,
     image_column_name: str | None = None,
     label_column_name: str | None = None,
+    image_range: Sequence[float] | None = None,
 ) -> IterableDatasetDict:
     """
     Open a dataset for image classification without reading it.
@@ -43,6 +45,9 @@ def stream_image_dataset(
         label_column_name (`str`, *optional*):
             The column of the labels, found by default too. The classes of strings or integers are those of the test images,
             whose labels are read for that.
+        image_range (`Sequence[float]`, *optional*):
+            The values that become black and white, which the first images are compared with; see
+            [`~hf_aace.vision.images.decode_image`].
 
     Returns:
         `IterableDatasetDict`: The splits `train` and `test`, with the columns `image` (encoded) and `label`
@@ -65,6 +70,7 @@ def stream_image_dataset(
             f"{', '.join(loaded)}. Add one, or leave out `streaming` to have a fifth of the images set apart."
         )
     warn_of_unused_images(name, loaded, ("train", split))
+    check_image_range(name, [splits["train"], splits[split]], image_range)
     train = splits["train"] if train_size is None else splits["train"].take(train_size)
     train = train.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
     return IterableDatasetDict(
@@ -99,7 +105,10 @@ class RepeatedStream(torch.utils.data.IterableDataset):
 
 
 def transform_stream(
-    dataset: IterableDatasetDict, processor: BaseImageProcessor, skip_corrupt_images: bool = False
+    dataset: IterableDatasetDict,
+    processor: BaseImageProcessor,
+    skip_corrupt_images: bool = False,
+    image_range: Sequence[float] | None = None,
 ) -> dict[str, torch.utils.data.IterableDataset]:
     """
     Turn the images into what a model takes while they are read; see [`~hf_aace.vision.images.image_transform`].
@@ -109,11 +118,13 @@ def transform_stream(
         processor (`BaseImageProcessor`): The image processor of the model.
         skip_corrupt_images (`bool`, *optional*, defaults to `False`):
             Leave out images that cannot be decoded, with a warning for each. By default they are an error.
+        image_range (`Sequence[float]`, *optional*):
+            The values that become black and white, see [`~hf_aace.vision.images.decode_image`].
 
     Returns:
         `dict[str, IterableDataset]`: `train`, without end (see [`RepeatedStream`]), and `test`.
     """
-    transform = image_transform(processor, skip_corrupt_images=skip_corrupt_images)
+    transform = image_transform(processor, skip_corrupt_images=skip_corrupt_images, image_range=image_range)
     dataset = dataset.map(transform, batched=True, batch_size=_DECODED_AT_ONCE, remove_columns=["image", "label"])
     return {"train": RepeatedStream(dataset["train"]), "test": dataset["test"]}
 
