@@ -11,6 +11,7 @@ from pathlib import Path
 
 import PIL.Image
 from datasets import Dataset, DatasetDict, Image, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers.utils import logging
@@ -77,8 +78,10 @@ def load_splits(name: str, streaming: bool = False) -> DatasetDict | IterableDat
     if path.is_dir():
         builder = _builder(path)
         if builder in _BUILDERS.values():
-            with _explained(name):
-                return load_dataset(builder, data_dir=name, **options)
+            with _explained(name):  # not by `data_dir`, which takes the files beside for some of the dataset
+                suffixes = [suffix for suffix in _BUILDERS if _BUILDERS[suffix] == builder]
+                files = DataFilesDict.from_patterns(get_data_patterns(name), name, allowed_extensions=suffixes)
+                return load_dataset(builder, data_files=files, **options)
         if streaming:
             raise ValueError(
                 f"`streaming` is for datasets on the Hub and for files of {' or '.join(_BUILDERS)}. The folder {name!r} is "

@@ -234,7 +234,7 @@ def test_images_that_fill_their_range_are_left_in_peace(kind, highest, tmp_path,
 @pytest.mark.parametrize("image_range", [(0,), (0, 0), (4095, 0), (0, float("nan")), (0, 1, 2)])
 def test_a_range_that_is_none_is_refused(image_range, tmp_path):
     name = write_images_of(tmp_path / "images", "PNG", 4095)
-    with pytest.raises(ValueError, match="`image_range` must be two numbers, .* Use 0 and 4095 for 12 bits"):
+    with pytest.raises(ValueError, match=r"`image_range` must be two numbers, .* Use 0 and 4095 for 12 bits"):
         load_image_dataset(name, seed=0, image_range=image_range)
 
 
