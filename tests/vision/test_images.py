@@ -14,6 +14,8 @@ from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
 from hf_aace.cli import main
 from hf_aace.vision.datasets import load_image_dataset
 from hf_aace.vision.images import decode_image, image_transform
+from hf_aace.vision.inference import classify
+from hf_aace.vision.models import load_model_and_processor
 
 
 @pytest.fixture(autouse=True)
@@ -243,6 +245,15 @@ def test_the_transform_scales_as_the_range_says():
     processor = ViTImageProcessorPil(size={"height": 5, "width": 6}, image_mean=[0.0] * 3, image_std=[1.0] * 3)
     made = image_transform(processor, image_range=(0, 4095))({"image": [image], "label": [0]})
     assert np.abs(made["pixel_values"][0, 0].numpy() - RAMP).max() < 0.003
+
+
+def test_images_are_classified_in_the_range_that_the_model_was_trained_in():
+    model, processor = load_model_and_processor("vit-tiny-digits", {0: "a", 1: "b"})
+    shallow = PIL.Image.fromarray((RAMP * 255).round().astype(np.uint8))
+    (expected,) = classify(model, processor, [shallow])
+    (scaled,) = classify(model, processor, [stored("PNG", 4095)[0]], image_range=(0, 4095))
+    (unscaled,) = classify(model, processor, [stored("PNG", 4095)[0]])
+    assert np.abs(scaled - expected).max() < 0.01 < np.abs(unscaled - expected).max()
 
 
 def test_cmyk_is_converted():

@@ -153,6 +153,26 @@ def test_corrupt_images_are_named_or_left_out(monkeypatch):
     assert "number 2" in said[1]
 
 
+def test_values_of_12_bits_are_told_and_scaled_as_the_range_says(warnings):
+    tables = {"train": range(0, 4080, 51), "test": range(0, 4080, 340)}
+    Path("deep").mkdir()
+    for split, values in tables.items():
+        images = [io.BytesIO() for _ in values]
+        for value, buffer in zip(values, images, strict=True):
+            PIL.Image.fromarray(np.full((8, 8), value, dtype=np.uint16)).save(buffer, "PNG")
+        rows = {"image": [{"bytes": buffer.getvalue(), "path": None} for buffer in images]}
+        rows["label"] = [index % 3 for index in range(len(images))]
+        Dataset.from_dict(rows).cast_column("image", Image()).to_parquet(f"deep/{split}-0.parquet")
+    stream_image_dataset("deep", seed=0)
+    assert len(warnings) == 1 and "perhaps 0 4095." in warnings[0]
+    stream = stream_image_dataset("deep", seed=0, image_range=(0, 4095))
+    assert len(warnings) == 1
+    processor = ViTImageProcessorPil(size={"height": 4, "width": 4}, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    rows = list(transform_stream(stream, processor, image_range=(0, 4095))["test"])
+    values = torch.stack([row["pixel_values"].mean() for row in rows])
+    torch.testing.assert_close(values, torch.tensor(tables["test"]) / 4095, atol=0.003, rtol=0)
+
+
 # ---- What is refused -------------------------------------------------------
 
 
