@@ -106,7 +106,7 @@ def _names(path: Path) -> list[str]:
 
 @contextmanager
 def _without_input_embeddings(model: nn.Module) -> Iterator[None]:
-    """Context manager inside which a model that takes images says that it has no input embeddings."""
+    """Make a model that takes images say that it has no input embeddings, inside this context manager."""
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "pixel_values":
         yield
         return

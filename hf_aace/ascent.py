@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ascent: where its gradient comes from, how long it serves, what it logs."""
+"""Takes the ascent gradient, decides how long it is reused, and collects the metrics."""
 
 import operator
 from collections.abc import Iterator, Mapping
@@ -20,6 +20,7 @@ from . import checks
 from .callbacks import PerturbationCallback
 from .config import AACEArguments
 from .distributed import average_gradients, mean_over_processes, outside_ddp, reshard
+from .hook_watch import HookWatch
 from .interval_metrics import IntervalMetrics
 from .isolation import frozen_running_statistics, gradients_set_aside, in_training, replayed_rng, unchanged_buffers
 from .loss_meter import LossMeter
@@ -30,31 +31,30 @@ from .perturbation import perturbed
 
 @dataclass
 class _Gradient:
-    """An ascent gradient, and what decides which steps it serves."""
+    """An ascent gradient, and the data that decide when it may be reused."""
 
     step: int  # the optimizer step that it was taken in
-    window: list | None  # the micro-batches that it was taken over, until the next window begins
+    window: list | None  # the window that it was taken over; None when the next one begins
     loss: str
     parameters: list[nn.Parameter]
     values: list[torch.Tensor | None]
-    scale: torch.Tensor | None  # the fp16 loss scale, by which the values are too large
+    scale: torch.Tensor | None  # `values` are multiplied by this fp16 loss scale
 
 
 class Ascent(TrainerCallback):
     """
-    All of sharpness-aware training that outlives a step: the window of micro-batches that make up the optimizer step, the
-    ascent gradient and how long it serves, BatchNorm's statistics between the two passes, and the metrics since the last log.
+    Holds the state of sharpness-aware training that is kept between micro-batches and steps: the window (the micro-batches of
+    one optimizer step), the ascent gradient, BatchNorm's statistics between the two passes, and the metrics since the last log.
 
     Args:
-        trainer ([`~transformers.Trainer`]): The trainer with [`SharpnessAwareMixin`], which calls [`Ascent.perturbation`] before
+        trainer ([`~transformers.Trainer`]): The trainer with [`SharpnessAwareMixin`], which calls [`Ascent.prepare_perturbation`] before
             each of its training steps, runs the step inside [`Ascent.descent`], and calls [`Ascent.log_descent`] after it.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.metrics = IntervalMetrics()
-        self.meter = LossMeter(trainer)
-        self._defaults = AACEArguments()
+        self.metrics, self.meter, self.watch = IntervalMetrics(), LossMeter(trainer), HookWatch(trainer)
+        self._default_args = AACEArguments()
         self.first_step = 0
         self._uses_backward = False  # reentrant activation checkpointing cannot serve `autograd.grad`
         self.release()
@@ -64,17 +64,18 @@ class Ascent(TrainerCallback):
         self._window: list[Any] = []
         self._gradient: _Gradient | None = None
         self._last_step = -1  # the optimizer step of the last ascent pass
-        self._passes = 0  # micro-batches that went through an ascent pass in this optimizer step
-        self._checked = False
-        self._evaluating: set[nn.Module] = set()  # the modules that the last descent had in evaluation mode
-        self._statistics: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # of BatchNorm, from the ascent
-        self._labels: list[tuple[Any, torch.Tensor, int]] = []  # of the last ascent: micro-batch, labels, samples used
-        self._count: torch.Tensor | int = 0  # of the samples used in all of them, without ignored ones
+        self._random_draws = 0  # micro-batches of this optimizer step that random targets were drawn for
+        self._checks_done = False
+        self._first_descent_done = False  # which modules it has in evaluation mode is not known before
+        self._modules_in_eval: set[nn.Module] = set()  # in the last descent
+        self._statistics: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # layer, buffer, new value
+        self._ascent_batches: list[tuple[Any, torch.Tensor, int]] = []  # micro-batch, labels, samples used
+        self._label_count: torch.Tensor | int = 0  # labels other than -100 among these samples
 
     @property
     def args(self) -> AACEArguments:
         args = self.trainer.args
-        return args if isinstance(args, AACEArguments) else self._defaults
+        return args if isinstance(args, AACEArguments) else self._default_args
 
     @property
     def in_sync(self) -> bool:
@@ -92,20 +93,22 @@ class Ascent(TrainerCallback):
     # ---- Events ----------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.check()  # the model or the arguments may be others than at construction
+        self.check()  # the model or the arguments may have changed since construction
         self.first_step = state.global_step  # above 0 after a resume
         self.release()
         self.metrics.reset()
         self.meter.reset()
 
     def on_save(self, args, state, control, **kwargs):
-        self.forget()  # a run that goes on from the checkpoint has no gradient either: both are to do the same
+        # A resumed run knows neither the gradient nor the modules in evaluation mode: without them this run goes on alike.
+        self.forget()
+        self._modules_in_eval, self._first_descent_done = set(), False
 
     def begin_window(self, batches: list[Any]) -> None:
         """Take the micro-batches of the next optimizer step."""
-        self._window, self._passes, self._labels = batches, 0, []
+        self._window, self._random_draws, self._ascent_batches = batches, 0, []
         if self._gradient is not None:
-            self._gradient.window = None
+            self._gradient.window = None  # to free the batches
 
     def forget(self) -> None:
         """Make the next perturbed step take an ascent pass of its own."""
@@ -113,9 +116,9 @@ class Ascent(TrainerCallback):
 
     # ---- The step --------------------------------------------------------------
 
-    def perturbation(self, model: nn.Module, inputs: Any) -> perturbed | None:
+    def prepare_perturbation(self, model: nn.Module, inputs: Any) -> perturbed | None:
         """
-        The perturbation of a training step, by a new ascent gradient or one that still serves.
+        Prepare the perturbation for one micro-batch. Runs an ascent pass unless the kept gradient may be reused.
 
         Args:
             model (`nn.Module`): The model that the training step got.
@@ -124,8 +127,8 @@ class Ascent(TrainerCallback):
         Returns:
             [`perturbed`]: The perturbation, not made yet; `None` if the step is a plain one.
         """
-        args, trainer, step = self.args, self.trainer, self.trainer.state.global_step
-        if args.rho == 0 or step % args.perturb_every != 0:
+        args, trainer = self.args, self.trainer
+        if args.rho == 0 or trainer.state.global_step % args.perturb_every != 0:
             return None
         window = [inputs]
         if args.ascent_scope == "full_batch" and len(self._window) > 1:
@@ -133,11 +136,13 @@ class Ascent(TrainerCallback):
             checks.check_window(inputs, window)
         if isinstance(trainer.optimizer, AcceleratedOptimizer):
             trainer.optimizer.train()  # a schedule-free one moves the weights here: before we look at them
-        reshard(model)  # evaluation leaves some weights gathered: those are not the ones that the optimizer has
+        reshard(model)  # evaluation may leave full weights gathered; the optimizer updates the shards
         parameters = parameters_to_perturb(trainer.model, args.perturb_modules)
+        new = self._gradient is None or not self._may_reuse(self._gradient, window, parameters)
+        if new:
+            self._gradient = None  # free it before the next one is made
+            self._gradient = self._ascend(model, window, parameters)
         gradient = self._gradient
-        if new := gradient is None or not self._serves(gradient, window, parameters):
-            gradient = self._ascend(model, window, parameters)
         perturbation = perturbed(
             parameters,
             gradient.values,
@@ -147,19 +152,19 @@ class Ascent(TrainerCallback):
             maximize=args.perturbation_loss == "cross_entropy",
             grad_scale=gradient.scale,
         )
-        if inputs is window[0]:  # the micro-batches of a window share one perturbation
-            names = {"ascent_grad_norm": "grad_norm", "perturbation_norm": "norm", "skipped_perturbations": "skipped"}
-            self.metrics.add({name: getattr(perturbation, value) for name, value in names.items()})
+        if inputs is window[0]:  # the micro-batches of a window share one gradient
+            self.metrics.add({"ascent_grad_norm": perturbation.grad_norm, "perturbation_norm": perturbation.norm})
+            self.metrics.add({"skipped_perturbations": perturbation.skipped})
         if new:
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, PerturbationCallback) and (values := callback.on_perturbation(perturbation)):
                     self.metrics.add(values)
-        more_to_come = len(window) > 1 and inputs is not window[-1]
-        self._gradient = gradient if args.ascent_every > 1 or more_to_come else None
+        if args.ascent_every == 1 and inputs is window[-1]:
+            self._gradient = None
         return perturbation
 
-    def _serves(self, gradient: _Gradient, window: list[Any], parameters: list[nn.Parameter]) -> bool:
-        """True for the window that the gradient was taken over, and for less than `ascent_every` steps after its own."""
+    def _may_reuse(self, gradient: _Gradient, window: list[Any], parameters: list[nn.Parameter]) -> bool:
+        """True within the window that the gradient was taken over, and in the next `ascent_every - 1` optimizer steps."""
         later = self.trainer.state.global_step - gradient.step
         return (
             (gradient.window is window or 0 < later < self.args.ascent_every)
@@ -171,26 +176,28 @@ class Ascent(TrainerCallback):
     @contextmanager
     def descent(self, model: nn.Module) -> Iterator[None]:
         """
-        Context manager for the descent at the perturbed weights: BatchNorm keeps the statistics of the ascent.
+        Run the descent at the perturbed weights inside this context manager: it leaves the statistics of BatchNorm alone.
 
         Args:
             model (`nn.Module`): The model that the training step got.
         """
         try:
-            with frozen_running_statistics(model), self.meter.watch(model):
+            ascended = self._last_step == self.trainer.state.global_step
+            with frozen_running_statistics(model), self.meter.watch(model) if ascended else nullcontext():
                 yield
         except BaseException:
             reshard(model)  # or FSDP2 might go on with the perturbed weights that it gathered
             raise
         # A layer that the descent has in evaluation mode, frozen by `compute_loss`, for example, keeps its statistics, and the
         # next ascent leaves it in evaluation mode.
-        self._evaluating = {module for module in model.modules() if not module.training}
+        self._modules_in_eval = {module for module in model.modules() if not module.training}
+        self._first_descent_done = True
         self._apply_statistics()
 
     def _apply_statistics(self) -> None:
         """Give BatchNorm the running statistics that the ascent came to."""
         for layer, buffer, updated in self._statistics:
-            if layer not in self._evaluating:
+            if layer not in self._modules_in_eval:
                 buffer.copy_(updated)
         self._statistics = []
 
@@ -205,11 +212,11 @@ class Ascent(TrainerCallback):
         """
         if self._last_step != self.trainer.state.global_step:
             return
-        for batch, labels, used in self._labels:
+        for batch, labels, used in self._ascent_batches:
             if batch is inputs:
                 total = self.meter.perturbed_loss(loss, labels, used, max(1, len(self._window)), num_items)
-                # So weighted, the mean over the micro-batches is that over the samples, as of `clean_loss`.
-                self.metrics.add({"perturbed_loss": total * len(self._labels) / self._count})
+                # With this weight, the mean over micro-batches equals the mean over samples, like `clean_loss`.
+                self.metrics.add({"perturbed_loss": total * len(self._ascent_batches) / self._label_count})
                 return
 
     def pop_metrics(self) -> dict[str, float]:
@@ -226,18 +233,16 @@ class Ascent(TrainerCallback):
     def _ascend(self, model: nn.Module, window: list[Any], parameters: list[nn.Parameter]) -> _Gradient:
         """Take the gradient of the mean ascent loss over the micro-batches of the window."""
         trainer = self.trainer
-        if not self._checked:
+        if not self._checks_done:
             self.check()  # a callback may have raised a `rho` of 0
             checks.check_backward_hooks(parameters)
         try:
             values = self._pass(model, window, parameters)
         except RuntimeError as error:
-            if self._uses_backward:
-                raise
-            checks.check_reentrant(trainer, error)
+            checks.check_reentrant(trainer, error, self._uses_backward)
             self._uses_backward = True
             values = self._pass(model, window, parameters)
-        self._checked, self._last_step = True, trainer.state.global_step
+        self._checks_done, self._last_step = True, trainer.state.global_step
         scaler = trainer.accelerator.scaler
         scale = None if scaler is None else scaler.scale(torch.ones((), device=trainer.args.device))
         return _Gradient(self._last_step, window, self.args.perturbation_loss, parameters, values, scale)
@@ -249,24 +254,23 @@ class Ascent(TrainerCallback):
         keep = len(window) > 1 or self.args.ascent_every > 1
         gradients: list[torch.Tensor | None] = [None] * len(parameters)
         losses: dict[str, Any] = {"clean_loss": 0.0, "clean_accuracy": 0.0, "ascent_loss": 0.0}
-        trainable = [p for p in trainer.model.parameters() if p.requires_grad]
-        # The descent is to draw the same random numbers, and the run those that it would without an ascent.
+        # The descent draws the same random numbers as the ascent, and later steps the same as without one.
         with (
             replayed_rng({p.device for p in trainer.model.parameters()}),
             outside_ddp(model) as inner,
             unchanged_buffers(trainer.model) as statistics,
-            in_training(model, but=self._evaluating),
-            gradients_set_aside(trainable) if use_backward else nullcontext(),
+            in_training(model, except_modules=self._modules_in_eval),
+            gradients_set_aside(trainer.model) if use_backward else nullcontext(),
         ):
             samples = [self._samples(inputs) for inputs in window]
-            self._labels = [
+            self._ascent_batches = [
                 (batch, whole, labels.shape[:1].numel())
                 for batch, (_, labels, whole) in zip(window, samples, strict=True)
             ]
-            count = share = sum(count_labels(labels) for _, labels, _ in samples)
-            self._count = count
-            if self.in_sync:  # what the processes divide by, so that the mean over them is that over all their samples
-                share = mean_over_processes(torch.as_tensor(count, dtype=torch.float32, device=trainer.args.device))
+            count = divisor = sum(count_labels(labels) for _, labels, _ in samples)
+            self._label_count = count
+            if self.in_sync:  # with this divisor the mean over the processes is that over all their samples
+                divisor = mean_over_processes(torch.as_tensor(count, dtype=torch.float32, device=trainer.args.device))
             for index, (inputs, labels, _) in enumerate(samples):
                 if sharded:
                     model.set_requires_gradient_sync(index == len(samples) - 1)
@@ -276,15 +280,15 @@ class Ascent(TrainerCallback):
                     logits = trainer.ascent_logits(outputs)
                     loss = self._loss(logits, labels)
                 losses["ascent_loss"] += loss.detach() / count
-                loss = loss / share if scaler is None else scaler.scale(loss / share)
+                loss = loss / divisor if scaler is None else scaler.scale(loss / divisor)
                 if use_backward:
                     loss.backward()
                 else:
                     # Not `backward()`: that would add to the gradients of earlier micro-batches and run their hooks.
                     new = torch.autograd.grad(loss, parameters, allow_unused=True)
-                    # Copies, unless they are used up before the next pass: what a CUDA graph
-                    # (`torch_compile_mode="reduce-overhead"`) returned lasts no longer.
+                    # Copies if they are kept: a CUDA graph (`torch_compile_mode="reduce-overhead"`) writes its outputs again.
                     gradients = _sum(gradients, new) if keep else list(new)
+                    del new
                 # Now that the gradient is there: a `compute_loss_func` may change the logits in place.
                 losses["clean_accuracy"] += count_correct(logits, labels) / count
                 losses["clean_loss"] += self.meter.loss(outputs, logits, labels) / count
@@ -292,12 +296,11 @@ class Ascent(TrainerCallback):
             if use_backward:
                 gradients = [p.grad for p in parameters]
         self._statistics = statistics
-        if self._checked:  # on the first step it is known only after the descent which layers train
+        if self._first_descent_done:  # else it is known only after the descent which layers train
             self._apply_statistics()
         self.metrics.add(losses)
         if sharded and self.args.ascent_scope == "full_batch":
-            # As Trainer has it. For micro-batches that perturb by themselves it stays on: what FSDP2 puts off to the last
-            # one, it would reduce in the next ascent.
+            # As Trainer has it. With `micro_batch` it stays on: the next ascent would reduce gradients that FSDP2 had deferred.
             model.set_requires_gradient_sync(trainer.accelerator.sync_gradients)
         return average_gradients(gradients, parameters) if self.in_sync and not sharded else gradients
 
@@ -327,7 +330,7 @@ class Ascent(TrainerCallback):
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The ascent loss, summed over the samples."""
         checks.check_classification(logits, labels)
-        if not self._checked:
+        if not self._checks_done:
             checks.check_labels(self.trainer, labels, logits.shape[1])
         if self.args.perturbation_loss == "aace":
             generator = self._new_generator(logits.device) if self.args.aace_target == "random" else None
@@ -336,10 +339,10 @@ class Ascent(TrainerCallback):
             return F.cross_entropy(logits, labels, reduction="sum")
 
     def _new_generator(self, device: torch.device) -> torch.Generator:
-        """Make another generator for each micro-batch: the global one is set back after every ascent, and would repeat itself."""
+        """Seed a new generator for each micro-batch. The global one is reset after each ascent, so it would repeat itself."""
         args = self.trainer.args
-        place = (args.seed, self.trainer.state.global_step, args.process_index, self._passes)
-        self._passes += 1
+        place = (args.seed, self.trainer.state.global_step, args.process_index, self._random_draws)
+        self._random_draws += 1
         return torch.Generator(device).manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks that are told of each perturbation; one logs how consistent the perturbations are."""
+"""Callbacks that are called after each ascent pass; one logs how consistent the perturbations are."""
 
 import torch
 from transformers import TrainerCallback
@@ -9,7 +9,7 @@ from .perturbation import perturbed
 
 class PerturbationCallback(TrainerCallback):
     """
-    A [`~transformers.TrainerCallback`] that is also told of each perturbation:
+    A [`~transformers.TrainerCallback`] that is also called after each ascent pass:
 
     ```python
     class LargestStep(PerturbationCallback):
@@ -33,7 +33,7 @@ class PerturbationCallback(TrainerCallback):
 
 class PerturbationConsistencyCallback(PerturbationCallback):
     """
-    Logs `perturbation_consistency`, the cosine of the angle between each perturbation and the one before it, averaged like
+    Log `perturbation_consistency`, the cosine of the angle between each perturbation and the one before it, averaged like
     the trainer's own values. The authors of AACE find it to be higher than that of SAM near convergence
     ([arXiv 2406.14329](https://huggingface.co/papers/2406.14329)). A perturbation that was skipped counts for nothing.
 

@@ -27,14 +27,14 @@ _INSTEAD = (
 )
 
 
-def check_trainer(trainer: Trainer, args: AACEArguments, parameters: list[nn.Parameter] | None) -> None:
+def check_trainer(trainer: Trainer, args: AACEArguments, parameters: list[nn.Parameter]) -> None:
     """
     Check that a trainer can train with these settings.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer.
         args ([`AACEArguments`]): The settings of its ascent.
-        parameters (`list[nn.Parameter]`): The parameters to perturb; not looked at with `rho=0`.
+        parameters (`list[nn.Parameter]`): The parameters to perturb.
 
     Raises:
         `ValueError`: If it cannot: for its processes and devices, its optimizer, its model, or the dtype of the parameters.
@@ -122,7 +122,7 @@ def check_parameters(trainable: Mapping[str, nn.Parameter], chosen: list[nn.Para
 
     Args:
         trainable (`Mapping[str, nn.Parameter]`): The trainable parameters of the model by name.
-        chosen (`list[nn.Parameter]`): Those of them that `perturb_modules` chooses.
+        chosen (`list[nn.Parameter]`): The ones that `perturb_modules` chooses.
         pattern (`str`, *optional*): `perturb_modules`.
 
     Raises:
@@ -157,7 +157,7 @@ def check_backward_hooks(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def check_reentrant(trainer: Trainer, error: RuntimeError) -> None:
+def check_reentrant(trainer: Trainer, error: RuntimeError, used_backward: bool) -> None:
     """
     Look at an error of the ascent's backward pass: reentrant activation checkpointing says only there that it cannot serve
     `autograd.grad`.
@@ -166,7 +166,7 @@ def check_reentrant(trainer: Trainer, error: RuntimeError) -> None:
         `ValueError`: If that is the reason and `backward()` cannot serve instead.
         `RuntimeError`: The error itself, if it has another reason.
     """
-    if "use_reentrant=True" not in str(error):
+    if used_backward or "use_reentrant=True" not in str(error):
         raise error
     if trainer.args.ddp_static_graph:
         raise ValueError(
@@ -263,7 +263,7 @@ def bare_model(trainer: Trainer) -> nn.Module:
 
 def check_classification(logits: torch.Tensor, labels: torch.Tensor) -> None:
     """
-    Checks that `logits` and `labels` are those of a single-label classifier, by shape and dtype alone: no value is
+    Check that `logits` and `labels` are those of a single-label classifier, by shape and dtype alone: no value is
     read, so that no device is waited for.
 
     Args:
@@ -299,7 +299,7 @@ def check_classification(logits: torch.Tensor, labels: torch.Tensor) -> None:
 
 def check_label_values(labels: torch.Tensor, classes: int, ignore_index: int = -100) -> None:
     """
-    Checks the values of the labels. This reads them, which waits for the device: call it once, or after a failure.
+    Check the values of the labels. This reads them, which waits for the device: call it once, or after a failure.
 
     Args:
         labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
@@ -329,7 +329,7 @@ def check_label_values(labels: torch.Tensor, classes: int, ignore_index: int = -
 @contextmanager
 def explained_labels(labels: torch.Tensor, classes: int, ignore_index: int = -100) -> Iterator[None]:
     """
-    Context manager for a loss, inside which an error of indexing becomes one of [`check_label_values`] if the labels are its
+    Turn an error of indexing in a loss into one of [`check_label_values`], inside this context manager, if the labels are its
     reason.
     """
     try:
@@ -366,7 +366,7 @@ def check_perturbation(
 
 def check_precision(parameters: Iterable[torch.Tensor]) -> None:
     """
-    Checks that the parameters can hold a perturbation.
+    Check that the parameters can hold a perturbation.
 
     Args:
         parameters (iterable of `torch.Tensor`): The parameters to be perturbed.

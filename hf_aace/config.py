@@ -154,7 +154,8 @@ class AACEArguments:
         },
     )
 
-    _applied_method: ClassVar[str | None] = "none yet"  # the method that the fields were last set by
+    _method_applied: ClassVar[bool] = False
+    _applied_method: ClassVar[str | None] = None  # the method that the fields were last set by
 
     def __post_init__(self):
         self.check_aace_arguments()
@@ -162,14 +163,13 @@ class AACEArguments:
             super().__post_init__()
 
     def _apply_method(self) -> None:
-        """Sets the fields that were left out as the method has them, all at first, later those that an earlier method set."""
+        """Set the fields that were left out as the method has them; later, those that an earlier method set."""
         if self.method not in (None, *METHODS):
             raise ValueError(f"`method` must be one of {list(METHODS)}, or left out, got {self.method!r}.")
-        first = self._applied_method == "none yet"
-        if self.method == self._applied_method:
+        if self._method_applied and self.method == self._applied_method:
             return
         settings = METHODS[self.method or "aace"]
-        earlier = dict.fromkeys(settings) if first else METHODS[self._applied_method or "aace"]
+        earlier = METHODS[self._applied_method or "aace"] if self._method_applied else dict.fromkeys(settings)
         given = [name for name in settings if getattr(self, name) != earlier[name]]
         for name in settings.keys() - set(given):
             setattr(self, name, settings[name])
@@ -186,11 +186,11 @@ class AACEArguments:
             )
         if changed:
             self.method = None  # the settings are of no method's paper any more
-        self._applied_method = self.method
+        self._method_applied, self._applied_method = True, self.method
 
     def check_aace_arguments(self) -> None:
         """
-        Checks the fields that this class adds. Called when an [`AACEConfig`] or a trainer is made, and again when
+        Check the fields that this class adds. Called when an [`AACEConfig`] or a trainer is made, and again when
         training starts, since a hyperparameter search or a callback may have set them meanwhile.
 
         Raises:
@@ -281,7 +281,8 @@ class AACEConfig(AACEArguments, TrainingArguments):
             Perturb on every this many optimizer steps; the steps between are plain.
         ascent_every (`int`, *optional*, defaults to `1`):
             Take an ascent pass on every this many optimizer steps only; perturbed steps between move the weights along the
-            gradient of the last one again (of its last micro-batch, with `ascent_scope="micro_batch"` under accumulation).
+            gradient of the last one again (of its last micro-batch, with `ascent_scope="micro_batch"` under accumulation; one
+            that is not finite skips them all).
             That gradient is kept, in memory of the size of the perturbed parameters, but in no checkpoint: the step after a
             save takes an ascent pass of its own. BatchNorm updates its running statistics on steps with an ascent pass only.
         perturb_modules (`str`, *optional*):

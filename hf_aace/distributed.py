@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 @contextmanager
 def outside_ddp(model: nn.Module) -> Iterator[nn.Module]:
     """
-    Context manager that gives the model to call for a pass whose gradients DDP neither averages nor waits for.
+    Give the model to call for a pass whose gradients DDP neither averages nor waits for, by this context manager.
 
     Args:
         model (`nn.Module`): The model as prepared by accelerate.

@@ -9,7 +9,7 @@ from .distributed import sum_over_processes
 
 
 class IntervalMetrics:
-    """Sums of scalars on the device since the last log, which is when they are read and the device is waited for."""
+    """Sums scalars on the device. Reading them, for a log, waits for the device."""
 
     def __init__(self):
         self.reset()
@@ -26,8 +26,8 @@ class IntervalMetrics:
 
     def pop(self) -> dict[str, float]:
         """
-        The averages, over the steps since the last call and over the processes, of what was added; `{}` if nothing was.
-        Only finite values count.
+        Average what was added, over the steps since the last call and over the processes; `{}` if nothing was. Only finite
+        values count.
         """
         if not self._sums:
             return {}

@@ -2,7 +2,7 @@
 """Context managers that keep a second pass through a model from leaving traces: random numbers, buffers, modes, gradients."""
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm  # the one base of all BatchNo
 @contextmanager
 def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
     """
-    Context manager inside which BatchNorm layers normalize by the batch, as always in training, but leave their running
-    statistics alone. The descent, at the perturbed weights, runs inside it.
+    Freeze the running statistics of BatchNorm inside this context manager. The layers normalize by the batch, as always in
+    training. The descent, at the perturbed weights, runs inside it.
 
     Args:
         model (`nn.Module`): The model whose BatchNorm layers (`SyncBatchNorm` too) are frozen.
@@ -34,8 +34,8 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.Tensor, torch.Tensor]]]:
     """
-    Context manager after which the buffers of a model are what they were before it. Forward passes update the running
-    statistics of BatchNorm, for example, and the vectors of spectral normalization.
+    Restore the buffers of a model after this context manager. Forward passes update the running statistics of BatchNorm, for
+    example, and the vectors of spectral normalization.
 
     Args:
         model (`nn.Module`): The model.
@@ -68,18 +68,18 @@ def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.
 
 
 @contextmanager
-def in_training(model: nn.Module, but: Collection[nn.Module]) -> Iterator[None]:
+def in_training(model: nn.Module, except_modules: Collection[nn.Module]) -> Iterator[None]:
     """
-    Context manager inside which a model is in training mode, and after which every module has the mode of before.
+    Put a model into training mode inside this context manager. Afterwards every module has the mode of before.
 
     Args:
         model (`nn.Module`): The model.
-        but (collection of `nn.Module`): Its modules that are in evaluation mode; each stands for itself, without those inside it.
+        except_modules (collection of `nn.Module`): Modules to have in evaluation mode; their submodules are not affected.
     """
     before = [(module, module.training) for module in model.modules()]
     try:
         model.train()
-        for module in but:
+        for module in except_modules:
             module.training = False
         yield
     finally:
@@ -88,13 +88,14 @@ def in_training(model: nn.Module, but: Collection[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def gradients_set_aside(model: nn.Module) -> Iterator[None]:
     """
-    Context manager inside which parameters have no gradients yet, and after which they have those of before.
+    Take the gradients off the trainable parameters inside this context manager. Afterwards they have those of before.
 
     Args:
-        parameters (sequence of `nn.Parameter`): The parameters.
+        model (`nn.Module`): The model.
     """
+    parameters = [p for p in model.parameters() if p.requires_grad]
     accumulated = [p.grad for p in parameters]
     try:
         for p in parameters:
@@ -108,7 +109,7 @@ def gradients_set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 @contextmanager
 def replayed_rng(devices: set[torch.device]) -> Iterator[None]:
     """
-    Context manager after which every global random number generator is where it was before it.
+    Set every global random number generator back to where it was, after this context manager.
 
     Args:
         devices (`set[torch.device]`): The devices whose generators are set back, beside those of the CPU.

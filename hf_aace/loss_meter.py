@@ -64,7 +64,7 @@ class LossMeter:
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
         """
-        Context manager for the descent: keeps a copy of what the model returns, as losses may change it in place.
+        Keep a copy of what the model returns inside this context manager, as losses may change it in place.
 
         Args:
             model (`nn.Module`): The model that the training step got.
@@ -113,12 +113,12 @@ class LossMeter:
             self._compare(loss.item(), (total / count).item(), count, micro_batches, num_items)
         if used == len(labels):
             return total
-        if self._trainer.compute_loss_func is not None:  # which needs all outputs as they are
-            return total / count * count_labels(labels[:used])
+        batch = len(labels)
+        outputs = recursively_apply(lambda x: x[:used] if x.dim() > 0 and len(x) == batch else x, outputs)
         return self.loss(outputs, logits[:used], labels[:used])
 
     def _compare(self, trained: float, measured: float, samples: Any, micro_batches: int, num_items: Any) -> None:
-        """Tell if the loss that is trained on is the measured one, or that times the micro-batches and processes, or another."""
+        """Check that the loss that is trained on equals the measured one, possibly scaled; warn otherwise."""
         if not (math.isfinite(trained) and math.isfinite(measured)):
             return
         self._compared = True
@@ -139,7 +139,7 @@ class LossMeter:
             )
             return
         self._leave_out(
-            f"the loss that is trained on ({trained:.4g}) is not the cross-entropy of the model's logits ({right[-1]:.4g}). "
+            f"the loss that is trained on ({trained:.4g}) is not the cross-entropy of the model's logits ({right[0]:.4g}). "
             "Give your loss as `compute_loss_func` instead of overriding `compute_loss` to have them."
         )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The perturbation: moves weights along a gradient and restores them exactly. Knows parameters and gradients."""
+"""The perturbation: moves weights along a gradient and restores them exactly. Needs parameters and gradients only, no Trainer."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -21,8 +21,8 @@ _EPSILON = 1e-12
 
 class perturbed:
     r"""
-    Context manager inside which the weights are moved along a gradient, and after which they are, bit for bit, what
-    they were before, whatever happened inside. It is the ascent step of sharpness-aware training:
+    Move weights along a gradient inside this context manager. Afterwards they are, bit for bit, what they were before,
+    whatever happened inside. It is the ascent step of sharpness-aware training:
 
     | `normalize` | `adaptive` | step                               |
     |-------------|------------|------------------------------------|
@@ -61,6 +61,8 @@ class perturbed:
         grad_norm: Norm of the gradient.
         norm: Norm of the step that was made, 0 if none.
         skipped: 1 if the gradient was not finite and no step was made, else 0.
+        direction (`list[torch.Tensor]`): The direction of the step up to a positive factor and the sign, as this process holds
+            it. Empty after the weights have moved; clone what is to last longer.
 
     Raises:
         `ValueError`: If `rho` is negative or not finite, the lengths differ, there is no gradient at all, or a
@@ -121,19 +123,11 @@ class perturbed:
         self._finite = torch.isfinite(factor * direction_norm)
         self.norm = torch.where(self._finite, factor * direction_norm, 0.0)
         self.skipped = (~self._finite).float()
-        self._direction, self._factor = gradients, factor * scale
-
-    @property
-    def direction(self) -> list[torch.Tensor]:
-        """
-        The direction of the step up to a positive factor and the sign, as this process holds it. Empty once it is made;
-        clone what is to last longer.
-        """
-        return self._direction
+        self.direction, self._factor = gradients, factor * scale
 
     def cosine(self, direction: list[torch.Tensor]) -> torch.Tensor:
         """
-        The cosine of the angle between this step, before it is made, and an earlier one. Waits for no device.
+        Compute the cosine of the angle between this step, before it is made, and an earlier one. Waits for no device.
 
         Args:
             direction (`list[torch.Tensor]`): The `direction` of the earlier one, over the same parameters.
@@ -141,8 +135,8 @@ class perturbed:
         Returns:
             `torch.Tensor`: The cosine, a scalar on the device. NaN if one of the two is zero or not finite.
         """
-        product = sum(torch.sum(a * b) for a, b in zip(self._direction, direction, strict=True))
-        return self._sum_over_shards(product) / (self._norm(self._direction) * self._norm(direction))
+        product = sum(torch.sum(a * b) for a, b in zip(self.direction, direction, strict=True))
+        return self._sum_over_shards(product) / (self._norm(self.direction) * self._norm(direction))
 
     def _norm(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """The norm over all tensors, and over the processes that hold their shards."""
@@ -159,13 +153,13 @@ class perturbed:
 
     @record_function(PROFILED + "step")
     def __enter__(self) -> "perturbed":
-        if not self._direction:
+        if not self.direction:
             raise RuntimeError("This perturbation was used up: make another one to perturb again.")
         with torch.no_grad():
             self._backup = [p.detach().clone() for p in self._parameters]
             try:
-                _step_(self._parameters, self._direction, self._factor, self._finite, self._maximize)
-                self._direction = []  # a copy of the weights, not to be carried through the second pass
+                _step_(self._parameters, self.direction, self._factor, self._finite, self._maximize)
+                self.direction = []  # as large as the weights: free it before the descent
                 torch.clear_autocast_cache()  # or an autocast region around both passes goes on with the old weights
             except BaseException:
                 self._restore()

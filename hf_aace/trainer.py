@@ -14,20 +14,21 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, Train
 from ._compat import TrainerWorkarounds
 from .ascent import Ascent
 from .checks import bare_model, check_inputs_of_model, check_mixin_order
+from .hook_watch import no_optimizer_steps
 from .model_card import write_model_card
 from .perturbation import perturbed
 
 
 class SharpnessAwareMixin(TrainerWorkarounds):
     r"""
-    Gives sharpness-aware training to a subclass of [`~transformers.Trainer`]:
+    Add sharpness-aware training to a subclass of [`~transformers.Trainer`]:
 
     ```python
     class MyAACETrainer(SharpnessAwareMixin, MyTrainer): ...
     ```
 
-    Each training step first computes the gradient of the mean ascent loss (AACE by default) at the weights `w`, moves
-    the weights along it to `w'`, lets `MyTrainer.training_step` do at `w'` what it would have done at `w`, and puts
+    By default each training step first computes the gradient of the mean ascent loss (AACE) at the weights `w`, moves the
+    weights along it to `w'`, lets `MyTrainer.training_step` do at `w'` what it would have done at `w`, and puts
     the weights back, bit for bit, whatever happened. Both passes see the same random numbers, BatchNorm statistics are
     updated from `w` only, and `rho=0` is `MyTrainer` itself.
 
@@ -35,14 +36,14 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     [`~transformers.TrainingArguments`] gives each of them its default. With `model` a string, the model is loaded by
     `AutoModelForImageClassification.from_pretrained`, in 32 bits.
 
-    Besides what `MyTrainer` logs, each training log holds, averaged over the steps since the last log (the first four over
-    those that took an ascent pass) and over the processes:
+    Besides what `MyTrainer` logs, each training log holds averages over the steps since the last log and over the processes
+    (`clean_loss`, `clean_accuracy`, `sharpness` and `ascent_loss` over the steps that took an ascent pass):
 
     - `clean_loss`: the mean training loss at `w`, on the samples of the ascent: cross-entropy with the label smoothing of the
       arguments, or what `compute_loss_func` returns,
     - `clean_accuracy`: the share of these samples that the model classifies at `w` as their labels say,
-    - `sharpness`: the mean training loss at `w'` on the same samples minus `clean_loss`. Both are left out, and a warning says
-      so, if they turn out not to be the loss that is trained on (an overridden `compute_loss`, for example),
+    - `sharpness`: the mean training loss at `w'` on the same samples minus `clean_loss`. If they do not
+      match the loss that is trained on (an overridden `compute_loss`, for example), both are left out and a warning is logged,
     - `ascent_loss`, `ascent_grad_norm`: the ascent loss at `w` and the norm of its gradient,
     - `perturbation_norm`: the distance from `w` to `w'`,
     - `rho`: its present value,
@@ -60,11 +61,14 @@ class SharpnessAwareMixin(TrainerWorkarounds):
             kwargs["model"] = _load_model(kwargs["model"])
         elif args and isinstance(args[0], str):
             first = next(iter(inspect.signature(super().__init__).parameters.values()))
-            if first.name == "model" or first.kind is first.VAR_POSITIONAL:  # else a string of a Trainer of one's own
+            if (
+                first.name == "model" or first.kind is first.VAR_POSITIONAL
+            ):  # in a custom Trainer the first argument may be another string
                 args = (_load_model(args[0]), *args[1:])
         super().__init__(*args, **kwargs)
         self._ascent = Ascent(self)
         self.add_callback(self._ascent)
+        self.add_callback(self._ascent.watch)
         self._ascent.check()
 
     def __init_subclass__(cls, **kwargs):
@@ -72,6 +76,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         check_mixin_order(cls, SharpnessAwareMixin)
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args, **kwargs) -> torch.Tensor:
+        self._ascent.watch.training_step()
         with self.perturbed_weights(model, inputs):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self._ascent.log_descent(inputs, loss, kwargs.get("num_items_in_batch", args[0] if args else None))
@@ -80,7 +85,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     @contextmanager
     def perturbed_weights(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any]) -> Iterator[perturbed | None]:
         """
-        Context manager inside which the weights are the perturbed ones, as a training step needs them.
+        Perturb the weights inside this context manager, as a training step needs it.
 
         Args:
             model (`nn.Module`): The model that the training step got.
@@ -89,15 +94,15 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         Returns:
             [`perturbed`]: The perturbation, or `None` if this step is a plain one.
         """
-        perturbation = self._ascent.perturbation(model, inputs)
+        perturbation = self._ascent.prepare_perturbation(model, inputs)
         if perturbation is None:
             yield None
         else:
-            with perturbation, self._ascent.descent(model):
+            with perturbation, no_optimizer_steps(self), self._ascent.descent(model):
                 yield perturbation
 
     def forget_ascent(self) -> None:
-        """Make the next perturbed step take an ascent pass of its own, whatever `ascent_every` says."""
+        """Make the next perturbed step take an ascent pass of its own, whatever `ascent_every` says. Call it between steps."""
         self._ascent.forget()
 
     def ascent_outputs(self, model: nn.Module, inputs: Mapping[str, torch.Tensor | Any]) -> Any:
@@ -165,6 +170,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
 
     def get_batch_samples(self, *args, **kwargs):
         batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._ascent.watch.begin_window(batch_samples)
         self._ascent.begin_window(batch_samples)
         return batch_samples, num_items_in_batch
 
@@ -203,9 +209,7 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
     ```
     """
 
-    _tag_names = ("hf_aace", "sharpness-aware-minimization")
-
-    @functools.wraps(Trainer.__init__)
+    @functools.wraps(Trainer.__init__)  # for the signature that help and editors show
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
 

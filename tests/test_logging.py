@@ -326,3 +326,13 @@ def test_a_perturbation_far_too_small_or_too_large_is_told_at_the_first_log(sett
     said = warnings_of(monkeypatch)
     train(AACETrainer, AACEConfig, resnet(), tmp_path, steps=6, logging_steps=2, **settings)
     assert len(said) == (sentence is not None) and all(sentence in warning for warning in said)
+
+
+def test_sharpness_of_a_part_of_the_batch_with_a_loss_of_ones_own(tmp_path):
+    """Both losses are of the samples that the ascent used: with a vanishing step they are the same."""
+    settings = {
+        "ascent_fraction": 0.25,
+        "compute_loss_func": lambda o, y, num_items_in_batch: F.cross_entropy(o.logits, y),
+    }
+    trainer = train(AACETrainer, AACEConfig, convnext(), tmp_path, steps=2, logging_steps=1, rho=VANISHING, **settings)
+    assert [log["sharpness"] for log in trainer.state.log_history[:2]] == [0, 0]

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README: its example runs, its commands have the options that it names, and its results are those of the study."""
 
+import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from hf_aace.cli import main
+from hf_aace.cli.compare import unequal_search
+from hf_aace.study.statistics import candidates_of
 
 
 _ROOT = Path(__file__).parents[1]
+_STUDY = _ROOT / "notebooks" / "study"
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -44,14 +50,88 @@ def test_every_option_that_is_named_exists(command, capsys):
     assert named <= known
 
 
-def test_the_results_are_those_of_the_runs():
-    """As notebook 4 computes them, by the functions that it defines."""
-    folder = _ROOT / "notebooks"
-    notebook = json.loads((folder / "04_does_it_help.ipynb").read_text(encoding="utf-8"))
-    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    names = {"STUDY": folder / "study"}
-    for source in cells:
-        if re.search("^def ", source, flags=re.MULTILINE):
-            exec(compile(source, "04_does_it_help.ipynb", "exec"), names)
-    computed = [names["line"](name) for name in names["LINES"]]
-    assert [line for line in _README.splitlines() if re.search(r"\| `[a-z]+(-[a-z]+)+` \|", line)] == computed
+def test_comparisons_search_the_same_options_for_all_methods():
+    """Or users copy a comparison in which one method alone has a good learning rate."""
+    compared = [words[words.index("--methods") + 1] for words in _commands() if words[0] == "compare"]
+    assert compared
+    for methods in compared:
+        assert unequal_search([each for method in methods.split(",") for each in candidates_of(method)]) == {}
+
+
+@pytest.fixture(scope="module")
+def results():
+    """The module that computes the published tables from the runs."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(_STUDY)
+        return importlib.import_module("results")
+
+
+def test_every_number_of_the_results_table_is_computed_from_the_runs(results):
+    """The last digit may be rounded either way where the mean lies in the middle."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in _README.splitlines() if line.startswith("|")]
+    titles, compared = None, 0
+    for cells in lines:
+        if "plain" in cells:
+            titles = cells
+        if titles is None or len(cells) != len(titles) or not re.fullmatch("`[a-z]+(-[a-z]+)+`", cells[1]):
+            continue
+        computed = results.gains(cells[1].strip("`"))
+        row = {title: cell for title, cell in zip(titles[2:], cells[2:], strict=True) if cell}
+        for title, cell in row.items():
+            columns = ["accuracy", "standard_error"] if title == "plain" else ["gain", "gain_standard_error"]
+            written = [float(number) for number in cell.strip("*").split(" ± ")]
+            assert 100 * computed.loc[title, columns].to_numpy() == pytest.approx(written, abs=0.0501)
+            compared += 1
+        gains = computed["gain"].fillna(0)[[title for title in row if title != "clean labels"]]
+        bold = [title for title, cell in row.items() if cell.startswith("**")]
+        assert bold == [gains.idxmax()], "the best is in bold"
+    assert compared >= 20, "there is a results table, with the study's name in the second column"
+
+
+def test_tables_of_the_study_are_computed_from_the_runs(results):
+    text = (_STUDY / "README.md").read_text(encoding="utf-8")
+    missing = [name for name, table in results.published().items() if results.markdown(table) not in text]
+    assert not missing, "python notebooks/study/results.py prints them"
+
+
+def test_studies_compare_the_methods_that_the_runs_have(results):
+    """Or a study made again would be another one than that of the published tables."""
+    commands = results.studies.commands()
+    compared = {name: words for name, words in commands.items() if words[1] == "compare"}
+    runs = results.RUNS.groupby("study")
+    for name, words in compared.items():
+        own = runs.get_group(name)
+        methods, seeds = (words[len(words) - words[::-1].index(option)] for option in ("--methods", "--seeds"))
+        assert set(methods.split(",")) == set(own["method"])
+        assert set(own["seed"]) == set(range(int(seeds)))
+    of_trials = {name for name in runs.groups if name not in compared}
+    assert {re.sub(".*-", "", name) for name in of_trials} == {"when", "overfitting", "candidates"}
+
+
+def test_studies_without_a_name_are_listed_and_none_begins(tmp_path):
+    """One of them takes hours."""
+    command = [sys.executable, str(_STUDY / "studies.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    assert "convnext-noisy-tuned: hf-aace compare --output_dir runs/study/convnext-noisy-tuned" in done.stdout
+    assert not list(tmp_path.iterdir())
+    done = subprocess.run([*command, "nothing"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "There is no study 'nothing'" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", ["--rho 0.1", "--rho 30 --perturb_modules norm --ascent_fraction 0.25"])
+def test_aace_beats_plain_training_by_six_points_on_noisy_digits(settings, tmp_path):
+    """ConvNeXt, 400 images, a fifth of the labels wrong, mean over five seeds."""
+    means = {}
+    for method in ("--rho 0", settings):
+        accuracies = []
+        for seed in range(5):
+            output_dir = tmp_path / f"{len(means)}-{seed}"
+            options = (
+                f"train {method} --seed {seed} --label_noise 0.2 --train_size 400 --num_train_epochs 40 "
+                f"--eval_strategy no --save_strategy no --disable_tqdm true --output_dir {output_dir}"
+            )
+            assert main(options.split()) == 0
+            accuracies.append(json.loads((output_dir / "all_results.json").read_text())["eval_accuracy"])
+        means[method] = sum(accuracies) / len(accuracies)
+    assert means[settings] - means["--rho 0"] >= 0.06

@@ -17,6 +17,7 @@ from tiny import (
     trainer_for_single_steps,
     training_arguments,
     vit,
+    weights,
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -230,3 +231,23 @@ def test_reentrant_checkpointing_of_batch_norm(tmp_path):
 
     plain, *_ = check_goes_on_working(make_model, tmp_path)
     assert plain.model.norm.num_batches_tracked == 2 * 6  # PyTorch counts each forward pass, recomputed ones too
+
+
+def test_a_resumed_run_with_frozen_batch_norm_is_the_uninterrupted_one(tmp_path):
+    """Which layers `compute_loss` freezes is known after the first descent only: the step after a save forgets it too."""
+
+    class Frozen(AACETrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            model.layer.eval()
+            return super().compute_loss(model, *args, **kwargs)
+
+    def run(folder, resume=None):
+        arguments = training_arguments(
+            AACEConfig, tmp_path / folder, max_steps=6, save_strategy="steps", save_steps=3, rho=0.5
+        )
+        model = Convolutional(lambda: nn.BatchNorm2d(8))
+        trainer = Frozen(model, arguments, train_dataset=digits(64))
+        trainer.train(resume_from_checkpoint=resume)
+        return weights(model)
+
+    assert identical(run("whole"), run("resumed", str(tmp_path / "whole" / "checkpoint-3")))

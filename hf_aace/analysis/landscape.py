@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The loss of a classifier around its weights, on a grid: along the line to another model, or on a plane. Grids are kept in files,
-as they take hundreds of passes over the data.
+The loss of a classifier around its weights, on a grid: along the line to another model, or on a plane. Grids take hundreds of
+passes over the data, so they can be kept in files.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from datasets.fingerprint import Hasher
 from torch import nn
 
 from ..perturbation import perturbed
-from .empirical_risk import Batches, EmpiricalRisk, measuring
+from .empirical_risk import Batches, EmpiricalRisk, check_at_least, check_positive, measuring
 from .sharpness import hessian_eigenvalues
 
 
@@ -59,20 +58,20 @@ def loss_path(
     cache_dir: str | os.PathLike | None = None,
 ) -> LossPath:
     """
-    Computes the mean cross-entropy along the straight line from one model to another of the same architecture. What BatchNorm
-    keeps is interpolated too, so that the ends are the two models.
+    Compute the mean cross-entropy along the straight line from one model to another of the same architecture. Buffers, such as
+    the running statistics of BatchNorm, are interpolated too, so that the ends are the two models.
 
     Args:
         model (`nn.Module`): The classifier at 0, as for [`~hf_aace.analysis.sharpness.losses_and_gradient_norms`]. It moves, and is
             afterwards as it was.
-        other (`nn.Module`): The one at 1.
-        batches (iterable of mappings): The data set, as there.
-        start (`float`, *optional*, defaults to `-0.5`): Where the line begins.
-        stop (`float`, *optional*, defaults to `1.5`): Where it ends.
-        points (`int`, *optional*, defaults to `41`): Number of points on it, at least 2.
+        other (`nn.Module`): The classifier at 1.
+        batches (iterable of mappings): The dataset, as there.
+        start (`float`, *optional*, defaults to `-0.5`): Position of the first point.
+        stop (`float`, *optional*, defaults to `1.5`): Position of the last point.
+        points (`int`, *optional*, defaults to `41`): Number of points, at least 2.
         cache_dir (`str` or `os.PathLike`, *optional*):
-            A folder for the result, as a `.npz` file. It is read from there if models, data and settings are bit for bit those
-            that it was computed from.
+            A folder for the result, as a `.npz` file. It is read from there if it was computed from the same models, data and
+            settings, bit for bit.
 
     Returns:
         [`LossPath`]: The line.
@@ -80,38 +79,34 @@ def loss_path(
     Raises:
         `ValueError`: If the models differ in names or shapes, an argument is out of range, or the loss is not finite.
     """
-    _check_points(points)
-    tensors, others = model.state_dict(), other.state_dict()
-    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in others.items()}:
-        different = sorted(
-            k
-            for k in tensors.keys() | others.keys()
-            if k not in tensors or k not in others or tensors[k].shape != others[k].shape
-        )
+    check_at_least(2, points=points)
+    shapes, others = ({key: value.shape for key, value in m.state_dict().items()} for m in (model, other))
+    different = sorted(key for key in shapes.keys() | others.keys() if shapes.get(key) != others.get(key))
+    if different:
         raise ValueError(
-            f"There is a line between models of the same architecture only; these two differ in: {', '.join(different[:3])}."
+            f"Models of a line must have the same architecture. These differ in {', '.join(different[:3])}."
         )
 
     def compute() -> LossPath:
         position = np.linspace(start, stop, points)
-        parameters = list(model.parameters())
-        steps = [(q.detach().to(p.device) - p.detach()) for p, q in zip(parameters, other.parameters(), strict=True)]
+        parameters, ends = list(model.parameters()), other.parameters()
+        steps = [q.detach().to(p.device) - p.detach() for p, q in zip(parameters, ends, strict=True)]
         buffers = [
             (b, b.detach().clone(), c.detach().to(b.device))
             for b, c in zip(model.buffers(), other.buffers(), strict=True)
             if b.is_floating_point()
         ]
         losses = []
-        with measuring(model, batches) as objective:
+        with measuring(model, batches) as risk:
             for t in position.tolist():
                 for buffer, first, second in buffers:
                     buffer.copy_(torch.lerp(first, second, t))
                 with perturbed(parameters, steps, abs(t), maximize=t > 0):
-                    losses.append(objective.loss())
+                    losses.append(risk.loss())
         return LossPath(position, np.array(losses))
 
     settings = {"start": start, "stop": stop, "points": points}
-    return _cached(LossPath, compute, cache_dir, "path", settings, [model, other], batches)
+    return _cached(LossPath, cache_dir, settings, [model, other], batches, compute)
 
 
 def loss_surface(
@@ -125,19 +120,19 @@ def loss_surface(
     cache_dir: str | os.PathLike | None = None,
 ) -> LossSurface:
     """
-    Computes the mean cross-entropy on a square around the weights of a model, in the plane of two directions.
+    Compute the mean cross-entropy on a square around the weights of a model, in the plane of two directions.
 
     Args:
         model (`nn.Module`): The classifier, as for [`~hf_aace.analysis.sharpness.losses_and_gradient_norms`]. It moves, and is
             afterwards as it was.
-        batches (iterable of mappings): The data set, as there.
+        batches (iterable of mappings): The dataset, as there.
         directions (`str`, *optional*, defaults to `"random"`):
             `"random"`: normally distributed, each filter scaled to the norm of the model's (Li et al. 2018,
-            [arXiv 1712.09913](https://huggingface.co/papers/1712.09913)), vectors such as biases left out. A coordinate of 1 is then
+            [arXiv 1712.09913](https://huggingface.co/papers/1712.09913)), without vectors such as biases. A coordinate of 1 is then
             a step as long as the weights, so that models can be compared. With the same `seed` the draws are the same for each
             model. `"eigenvectors"`: those of the two greatest eigenvalues of the Hessian; coordinates are lengths in weight space.
         radius (`float`, *optional*, defaults to `1.0`): Half the side of the square, `> 0`.
-        points (`int`, *optional*, defaults to `21`): Number of points on a side, at least 2. The data set is read `points**2` times.
+        points (`int`, *optional*, defaults to `21`): Number of points on a side, at least 2. The dataset is read `points**2` times.
         seed (`int`, *optional*, defaults to `0`): Draws the directions, or the start of the search for eigenvectors.
         cache_dir (`str` or `os.PathLike`, *optional*): A folder for the result, as for [`loss_path`].
 
@@ -147,64 +142,57 @@ def loss_surface(
     Raises:
         `ValueError`: If an argument is out of range, or the loss is not finite.
     """
-    _check_points(points)
+    check_at_least(2, points=points)
     if directions not in ("random", "eigenvectors"):
         raise ValueError(f"`directions` must be 'random' or 'eigenvectors', got {directions!r}.")
-    if not 0 < radius < float("inf"):
-        raise ValueError(f"`radius` must be a finite number > 0, got {radius}.")
+    check_positive(radius=radius)
 
     def compute() -> LossSurface:
         if directions == "eigenvectors":
             _, vectors = hessian_eigenvalues(model, batches, 2, seed=seed)
         coordinates = np.linspace(-radius, radius, points)
         losses = np.empty((points, points))
-        with measuring(model, batches) as objective:
+        with measuring(model, batches) as risk:
             if directions == "eigenvectors":
-                first, second = torch.as_tensor(vectors).to(objective.device, objective.dtype)
+                first, second = torch.as_tensor(vectors).to(risk.device, risk.dtype)
             else:
                 generator = torch.Generator().manual_seed(seed)
-                first, second = (_filter_normalized(objective, generator) for _ in range(2))
+                first, second = (_filter_normalized(risk, generator) for _ in range(2))
             for i, y in enumerate(coordinates.tolist()):
                 for j, x in enumerate(coordinates.tolist()):
-                    with objective.moved(x * first + y * second):
-                        losses[i, j] = objective.loss()
+                    with risk.moved(x * first + y * second):
+                        losses[i, j] = risk.loss()
         return LossSurface(coordinates, coordinates.copy(), losses)
 
     settings = {"directions": directions, "radius": radius, "points": points, "seed": seed}
-    return _cached(LossSurface, compute, cache_dir, "surface", settings, [model], batches)
+    return _cached(LossSurface, cache_dir, settings, [model], batches, compute)
 
 
-def _filter_normalized(objective: EmpiricalRisk, generator: torch.Generator) -> torch.Tensor:
-    drawn = objective.parts(objective.random_vector(generator))
-    for direction, p in zip(drawn, objective.parameters, strict=True):
+def _filter_normalized(risk: EmpiricalRisk, generator: torch.Generator) -> torch.Tensor:
+    """Draw a random direction, each filter as long as that of the model."""
+    drawn = risk.parts(risk.random_vector(generator))
+    for direction, p in zip(drawn, risk.parameters, strict=True):
         if p.dim() < 2:
             direction.zero_()
         else:
             norms = [t.detach().reshape(len(t), -1).norm(dim=1) for t in (p, direction)]
             direction *= (norms[0] / norms[1]).view(-1, *[1] * (p.dim() - 1))
-    return objective.flat(drawn)
+    return risk.flat(drawn)
 
 
 def _cached(
-    kind: type,
-    compute: Callable[[], Any],
-    cache_dir: str | os.PathLike | None,
-    name: str,
-    settings: dict[str, Any],
-    models: list[nn.Module],
-    batches: Batches,
+    kind: type, cache_dir: str | os.PathLike | None, settings: dict, models: list, batches: Batches, compute: Callable
 ) -> Any:
-    """What `compute` returns, from a file if it was computed from the same before. The name of the file says from what."""
+    """Return what `compute` returns, from a file if there is one. Its name is a hash of all that the grid depends on."""
     if cache_dir is None:
         return compute()
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for model in models:
-        _update(digest, model.state_dict().items())
-        digest.update(str([p.requires_grad for p in model.parameters()]).encode())
-    with measuring(models[0], batches):  # it keeps the random numbers that reading the batches may draw
+    hasher = Hasher()
+    for part in (settings, *[(dict(m.state_dict()), [p.requires_grad for p in m.parameters()]) for m in models]):
+        hasher.update(part)
+    with measuring(models[0], batches):  # reading the batches may draw random numbers, which it gives back
         for batch in batches:
-            _update(digest, batch.items())
-    path = Path(cache_dir) / f"{name}-{digest.hexdigest()[:16]}.npz"
+            hasher.update(dict(batch))
+    path = Path(cache_dir) / f"{kind.__name__.removeprefix('Loss').lower()}-{hasher.hexdigest()}.npz"
     if path.is_file():
         with np.load(path) as arrays:
             return kind(**arrays)
@@ -214,18 +202,3 @@ def _cached(
     np.savez(partial, **result._asdict())
     os.replace(partial, path)  # a file of that name is whole
     return result
-
-
-def _update(digest: Any, items: Iterable[tuple[str, Any]]) -> None:
-    for key, value in items:
-        digest.update(key.encode())
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        else:
-            digest.update(repr(value).encode())
-
-
-def _check_points(points: int) -> None:
-    if points < 2:
-        raise ValueError(f"`points` must be at least 2, got {points}.")

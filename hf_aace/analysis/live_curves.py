@@ -12,12 +12,12 @@ from .plots import training_curves
 
 class LiveCurvesCallback(TrainerCallback):
     """
-    Draws the training curves in a notebook while the trainer trains, in one picture that is renewed. Outside of notebooks
-    it does nothing.
+    Callback that draws the training curves in a notebook during training, in one picture that is updated. Outside of
+    notebooks it does nothing.
 
     Args:
         min_seconds (`float`, *optional*, defaults to `2.0`):
-            The least time between two drawings, each of which takes some tenths of a second. The last one is always made.
+            Shortest time between two drawings. One takes some tenths of a second. The last one is always drawn.
 
     Example:
 

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-How sharp the place is where a classifier's weights lie: the rise of its loss around them, its Hessian, its gradients and
-margins, each over a whole data set. The weights are moved only inside [`perturbed`], so they end bit for bit as they were.
+Measures of sharpness: the rise of a classifier's loss around its weights, its Hessian, its gradients and margins, each over
+a whole dataset. The weights move only inside [`perturbed`], so they end bit for bit as they were.
 """
 
-from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.stats import sem
 from torch import nn
 
 from ..losses import aace_loss, count_labels
-from .empirical_risk import Batches, EmpiricalRisk, measuring
+from .empirical_risk import Batches, EmpiricalRisk, check_at_least, check_positive, measuring, samples_in_groups
 
 
 class Estimate(NamedTuple):
@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 
 def losses_and_gradient_norms(model: nn.Module, batches: Batches) -> dict[str, float]:
     """
-    The mean losses of a classifier on a data set, and the norms of their gradients.
+    Compute the mean losses of a classifier on a dataset, and the norms of their gradients.
 
     Since AACE is cross-entropy plus the mean margin `d` of [`aace_loss`], its gradient stays where that of cross-entropy
     vanishes.
@@ -34,11 +34,11 @@ def losses_and_gradient_norms(model: nn.Module, batches: Batches) -> dict[str, f
         model (`nn.Module`):
             A classifier that returns logits of shape `(batch, classes)`, as a tensor, as `outputs.logits` or as
             `outputs[0]`. It is evaluated in `eval()` mode: no dropout, BatchNorm by its running statistics. The gradients
-            are those of the parameters that require one. Load anew what was trained in mixed precision: accelerate has
-            left the `forward` of the trainer's model in 16 bits, which are too few for small differences.
+            are those of the parameters that require one. After training in mixed precision, load the model anew: accelerate
+            leaves the `forward` of the trainer's model in 16 bits, which are too few for small differences.
         batches (iterable of mappings):
-            The data set in batches with `labels`, each time the same: a list, or a `DataLoader` that neither shuffles nor
-            augments. Labels of -100 do not count. What else a batch holds goes to the model.
+            The dataset in batches with `labels`, the same ones each time: a list, or a `DataLoader` that neither shuffles nor
+            augments. Labels of -100 do not count. Everything else in a batch goes to the model.
 
     Returns:
         `dict[str, float]`: `cross_entropy` and `aace` in nats, `cross_entropy_grad_norm` and `aace_grad_norm` in nats per
@@ -47,10 +47,10 @@ def losses_and_gradient_norms(model: nn.Module, batches: Batches) -> dict[str, f
     Raises:
         `ValueError`: If there are no samples, labels or float32 parameters, or the loss is not finite.
     """
-    with measuring(model, batches) as objective:
-        cross_entropy, gradient = objective.loss_and_gradient()
-        aace, aace_gradient = objective.loss_and_gradient(loss=aace_loss)
-        scores = objective.margins()
+    with measuring(model, batches) as risk:
+        cross_entropy, gradient = risk.loss_and_gradient()
+        aace, aace_gradient = risk.loss_and_gradient(loss=aace_loss)
+        scores = risk.margins()
         return {
             "cross_entropy": cross_entropy,
             "accuracy": float((scores > 0).mean()),
@@ -62,11 +62,11 @@ def losses_and_gradient_norms(model: nn.Module, batches: Batches) -> dict[str, f
 
 def margins(model: nn.Module, batches: Batches) -> np.ndarray:
     """
-    The margin of each sample: the logit of its true class less the greatest of the others. Positive means right.
+    Compute the margin of each sample: the logit of its true class less the greatest of the others. Positive means right.
 
     Args:
         model (`nn.Module`): The classifier, as for [`losses_and_gradient_norms`].
-        batches (iterable of mappings): The data set, as there, with class indices as labels.
+        batches (iterable of mappings): The dataset, as there, with class indices as labels.
 
     Returns:
         `np.ndarray` of shape `(samples,)`: The margins, in logits, in the order of the samples that count.
@@ -74,8 +74,8 @@ def margins(model: nn.Module, batches: Batches) -> np.ndarray:
     Raises:
         `ValueError`: As [`losses_and_gradient_norms`]; also if the labels are probabilities.
     """
-    with measuring(model, batches) as objective:
-        return objective.margins()
+    with measuring(model, batches) as risk:
+        return risk.margins()
 
 
 def sam_sharpness(
@@ -89,23 +89,23 @@ def sam_sharpness(
     seed: int = 0,
 ) -> float:
     """
-    SAM's sharpness: how far the mean cross-entropy can rise within a ball around the weights `w`,
+    Compute SAM's sharpness: how far the mean cross-entropy can rise within a ball around the weights `w`,
     `max over norm(e) <= rho of L(w + e) - L(w)`, found by projected gradient ascent.
 
     The ascent starts with SAM's single step, `rho * g / norm(g)`, and goes on in steps of the ball's radius, projected back
-    onto it; a step that does not raise the loss is undone and halved. So the value is a lower bound, never below that of the
-    single step.
+    onto it; a step that does not raise the loss is undone and halved. The result is therefore a lower bound, never below the
+    rise by the single step.
 
     Args:
         model (`nn.Module`): The classifier, as for [`losses_and_gradient_norms`].
-        batches (iterable of mappings): The data set, as there.
+        batches (iterable of mappings): The dataset, as there.
         rho (`float`): Radius of the ball, in units of weight, `> 0`.
         adaptive (`bool`, *optional*, defaults to `False`):
             ASAM's ball ([arXiv 2102.11600](https://huggingface.co/papers/2102.11600)), `norm(e / abs(w)) <= rho`: it does
             not change when a layer is scaled up and the next one down.
         m (`int`, *optional*):
             m-sharpness: each batch is cut into groups of `m` samples (the last may be smaller), each group has its own worst
-            case, and the result is the mean over the samples. By default the whole data set has one.
+            case, and the result is the mean over the samples. By default the whole dataset has a single worst case.
         steps (`int`, *optional*, defaults to `20`): Number of gradients. 1 is SAM's single step.
         seed (`int`, *optional*, defaults to `0`): Draws the first direction where the gradient is exactly zero.
 
@@ -115,45 +115,37 @@ def sam_sharpness(
     Raises:
         `ValueError`: As [`losses_and_gradient_norms`]; also if an argument is out of range.
     """
-    _check_at_least_one(steps=steps)
-    _check_radius(rho)
-    if m is not None:
-        _check_at_least_one(m=m)
-    with measuring(model, batches) as objective:
-        scale = objective.ball_scale(adaptive)
+    check_at_least(1, steps=steps, m=1 if m is None else m)
+    check_positive(rho=rho)
+    with measuring(model, batches) as risk:
+        scale = risk.ball_scale(adaptive)
         if m is None:
-            return _climb(objective, batches, rho, scale, steps, seed)
-        objective.loss()  # its checks
+            return _climb(risk, batches, rho, scale, steps, seed)
+        risk.loss()  # its checks
         total = count = 0
         for batch in batches:
-            for group in _groups(batch, m):
+            for group in samples_in_groups(batch, m):
                 size = int(count_labels(group["labels"]))
                 if size:
-                    total += size * _climb(objective, [group], rho, scale, steps, seed)
+                    total += size * _climb(risk, [group], rho, scale, steps, seed)
                     count += size
         return total / count
 
 
 def average_sharpness(
-    model: nn.Module,
-    batches: Batches,
-    rho: float,
-    *,
-    adaptive: bool = False,
-    directions: int = 20,
-    seed: int = 0,
+    model: nn.Module, batches: Batches, rho: float, *, adaptive: bool = False, directions: int = 20, seed: int = 0
 ) -> Estimate:
     """
-    The mean rise of the cross-entropy over random directions of one length: the mean of `L(w + e) - L(w)` with `e` uniform
-    on the sphere of radius `rho`. Each direction is taken both ways, which cancels the slope. For a small radius, and without
+    Compute the mean rise of the cross-entropy over random directions of one length: the mean of `L(w + e) - L(w)` with `e`
+    uniform on the sphere of radius `rho`. Each direction is taken both ways, which cancels the slope. For a small radius, and without
     `adaptive`, it is `rho**2 / 2` times the trace of the Hessian, divided by the number of weights.
 
     Args:
         model (`nn.Module`): The classifier, as for [`losses_and_gradient_norms`].
-        batches (iterable of mappings): The data set, as there.
+        batches (iterable of mappings): The dataset, as there.
         rho (`float`):
-            Radius of the sphere, in units of weight, `> 0`. It takes a far greater one than the worst case to see anything:
-            of `n` weights, each moves by about `rho / sqrt(n)`.
+            Radius of the sphere, in units of weight, `> 0`. It must be far greater than that of the worst case for a visible
+            rise: each of `n` weights moves by about `rho / sqrt(n)`.
         adaptive (`bool`, *optional*, defaults to `False`): The sphere `norm(e / abs(w)) = rho`, as in ASAM.
         directions (`int`, *optional*, defaults to `20`): Number of directions, at least 2.
         seed (`int`, *optional*, defaults to `0`): Draws the directions, the same ones on every device.
@@ -164,62 +156,57 @@ def average_sharpness(
     Raises:
         `ValueError`: As [`losses_and_gradient_norms`]; also if an argument is out of range.
     """
-    _check_radius(rho)
-    if directions < 2:
-        raise ValueError(f"`directions` must be at least 2 for a standard error, got {directions}.")
+    check_positive(rho=rho)
+    check_at_least(2, directions=directions)  # or there is no standard error
     generator = torch.Generator().manual_seed(seed)
-    with measuring(model, batches) as objective:
-        scale = objective.ball_scale(adaptive)
-        base = objective.loss()
+    with measuring(model, batches) as risk:
+        scale = risk.ball_scale(adaptive)
+        base = risk.loss()
         rises = []
         for _ in range(directions):
-            direction = objective.random_vector(generator)
+            direction = risk.random_vector(generator)
             direction = scale * direction * (rho / direction.norm())
             both = 0.0
             for sign in (1, -1):
-                with objective.moved(sign * direction):
-                    both += objective.loss() / 2
+                with risk.moved(sign * direction):
+                    both += risk.loss() / 2
             rises.append(both - base)
         return _estimate(rises)
 
 
 def hessian_eigenvalues(
-    model: nn.Module,
-    batches: Batches,
-    count: int = 1,
-    *,
-    tolerance: float = 1e-4,
-    seed: int = 0,
+    model: nn.Module, batches: Batches, count: int = 1, *, tolerance: float = 1e-4, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    The greatest eigenvalues of the Hessian of the mean cross-entropy, and their eigenvectors, by Lanczos iteration
-    (`scipy.sparse.linalg.eigsh`) over products that are never a matrix: each costs two backward passes over the data set.
+    Compute the greatest eigenvalues of the Hessian of the mean cross-entropy, and their eigenvectors, by Lanczos iteration
+    (`scipy.sparse.linalg.eigsh`). The Hessian is never stored: each product with it costs two backward passes over the
+    dataset.
 
     Args:
         model (`nn.Module`):
-            The classifier, as for [`losses_and_gradient_norms`]. Its layers need second derivatives: attention runs on torch's
-            own kernels here, Flash Attention of another package has none.
-        batches (iterable of mappings): The data set, as there.
-        count (`int`, *optional*, defaults to `1`): How many eigenvalues.
+            The classifier, as for [`losses_and_gradient_norms`]. Its layers need second derivatives: torch's own attention
+            is run by a kernel that has them; the Flash Attention of another package has none.
+        batches (iterable of mappings): The dataset, as there.
+        count (`int`, *optional*, defaults to `1`): Number of eigenvalues.
         tolerance (`float`, *optional*, defaults to `1e-4`): Relative accuracy at which the iteration ends.
         seed (`int`, *optional*, defaults to `0`): Draws the vector that it starts from.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]` of shapes `(count,)` and `(count, parameters)`: The eigenvalues, in nats per squared
-        unit of weight, the greatest first; and unit eigenvectors, over the trainable parameters one after the other, with the
-        sign that makes their entry of greatest size positive. The iteration keeps about 20 such vectors in memory, in 64 bits.
+        unit of weight, the greatest first; and eigenvectors of length 1 over the trainable parameters, one after the other, with
+        the sign that makes the entry of greatest size positive. The iteration keeps about 20 such vectors in memory, in 64 bits.
 
     Raises:
         `ValueError`: As [`losses_and_gradient_norms`]; also if `count` is not below the number of parameters, or the iteration
             does not converge.
     """
-    with measuring(model, batches) as objective:
-        if not 1 <= count < objective.size:
+    with measuring(model, batches) as risk:
+        if not 1 <= count < risk.size:
             raise ValueError(
-                f"`count` must lie between 1 and {objective.size - 1}, one less than the number of parameters, got {count}."
+                f"`count` must lie between 1 and {risk.size - 1}, one less than the number of parameters, got {count}."
             )
-        start = np.random.default_rng(seed).standard_normal(objective.size)
-        operator = LinearOperator((objective.size,) * 2, matvec=objective.hessian_product, dtype=np.float64)
+        start = np.random.default_rng(seed).standard_normal(risk.size)
+        operator = LinearOperator((risk.size,) * 2, matvec=risk.hessian_product, dtype=np.float64)
         try:
             values, vectors = eigsh(operator, k=count, which="LA", v0=start, tol=tolerance)
         except ArpackNoConvergence as error:
@@ -234,16 +221,16 @@ def hessian_eigenvalues(
 
 def hessian_trace(model: nn.Module, batches: Batches, *, products: int = 30, seed: int = 0) -> Estimate:
     """
-    The trace of the Hessian of the mean cross-entropy, the sum of its eigenvalues, by Hutch++ (Meyer et al.,
+    Estimate the trace of the Hessian of the mean cross-entropy, the sum of its eigenvalues, by Hutch++ (Meyer et al.,
     [arXiv 2010.09649](https://huggingface.co/papers/2010.09649)): exact on a subspace that holds most of it, and an average over
     random vectors on the rest.
 
     Args:
         model (`nn.Module`): The classifier, as for [`hessian_eigenvalues`].
-        batches (iterable of mappings): The data set, as there.
+        batches (iterable of mappings): The dataset, as there.
         products (`int`, *optional*, defaults to `30`):
-            Number of products with the Hessian, a third of it for each part; at least 6. Keeps two thirds as many vectors of
-            the parameters' length, in 64 bits.
+            Number of products with the Hessian, at least 6: a third for the subspace, a third for the trace on it, a third for
+            the rest. Two thirds as many vectors of the parameters' length are kept in memory, in 64 bits.
         seed (`int`, *optional*, defaults to `0`): Draws the vectors.
 
     Returns:
@@ -252,22 +239,21 @@ def hessian_trace(model: nn.Module, batches: Batches, *, products: int = 30, see
     Raises:
         `ValueError`: As [`losses_and_gradient_norms`]; also if `products` is too small.
     """
+    check_at_least(6, products=products)
     third = products // 3
-    if third < 2:
-        raise ValueError(f"`products` must be at least 6, got {products}.")
     generator = np.random.default_rng(seed)
-    with measuring(model, batches) as objective:
+    with measuring(model, batches) as risk:
 
         def signs() -> np.ndarray:
-            return generator.choice([-1.0, 1.0], size=objective.size)
+            return generator.choice([-1.0, 1.0], size=risk.size)
 
-        basis, _ = np.linalg.qr(np.stack([objective.hessian_product(signs()) for _ in range(third)], axis=1))
-        exact = sum(float(column @ objective.hessian_product(column)) for column in basis.T)
+        basis, _ = np.linalg.qr(np.stack([risk.hessian_product(signs()) for _ in range(third)], axis=1))
+        exact = sum(float(column @ risk.hessian_product(column)) for column in basis.T)
         samples = []
         for _ in range(third):
             vector = signs()
             vector -= basis @ (basis.T @ vector)
-            samples.append(exact + float(vector @ objective.hessian_product(vector)))
+            samples.append(exact + float(vector @ risk.hessian_product(vector)))
     return _estimate(samples)
 
 
@@ -286,36 +272,35 @@ def measure_sharpness(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    All measures of this module.
+    Take all measures of this module.
 
     Args:
         model (`nn.Module`): The classifier, as for [`hessian_eigenvalues`].
-        batches (iterable of mappings): The data set, as for [`losses_and_gradient_norms`], with class indices as labels.
+        batches (iterable of mappings): The dataset, as for [`losses_and_gradient_norms`], with class indices as labels.
         rho (`float`, *optional*, defaults to `0.05`): Radius for [`sam_sharpness`], also of groups.
         adaptive_rho (`float`, *optional*, defaults to `0.5`): Radius for its adaptive variant.
         average_rho (`float`, *optional*, defaults to `1.0`): Radius for [`average_sharpness`].
         m (`int`, *optional*, defaults to `16`): Size of the groups for m-sharpness. `None` leaves it out.
         steps (`int`, *optional*, defaults to `20`): Gradients for each worst case.
         directions (`int`, *optional*, defaults to `20`): Directions for [`average_sharpness`].
-        eigenvalues (`int`, *optional*, defaults to `5`): How many to compute. 0 leaves out the trace too.
+        eigenvalues (`int`, *optional*, defaults to `5`): Number of Hessian eigenvalues. 0 leaves out the trace too.
         products (`int`, *optional*, defaults to `30`): Products for [`hessian_trace`].
-        seed (`int`, *optional*, defaults to `0`): Draws what is random.
+        seed (`int`, *optional*, defaults to `0`): Draws directions and starting vectors.
 
     Returns:
         `dict[str, Any]`: What [`losses_and_gradient_norms`] returns, `sam_sharpness`, `adaptive_worst_case_rise`,
-        `m_sharpness`, `average_sharpness`, `hessian_eigenvalues` (a list), `hessian_trace`, the two of them that are estimates also
-        with `_standard_error`, and `margins` (a list). All of it can be written as JSON.
+        `m_sharpness`, `average_sharpness`, `hessian_eigenvalues` (a list), `hessian_trace`, `margins` (a list), and for the average
+        and the trace also their `_standard_error`. All of it can be written as JSON.
 
     Raises:
         `ValueError`: As the functions that it calls.
     """
     measures: dict[str, Any] = losses_and_gradient_norms(model, batches)
-    measures["sam_sharpness"] = sam_sharpness(model, batches, rho, steps=steps, seed=seed)
-    measures["adaptive_worst_case_rise"] = sam_sharpness(
-        model, batches, adaptive_rho, adaptive=True, steps=steps, seed=seed
-    )
+    ascent = {"steps": steps, "seed": seed}
+    measures["sam_sharpness"] = sam_sharpness(model, batches, rho, **ascent)
+    measures["adaptive_worst_case_rise"] = sam_sharpness(model, batches, adaptive_rho, adaptive=True, **ascent)
     if m is not None:
-        measures["m_sharpness"] = sam_sharpness(model, batches, rho, m=m, steps=steps, seed=seed)
+        measures["m_sharpness"] = sam_sharpness(model, batches, rho, m=m, **ascent)
     average = average_sharpness(model, batches, average_rho, directions=directions, seed=seed)
     measures["average_sharpness"], measures["average_sharpness_standard_error"] = average
     if eigenvalues > 0:
@@ -328,19 +313,19 @@ def measure_sharpness(
 
 
 def _climb(
-    objective: EmpiricalRisk, batches: Batches, rho: float, scale: torch.Tensor | float, steps: int, seed: int
+    risk: EmpiricalRisk, batches: Batches, rho: float, scale: torch.Tensor | float, steps: int, seed: int
 ) -> float:
-    """The rise of the loss by projected gradient ascent in the ball, whose points are `scale * offset`."""
-    base, gradient = objective.loss_and_gradient(batches)
+    """Raise the loss by projected gradient ascent in the ball, whose points are `scale * offset`. Returns the rise."""
+    base, gradient = risk.loss_and_gradient(batches)
     best, offset, length = base, torch.zeros_like(gradient), rho
     gradient = scale * gradient
     if not gradient.any():  # a flat spot, or saturated: any direction is as good
-        gradient = objective.random_vector(torch.Generator().manual_seed(seed))
+        gradient = risk.random_vector(torch.Generator().manual_seed(seed))
     for _ in range(steps):
         candidate = offset + gradient * (length / gradient.norm())
         candidate *= rho / max(rho, float(candidate.norm()))
-        with objective.moved(scale * candidate):
-            loss, slope = objective.loss_and_gradient(batches)
+        with risk.moved(scale * candidate):
+            loss, slope = risk.loss_and_gradient(batches)
         if loss > best:
             best, offset, gradient = loss, candidate, scale * slope
             if not gradient.any():
@@ -350,28 +335,5 @@ def _climb(
     return best - base
 
 
-def _groups(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """The batch in groups of `size` samples: what has one entry for each is cut, the rest is kept."""
-    samples = len(batch["labels"])
-    for start in range(0, samples, size):
-        yield {
-            key: value[start : start + size]
-            if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == samples
-            else value
-            for key, value in batch.items()
-        }
-
-
 def _estimate(samples: list[float]) -> Estimate:
-    return Estimate(float(np.mean(samples)), float(np.std(samples, ddof=1) / np.sqrt(len(samples))))
-
-
-def _check_radius(rho: float) -> None:
-    if not 0 < rho < float("inf"):
-        raise ValueError(f"`rho` must be a finite number > 0, got {rho}.")
-
-
-def _check_at_least_one(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {number}.")
+    return Estimate(float(np.mean(samples)), float(sem(samples)))

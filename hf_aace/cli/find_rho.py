@@ -3,16 +3,16 @@
 
 import shlex
 
-from tqdm.auto import tqdm
-
+from ..config import AACEConfig, method_title
 from ..study.plots import plot_accuracy_by_rho
 from ..study.statistics import Candidate, recommend_rho, rho_values
-from .compare import Study, study_parser
+from .compare import Study, study_parser, train_arguments
+from .options import config_as_options
 from .output import table, write_report
 
 
 def run(argv: list[str]) -> int:
-    """Runs the command with the arguments `argv`; returns the exit code."""
+    """Run the command with the arguments `argv`; return the exit code."""
     parser = study_parser(
         "find-rho",
         "Trains with several values of rho, and without perturbation, and says which to take, by the accuracy on validation "
@@ -22,23 +22,26 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--rho",
-        default="0.003,0.01,0.03,0.1,0.3",
-        help="The values to try, separated by commas. The default is for all weights: with `--perturb_modules norm` try "
-        "3,10,30,100, with `--adaptive_perturbation true` 1,3,10,30.",
+        help="The values to try, separated by commas. By default 0.003,0.01,0.03,0.1,0.3; with `--perturb_modules norm` "
+        "3,10,30,100; with `--adaptive_perturbation true` 1,3,10,30; with either of them and a normalized step, as in sam and "
+        "asam, 0.1,0.3,1,3,10.",
     )
     parser.set_defaults(seeds=3)
     options, common = parser.parse_known_args(argv)
-    values = [value for value in rho_values(options.rho) if float(value) != 0]
+    config = [] if options.config is None else config_as_options(options.config)
+    *_, settings = train_arguments([*config, *common])
+    tried = default_values(settings) if options.rho is None else options.rho
+    values = [value for value in rho_values(tried) if float(value) != 0]
     if not values:
-        raise ValueError(f"`rho` must have a value to compare with 0, which is tried anyway, got {options.rho!r}.")
-    plain = Candidate("trainer", (("rho", "0"),))
-    candidates = [plain, *(Candidate("aace", (("rho", value),), ("rho",)) for value in values)]
+        raise ValueError(f"`rho` must have a value to compare with 0, which is tried anyway, got {tried!r}.")
+    method = method_title(settings).split(",")[0].lower()
+    candidates = [Candidate("trainer", (("rho", "0"),)), *(Candidate(method, (("rho", value),)) for value in values)]
 
     study = Study(options, common, candidates)
-    runs = [(candidate, seed) for seed in study.seeds for candidate in candidates]
-    with study, tqdm(total=len(runs), desc="runs") as bar:
-        results = study.train(runs, bar)
-    advice = recommend_rho(results)
+    todo = [(candidate, seed) for seed in study.seeds for candidate in candidates]
+    with study.runner(len(todo)) as runner:
+        runs = runner.run(todo)
+    advice = recommend_rho(runs)
 
     print(f"{study.title}, accuracy on validation images in per cent")
     lines = [
@@ -49,6 +52,15 @@ def run(argv: list[str]) -> int:
     print(advice["text"])
     report = {"command": shlex.join(["hf-aace", "find-rho", *argv]), **advice}
     write_report(report, study.folder / "find_rho.json")
-    plot_accuracy_by_rho(results, study.title, study.folder / "rho.png")
+    plot_accuracy_by_rho(runs, study.title, study.folder / "rho.png")
     print(f"Numbers: {study.folder / 'find_rho.json'}\nPicture: {study.folder / 'rho.png'}")
     return 0
+
+
+def default_values(settings: AACEConfig) -> str:
+    """Choose the values of rho to try by what is perturbed: what is right for all weights hardly moves the norm layers."""
+    if settings.perturb_modules != "norm" and not settings.adaptive_perturbation:
+        return "0.003,0.01,0.03,0.1,0.3"
+    if settings.normalize_perturbation:
+        return "0.1,0.3,1,3,10"
+    return "1,3,10,30" if settings.adaptive_perturbation else "3,10,30,100"

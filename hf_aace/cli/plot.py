@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-aace plot`: pictures of runs side by side."""
+"""`hf-aace plot` draws runs side by side."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,59 +8,44 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from ..analysis.figures import plot_dynamics, plot_landscapes, plot_paths
 from ..analysis.landscape import loss_path, loss_surface
-from ..analysis.plots import plot_dynamics, plot_landscapes, plot_paths
 from .output import HelpFormatter
-from .runs import Run, RunArguments, open_runs
+from .runs import Run, RunArguments, open_runs, progress
 from .sharpness import MEASURES_NAME, weights_key
 
 
 _FIGURES = ("dynamics", "contour", "surface", "path")
+_POINTS_OF_PATH = 41
 
 
 @dataclass
 class PlotArguments:
-    """
-    What to draw.
-
-    Args:
-        figures (`list[str]`, *optional*, defaults to `["dynamics", "contour", "surface", "path"]`):
-            `"dynamics"`: what the runs logged, and what `hf-aace sharpness` measured of their checkpoints. `"contour"`,
-            `"surface"`: the loss on a plane through the first run of each name. `"path"`: the loss on the line from the first run
-            of the first name to that of each other.
-        directions (`str`, *optional*, defaults to `"random"`):
-            The directions of the plane: `"random"`, filter-normalised, or `"eigenvectors"` of the Hessian.
-        radius (`float`, *optional*):
-            Half the side of the square. Defaults to 1, relative to the filters, or to a length of 0.3 along eigenvectors.
-        points (`int`, *optional*, defaults to `21`):
-            Points on a side.
-        formats (`list[str]`, *optional*, defaults to `["png", "svg"]`):
-            Formats of the pictures.
-        width (`float`, *optional*, defaults to `3.4`):
-            Width of the pictures in inches: one column of a page. 7 is two.
-        output_dir (`str`, *optional*, defaults to `"runs/plot"`):
-            Where the pictures go. Grids are kept in `landscapes` in the folder of the run, if it can be written to.
-    """
+    """The options that say what to draw."""
 
     figures: list[str] = field(
         default_factory=lambda: list(_FIGURES),
         metadata={
-            "help": "`dynamics`: what the runs logged, and `hf-aace sharpness` measured of their checkpoints; `contour`, "
-            "`surface`: the loss around the first run of each name; `path`: the loss from the first run of the first name to that "
-            "of each other."
+            "help": "`dynamics`: the logs of the runs, and what `hf-aace sharpness` measured of their checkpoints; `contour`, "
+            "`surface`: the loss around the first run of each name; `path`: the loss on the line from the first run of the first "
+            "name to that of each other."
         },
     )
     directions: str = field(
         default="random",
         metadata={
-            "help": "The plane of contour and surface: `random` (filter-normalised) or `eigenvectors` (Hessian)."
+            "help": "The plane of contour and surface: `random` (filter-normalized) or `eigenvectors` (Hessian)."
         },
     )
     radius: float | None = field(
         default=None,
-        metadata={"help": "Half its side. By default 1 (of the filters' norms), or 0.3 along eigenvectors."},
+        metadata={
+            "help": "Half the side of the plane. By default 1 (times the norm of each filter), or 0.3 along eigenvectors."
+        },
     )
-    points: int = field(default=21, metadata={"help": "Points on a side of it; the images are read points**2 times."})
+    points: int = field(
+        default=21, metadata={"help": "Points on a side of the plane; the images are read points**2 times."}
+    )
     formats: list[str] = field(default_factory=lambda: ["png", "svg"], metadata={"help": "Formats of the pictures."})
     width: float = field(
         default=3.4, metadata={"help": "Width of the pictures in inches: 3.4 is one column of a page, 7 two."}
@@ -69,7 +54,7 @@ class PlotArguments:
 
 
 def run(argv: list[str]) -> int:
-    """Runs the command with the arguments `argv`; returns the exit code."""
+    """Run the command with the arguments `argv`. Returns the exit code."""
     parser = HfArgumentParser(
         (RunArguments, PlotArguments),
         prog="hf-aace plot",
@@ -93,7 +78,7 @@ def run(argv: list[str]) -> int:
     drawn = []
 
     def paths(figure: str) -> list[Path]:
-        drawn.append(figure)
+        drawn.append(folder / f"{figure}.{options.formats[0]}")
         return [folder / f"{figure}.{suffix}" for suffix in options.formats]
 
     if "dynamics" in options.figures:
@@ -101,48 +86,44 @@ def run(argv: list[str]) -> int:
         if not plot_dynamics(histories, paths("dynamics"), width=options.width):
             drawn.pop()  # nothing was logged
     if {"contour", "surface"} & set(options.figures):
-        on_filters = options.directions == "random"
-        surfaces = {
-            name: loss_surface(
-                each.load_model(run_args),
-                each.load_batches(run_args),
-                directions=options.directions,
-                radius=(1.0 if on_filters else 0.3) if options.radius is None else options.radius,
-                points=options.points,
-                seed=run_args.seed,
-                cache_dir=each.folder / "landscapes" if each.is_writable() else None,
-            )
-            for name, each in firsts.items()
-        }
-        unit = "step / filter norm" if on_filters else "step along eigenvector"
+        radius, unit = (
+            (1.0, "step / filter norm") if options.directions == "random" else (0.3, "step along eigenvector")
+        )
+        plane = {"directions": options.directions, "points": options.points, "seed": run_args.seed}
+        plane["radius"] = radius if options.radius is None else options.radius
+        surfaces = {}
+        for name, each in firsts.items():
+            model, batches = each.load_model(run_args), each.load_batches(run_args)
+            with progress(model, f"landscape of {name}", options.points**2 * len(batches)):
+                surfaces[name] = loss_surface(model, batches, **plane, cache_dir=_cache_dir(each))
         for kind in ("contour", "surface"):
             if kind in options.figures:
                 plot_landscapes(surfaces, paths(kind), kind=kind, unit=unit, width=options.width)
     if "path" in options.figures and len(firsts) > 1:
         (start, begin), *others = firsts.items()
-        curves = {
-            f"{start} (0) to {name} (1)": loss_path(
-                begin.load_model(run_args),
-                end.load_model(run_args),
-                begin.load_batches(run_args),
-                cache_dir=begin.folder / "landscapes" if begin.is_writable() else None,
-            )
-            for name, end in others
-        }
+        curves = {}
+        for name, end in others:
+            model, batches = begin.load_model(run_args), begin.load_batches(run_args)
+            with progress(model, f"path to {name}", _POINTS_OF_PATH * len(batches)):
+                line = loss_path(
+                    model, end.load_model(run_args), batches, points=_POINTS_OF_PATH, cache_dir=_cache_dir(begin)
+                )
+            curves[f"{start} (0) to {name} (1)"] = line
         plot_paths(curves, paths("path"), width=options.width)
-    print(
-        "\n".join(f"Picture: {folder / figure}.{options.formats[0]}" for figure in drawn)
-        or "There was nothing to draw."
-    )
+    print("\n".join(f"Picture: {path}" for path in drawn) or "There was nothing to draw.")
     return 0
 
 
+def _cache_dir(run: Run) -> Path | None:
+    return run.folder / "landscapes" if run.is_writable() else None
+
+
 def _history(run: Run) -> list[dict[str, Any]]:
-    """What was logged, and what was measured of its checkpoints."""
+    """Read the log of a run, and the measures of its checkpoints."""
     measures = run.folder / MEASURES_NAME
     entries = json.loads(measures.read_text(encoding="utf-8"))["measures"] if measures.is_file() else []
-    # Not what an earlier run left in the folder.
+    # Without those of an earlier run in the same folder.
     written = {weights_key(each)[1] for each in (run, *run.checkpoints())}
     entries = [entry for entry in entries if entry.get("weights_written_ns") in written]
-    # A single one is no course.
+    # A single entry is no curve.
     return run.log_history() + [entry for entry in entries if "epoch" in entry and len(entries) > 1]

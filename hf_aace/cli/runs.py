@@ -5,17 +5,18 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
+from ..analysis.empirical_risk import check_at_least
+from ..config import AACEArguments, method_title
 from ..vision.datasets import load_image_dataset
 from ..vision.images import image_transform
 from ..vision.models import model_classes
@@ -24,37 +25,13 @@ from .options import TRAIN_OPTIONS_NAME, checkpoints_in, last_part, pick_device,
 
 @dataclass
 class RunArguments:
-    """
-    How to read runs: what to call them, and which images to use.
-
-    Args:
-        names (`list[str]`, *optional*):
-            What to call each run; those of one name are averaged. Defaults to the method and its `rho`, or the folder's name.
-        split (`str`, *optional*, defaults to `"train"`):
-            The images: `"train"`, with the labels that the run saw, or `"test"`.
-        max_samples (`int`, *optional*, defaults to `1000`):
-            Use this many of them at most, drawn at random. They are held in memory.
-        dataset_name (`str`, *optional*):
-            The data set. Defaults to the one that the run was trained on.
-        train_size (`int`, *optional*):
-            As for `hf-aace train`. Defaults to that of the run.
-        label_noise (`float`, *optional*):
-            As for `hf-aace train`. Defaults to that of the run.
-        data_seed (`int`, *optional*):
-            The seed that drew `train_size` and `label_noise`. Defaults to the seed of the run.
-        batch_size (`int`, *optional*, defaults to `200`):
-            Images at once.
-        device (`str`, *optional*, defaults to `"auto"`):
-            `"cpu"`, `"cuda"`, or `"auto"`: a GPU if there is one.
-        seed (`int`, *optional*, defaults to `0`):
-            Draws images, directions and starting vectors: the same for all runs.
-    """
+    """The options that say how to read runs: their names, and which images to use."""
 
     names: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What to call each run, in their order; those of one name are averaged. By default the method and its "
-            "rho, or the name of the folder."
+            "help": "A name for each run, in their order; runs of one name are averaged. By default the method and its rho, "
+            "or the name of the folder."
         },
     )
     split: str = field(
@@ -64,7 +41,7 @@ class RunArguments:
         default=1000, metadata={"help": "Use this many images at most, drawn at random; they are held in memory."}
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "The data set, if not that of the run (or if the run does not say)."}
+        default=None, metadata={"help": "The dataset, if not that of the run (or if the run does not say)."}
     )
     train_size: int | None = field(default=None, metadata={"help": "As for `hf-aace train`, if not that of the run."})
     label_noise: float | None = field(
@@ -73,38 +50,60 @@ class RunArguments:
     data_seed: int | None = field(
         default=None, metadata={"help": "The seed that drew `train_size` and `label_noise`, if not that of the run."}
     )
-    batch_size: int = field(default=200, metadata={"help": "Images at once."})
+    batch_size: int = field(default=200, metadata={"help": "Images at a time."})
     device: str = field(default="auto", metadata={"help": "`cpu`, `cuda`, or `auto`: a GPU if there is one."})
     seed: int = field(
-        default=0, metadata={"help": "Draws images, directions and starting vectors, alike for all runs."}
+        default=0, metadata={"help": "Draws images, directions and starting vectors, the same for all runs."}
     )
 
     def check(self) -> None:
         """
+        Check the values.
+
         Raises:
             `ValueError`: If a field has a value outside its range.
         """
         if self.split not in ("train", "test"):
             raise ValueError(f"`split` must be `train` or `test`, got {self.split!r}.")
-        for name in ("max_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_at_least(1, max_samples=self.max_samples, batch_size=self.batch_size)
         pick_device(self.device)
 
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Context manager and decorator: without those of the libraries, several for each run and over in no time."""
-    of_datasets, of_transformers = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+    """Context manager and decorator that hides the progress bars of the libraries: several for each run, over in no time."""
+    shown_by_datasets, shown_by_transformers = not are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    disable_progress_bars()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if not of_datasets:
-            datasets.enable_progress_bars()
-        if of_transformers:
+        if shown_by_datasets:
+            enable_progress_bars()
+        if shown_by_transformers:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def progress(model: PreTrainedModel, description: str, total: int) -> Iterator[None]:
+    """
+    Context manager that shows how many batches the model has seen, if the command runs in a terminal.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        description (`str`): The work that is going on.
+        total (`int`): How many batches it will see, about.
+    """
+    with tqdm(total=total, desc=description, unit="batch", leave=False, disable=None) as bar:
+
+        def count(*_) -> None:  # what a hook returns would become the output of the model
+            bar.update()
+
+        hook = model.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 class Run:
@@ -115,8 +114,8 @@ class Run:
         folder (`str`): The folder.
 
     Attributes:
-        options (`dict`): What is in its `train_options.json`; empty if none.
-        name (`str`): What to call it: the method and its `rho`, or without options the folder's name.
+        options (`dict`): The contents of its `train_options.json`; empty if there is none.
+        name (`str`): The method and its `rho`, or without options the name of the folder.
 
     Raises:
         `ValueError`: If there is no such folder.
@@ -127,26 +126,29 @@ class Run:
         if not self.folder.is_dir():
             raise ValueError(f"There is no folder {folder!r}. Give the `output_dir` of `hf-aace train`.")
         self.options = train_options(self.folder)
-        self.name = _method_name(self.options) if self.options else last_part(folder)
+        self.name = _name_by_method(self.options) if self.options else last_part(folder)
 
     def is_writable(self) -> bool:
-        """Whether what is measured of it can be kept in it: it may be another user's."""
+        """Return whether results can be kept in the folder, which may be another user's."""
         return os.access(self.folder, os.W_OK)
 
     def checkpoints(self) -> list["Run"]:
-        """Its checkpoints, in the order of training."""
+        """List its checkpoints, in the order of training."""
         return [Run(str(path)) for path in checkpoints_in(self.folder)]
 
     def log_history(self) -> list[dict[str, Any]]:
-        """What was logged. Raises a `ValueError` if the folder has no `trainer_state.json`."""
+        """Read its log. Raises a `ValueError` if the folder has no `trainer_state.json`."""
         path = self.folder / "trainer_state.json"
         if not path.is_file():
-            raise ValueError(f"The folder {str(self.folder)!r} has no trainer_state.json, as a finished run has.")
+            raise ValueError(
+                f"The folder {str(self.folder)!r} has no trainer_state.json, so no log to draw. `hf-aace train` writes it; in a "
+                "script of your own, call `trainer.save_state()` after `trainer.train()`, or give one of its checkpoints."
+            )
         return json.loads(path.read_text(encoding="utf-8"))["log_history"]
 
     @_without_progress_bars()
     def load_model(self, args: RunArguments) -> PreTrainedModel:
-        """The model, in 32 bits, on the device. Raises a `ValueError` if there is none in the folder."""
+        """Load the model, in 32 bits, on the device. Raises a `ValueError` if there is none in the folder."""
         if not (self.folder / "config.json").is_file():
             raise ValueError(f"The folder {str(self.folder)!r} has no config.json, so no model to look at.")
         model = AutoModelForImageClassification.from_pretrained(self.folder, dtype=torch.float32)
@@ -155,17 +157,16 @@ class Run:
     @_without_progress_bars()
     def load_batches(self, args: RunArguments) -> list[dict[str, torch.Tensor]]:
         """
-        The images and labels that the arguments ask for, prepared by the run's own image processor.
+        Load the images and labels that the arguments ask for, prepared by the run's own image processor.
 
         Raises:
-            `ValueError`: If the run does not say which data it was trained on and the arguments do not either, or the model does
-                not know the classes of the data.
+            `ValueError`: If neither the run nor the arguments say which data to use, or the model does not know the classes
+                of the data.
         """
-        options = {
-            name: self.options.get(name) if getattr(args, name) is None else getattr(args, name)
-            for name in ("dataset_name", "train_size", "label_noise")
-        }
         others = ("validation_size", "image_column_name", "label_column_name", "skip_corrupt_images")
+        options = {name: self.options[name] for name in others if name in self.options}
+        for name in ("dataset_name", "train_size", "label_noise"):
+            options[name] = self.options.get(name) if getattr(args, name) is None else getattr(args, name)
         if options["dataset_name"] is None:
             raise ValueError(
                 f"The folder {str(self.folder)!r} has no {TRAIN_OPTIONS_NAME} that says which data the run was trained on. "
@@ -177,13 +178,8 @@ class Run:
                 "look at."
             )
         seed = self.options.get("seed", 42) if args.data_seed is None else args.data_seed
-        dataset = load_image_dataset(
-            options["dataset_name"],
-            seed=seed,
-            train_size=options["train_size"],
-            label_noise=options["label_noise"] or 0.0,
-            **{name: self.options[name] for name in others if name in self.options},
-        )[args.split]
+        options["label_noise"] = options["label_noise"] or 0.0
+        dataset = load_image_dataset(options.pop("dataset_name"), seed=seed, **options)[args.split]
         dataset = in_the_classes_of(AutoConfig.from_pretrained(self.folder).id2label, dataset)
         if len(dataset) > args.max_samples:
             dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
@@ -194,11 +190,14 @@ class Run:
 
 def in_the_classes_of(id2label: dict[int, str], data: Dataset) -> Dataset:
     """
-    The data with a model's numbers of the classes.
+    Give the images of a dataset the label numbers that a model uses. The names of the classes say which is which.
 
     Args:
         id2label (`dict[int, str]`): The model's names of the classes.
         data (`Dataset`): The images, with a column `label`.
+
+    Returns:
+        `Dataset`: The same images with the model's label numbers.
 
     Raises:
         `ValueError`: If the model does not know a class of the data.
@@ -213,24 +212,28 @@ def in_the_classes_of(id2label: dict[int, str], data: Dataset) -> Dataset:
         return data
     if names == known:
         return data
-    labels = np.array(data["label"][:])
-    unknown = [names[label] for label in np.unique(labels) if names[label] not in known]
+    # Not `align_labels_with_mapping`, which takes names that differ only in case for one class.
+    labels = [names[label] for label in data["label"]]
+    unknown = sorted(set(labels) - set(known), key=names.index)
     if unknown:
         raise ValueError(
             f"The model does not know these classes of the data: {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}. It "
             f"knows {', '.join(known[:5])}{', ...' * (len(known) > 5)}. Evaluate it on images of its own classes."
         )
-    number = {index: known.index(name) for index, name in enumerate(names) if name in known}
-    return data.remove_columns("label").add_column("label", np.array([number[label] for label in labels]))
+    numbers = {name: known.index(name) for name in set(labels)}
+    return data.remove_columns("label").add_column("label", [numbers[label] for label in labels])
 
 
 def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, list[Run]]:
     """
-    The runs in the folders, by their names, in the order in which each name comes first.
+    Find the runs in the folders.
 
     Args:
         folders (sequence of `str`): The folders.
-        names (sequence of `str`, *optional*): What to call each. Defaults to their own names.
+        names (sequence of `str`, *optional*): The name of each run. Defaults to their own names.
+
+    Returns:
+        `dict[str, list[Run]]`: The runs by name, in the order in which each name comes first.
 
     Raises:
         `ValueError`: If there is no such folder, the names are not as many, or runs of one name differ in more than the seed.
@@ -243,32 +246,22 @@ def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, 
     for index, folder in enumerate(folders):
         run = Run(folder)
         groups.setdefault(run.name if names is None else names[index], []).append(run)
-    if names is None:
-        for name, runs in groups.items():
-            for other in runs[1:]:
-                keys = sorted(runs[0].options.keys() | other.options.keys())
-                different = [k for k in keys if k != "seed" and runs[0].options.get(k) != other.options.get(k)]
-                if different or not other.options:
-                    raise ValueError(
-                        f"The runs in {str(runs[0].folder)!r} and {str(other.folder)!r} would both be called {name!r}, but "
-                        f"differ in {', '.join(different) or 'more than we know'}. Say by `--names` what to call each run."
-                    )
+    for name, (first, *others) in groups.items() if names is None else ():
+        for other in others:
+            keys = sorted(first.options.keys() | other.options.keys())
+            different = [k for k in keys if k != "seed" and first.options.get(k) != other.options.get(k)]
+            if different or not other.options:
+                raise ValueError(
+                    f"The runs in {str(first.folder)!r} and {str(other.folder)!r} would both be called {name!r}, but "
+                    f"differ in {', '.join(different) or 'more than we know'}. Say by `--names` what to call each run."
+                )
     return groups
 
 
-def _method_name(options: dict[str, Any]) -> str:
-    if options["rho"] == 0:
-        return "Trainer"
-    if options["perturbation_loss"] == "aace":
-        name = "AACE"
-        if options["adaptive_perturbation"]:
-            name += ", adaptive"
-        if options["normalize_perturbation"]:
-            name += ", normalised"
-    else:
-        name = "ASAM" if options["adaptive_perturbation"] else "SAM"
-        if not options["normalize_perturbation"]:
-            name += ", not normalised"
-    if options["ascent_fraction"] < 1:
-        name += f" on {options['ascent_fraction']:g}"
-    return f"{name}, rho {options['rho']:g}"
+def _name_by_method(options: dict[str, Any]) -> str:
+    known = {each.name: options[each.name] for each in fields(AACEArguments) if each.name in options}
+    settings = AACEArguments(**known)
+    if settings.rho == 0:
+        return method_title(settings)
+    part = f" on {settings.ascent_fraction:g}" if settings.ascent_fraction < 1 else ""
+    return f"{method_title(settings)}{part}, rho {settings.rho:g}"

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step costs: plain training, sharpness-aware training and other implementations of it, measured in turns in one run."""
+"""The cost of a training step: plain, sharpness-aware and by other implementations, measured in turns in one run."""
 
 import itertools
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -22,30 +22,11 @@ from ..perturbation import PROFILED
 from ..trainer import AACETrainer
 
 
-@dataclass
-class Method:
-    """
-    A way to make training steps.
-
-    Args:
-        name (`str`):
-            What the tables call it.
-        settings (`AACEArguments`):
-            The settings of the steps; `rho=0` is plain training.
-    """
-
-    name: str
-    settings: AACEArguments
-
-
-PLAIN = Method("plain Trainer", AACEArguments(rho=0.0))
-
-
 def default_methods(
     fractions: Sequence[float], ascent_every: Sequence[int] = (1,), perturb_modules: str | None = None
-) -> list[Method]:
+) -> dict[str, AACEArguments]:
     """
-    Plain training, SAM, and AACE with the whole batch and with parts of it.
+    Name the settings of plain training, AACE with the whole batch and with parts of it, and SAM.
 
     Args:
         fractions (`Sequence[float]`):
@@ -53,45 +34,40 @@ def default_methods(
         ascent_every (`Sequence[int]`, *optional*, defaults to `(1,)`):
             Values of `ascent_every`, for the whole batch and for each part.
         perturb_modules (`str`, *optional*):
-            Each AACE method once more, with only the parameters perturbed that this regular expression matches.
+            If given, each AACE method comes once more with this value of `perturb_modules`.
     """
-    sam = AACEArguments(rho=0.05, perturbation_loss="cross_entropy", normalize_perturbation=True)
-    aace = [
-        Method(
-            "AACE"
-            + (f", {pattern} only" if pattern else "")
-            + (f", {fraction:.3g} of the batch" if fraction < 1 else "")
-            + (f", every {every} steps" if every > 1 else ""),
-            AACEArguments(ascent_fraction=fraction, ascent_every=every, perturb_modules=pattern),
-        )
-        for pattern in ([None, perturb_modules] if perturb_modules else [None])
-        for every in ascent_every
-        for fraction in [1.0, *fractions]
-    ]
-    return [PLAIN, *aace, Method("SAM", sam)]
+    methods = {"plain Trainer": AACEArguments(rho=0.0)}
+    for modules, every, fraction in itertools.product(
+        [None, perturb_modules] if perturb_modules else [None], ascent_every, [1.0, *fractions]
+    ):
+        name = "AACE"
+        name += f", {modules} only" if modules else ""
+        name += f", {fraction:.3g} of the batch" if fraction < 1 else ""
+        name += f", every {every} steps" if every > 1 else ""
+        methods[name] = AACEArguments(ascent_fraction=fraction, ascent_every=every, perturb_modules=modules)
+    return methods | {"SAM": AACEArguments(method="sam")}
 
 
 @dataclass
 class Measurement:
     """
-    What was measured of a method.
+    The measurements of a method.
 
     Args:
-        name (`str`): The method.
+        name (`str`):
+            The method.
         seconds (`list[float]`):
             The time of a step in each round, optimizer included, data loading not; with `ascent_every` the mean over a step
             with an ascent pass and those that reuse its gradient.
-        ratios (`list[float]`): Each of them over the plain step of the same round.
         peak_bytes (`int`, *optional*):
-            The most memory that was allocated at a time in the course of a step, on top of what was allocated before it.
+            The most memory allocated at a time during a step, on top of what was allocated before it.
         perturbation_share (`float`, *optional*):
-            The part of a step's time that its perturbation takes beside the two passes: norm, step, copy and restoring. Not
-            known on a GPU, nor of the peers.
+            The part of a step's time that its perturbation takes beside the two passes: norm, step, copy and restoring. `None`
+            on a GPU and for other implementations.
     """
 
     name: str
     seconds: list[float] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     perturbation_share: float | None = None
 
@@ -100,15 +76,15 @@ def measure(
     model: nn.Module,
     batch: dict[str, torch.Tensor],
     args: AACEConfig,
-    methods: list[Method],
+    methods: dict[str, AACEArguments],
     *,
     rounds: int,
     warmup: int,
     peers: bool = False,
 ) -> list[Measurement]:
     """
-    Trains `model` on one batch over and over, each round by every method in turn, so that whatever drifts, in the machine
-    or in the model, hits all of them alike.
+    Train a model on one batch over and over, each round by every method in turn, so that a drift of the machine or of the model
+    affects all of them alike.
 
     Args:
         model (`nn.Module`):
@@ -118,75 +94,61 @@ def measure(
         args ([`AACEConfig`]):
             Optimizer, precision, compilation and device; `disable_tqdm` leaves out the progress bar. Batch size, number of
             steps and reporting are set here.
-        methods (`list[Method]`):
-            The methods; the first of them is the one that the others are compared with.
+        methods (`dict[str, AACEArguments]`):
+            The settings of each method by name; `rho=0` is plain training. The others are compared with the first.
         rounds (`int`):
-            How often each method is timed.
+            The number of times that each method is timed.
         warmup (`int`):
-            Rounds before that.
+            The number of rounds before that.
         peers (`bool`, *optional*, defaults to `False`):
             Whether to measure pytorch_optimizer's SAM too, in the loop that its documentation recommends.
 
     Returns:
         `list[Measurement]`: A measurement for each method, then one for each peer.
     """
-    show_progress = not args.disable_tqdm
+    bar = tqdm(total=rounds + warmup + 1, desc="rounds", leave=False, disable=args.disable_tqdm)
     samples = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["labels"]))]
     args = replace(
         args,
         per_device_train_batch_size=len(samples),
-        max_steps=sum(method.settings.ascent_every for method in methods) * (warmup + rounds + 1),
-        logging_strategy="no",
-        save_strategy="no",
-        eval_strategy="no",
+        max_steps=sum(settings.ascent_every for settings in methods.values()) * (warmup + rounds + 1),
         report_to=[],
         disable_tqdm=True,
         dataloader_drop_last=True,
+        **dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "no"),
     )
     trainer = AACETrainer(model, args, train_dataset=samples)
     trainer.remove_callback(PrinterCallback)
-    stopwatch = _Stopwatch(
-        trainer, methods, rounds, warmup, [_SamOfPytorchOptimizer()] if peers else [], show_progress
-    )
+    stopwatch = _Stopwatch(trainer, methods, rounds, warmup, [_SamOfPytorchOptimizer()] if peers else [], bar)
     trainer.add_callback(stopwatch)
-    trainer.train()
+    with bar:
+        trainer.train()
     return stopwatch.measurements
 
 
 class _Stopwatch(TrainerCallback):
     """
-    Gives each step its method, and times it: in each round one step by each method, or as many as share an ascent pass. A
-    last round is profiled: memory, and what the perturbation takes.
+    Give each step its method and time it. In each round every method has a turn: one step, or as many as share an ascent pass. A
+    last round is profiled: memory, and the time of the perturbation.
     """
 
     def __init__(
-        self,
-        trainer: AACETrainer,
-        methods: list[Method],
-        rounds: int,
-        warmup: int,
-        peers: list["_SamOfPytorchOptimizer"],
-        show_progress: bool,
+        self, trainer: AACETrainer, methods: dict[str, AACEArguments], rounds: int, warmup: int, peers: list, bar: tqdm
     ):
-        self._trainer, self._methods, self._peers = trainer, methods, peers
-        self._rounds, self._warmup = rounds, warmup
-        self.measurements = [Measurement(method.name) for method in [*methods, *peers]]
-        self._bar = tqdm(total=rounds + warmup + 1, desc="rounds", leave=False, disable=not show_progress)
+        self._trainer, self._settings, self._peers, self._bar = trainer, list(methods.values()), peers, bar
+        self._warmup, self._rounds = warmup, rounds
+        self.measurements = [Measurement(name) for name in [*methods, *(peer.name for peer in peers)]]
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._turn = -1
-        self._waiting = []  # the methods that still have a turn in this round, with how many steps
+        count = len(self._settings)
+        # Each round begins with another method, as one may leave caches in a state that the next one feels.
+        self._turns = ((i // count, (i + i // count) % count, i % count == count - 1) for i in itertools.count())
         self._remaining = 0  # steps of the present method
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self._remaining == 0:
-            if not self._waiting:
-                self._turn += 1
-                indices = range(len(self._methods))
-                # From another one in each round, as a method may leave caches in a state that the next one feels.
-                self._waiting = [(index + self._turn) % len(self._methods) for index in indices]
-            self._index = self._waiting.pop(0)
-            settings = self._methods[self._index].settings
+            self._round, self._index, self._is_last = next(self._turns)
+            settings = self._settings[self._index]
             self._remaining = settings.ascent_every
             for name, value in vars(settings).items():
                 setattr(args, name, value)
@@ -199,35 +161,26 @@ class _Stopwatch(TrainerCallback):
         self._remaining -= 1
         if self._remaining > 0:
             return
-        self._end(self._index, self._methods[self._index].settings.ascent_every)
-        if self._waiting:
+        self._end(self._index, self._settings[self._index].ascent_every)
+        if not self._is_last:
             return
-        inputs = self._trainer._prepare_inputs(self._batch(args))
-        for index, peer in enumerate(self._peers, start=len(self._methods)):
+        samples = [self._trainer.train_dataset[i] for i in range(args.train_batch_size)]
+        inputs = {name: values.to(args.device) for name, values in self._trainer.data_collator(samples).items()}
+        for index, peer in enumerate(self._peers, start=len(self._settings)):
             peer.prepare(model, args)
             self._begin()
             self._start()
             peer.step(self._trainer.model_wrapped, inputs)
             self._stop()
             self._end(index, 1)
-        if self._warmup <= self._turn < self._warmup + self._rounds:
-            plain = self.measurements[0].seconds[-1]
-            for measurement in self.measurements:
-                measurement.ratios.append(measurement.seconds[-1] / plain)
         self._bar.update()
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self._bar.close()
-
-    def _batch(self, args):
-        return self._trainer.data_collator([self._trainer.train_dataset[i] for i in range(args.train_batch_size)])
-
     def _begin(self):
-        """Before the steps of a method."""
+        """Prepare for the steps of a method."""
         self._seconds = 0.0
-        self._profile = _Profile(self._trainer.args.device) if self._turn == self._warmup + self._rounds else None
-        if self._profile is not None:
-            self._profile.__enter__()
+        self._profile = None
+        if self._round == self._warmup + self._rounds:
+            self._profile = _Profile(self._trainer.args.device)
 
     def _start(self):
         _synchronize(self._trainer.args.device)
@@ -238,14 +191,14 @@ class _Stopwatch(TrainerCallback):
         self._seconds += time.perf_counter() - self._started
 
     def _end(self, index, steps):
-        """After the steps of a method."""
+        """Note what the steps of a method took."""
+        measurement = self.measurements[index]
         if self._profile is not None:
-            self._profile.__exit__(None, None, None)
-            self.measurements[index].peak_bytes = self._profile.peak_bytes
-            if self._profile.perturbation_seconds is not None and index < len(self._methods):
-                self.measurements[index].perturbation_share = self._profile.perturbation_seconds / self._seconds
-        elif self._turn >= self._warmup:
-            self.measurements[index].seconds.append(self._seconds / steps)
+            measurement.peak_bytes, perturbation_seconds = self._profile.stop()
+            if perturbation_seconds is not None and index < len(self._settings):
+                measurement.perturbation_share = perturbation_seconds / self._seconds
+        elif self._round >= self._warmup:
+            measurement.seconds.append(self._seconds / steps)
 
 
 class _SamOfPytorchOptimizer:
@@ -261,7 +214,7 @@ class _SamOfPytorchOptimizer:
         self._make_optimizer, self._optimizer = SAM, None
 
     def prepare(self, model: nn.Module, args: AACEConfig) -> None:
-        """Makes the optimizer, at the first call: the model is on its device by then."""
+        """Make the optimizer at the first call: the model is on its device by then."""
         if self._optimizer is None:
             settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
             self._optimizer = self._make_optimizer(model.parameters(), torch.optim.AdamW, rho=0.05, **settings)
@@ -276,39 +229,30 @@ class _SamOfPytorchOptimizer:
 
 
 class _Profile:
-    """
-    Context manager: the most bytes allocated at a time inside, on top of those on entering; and on a CPU the time that
-    perturbations took.
-    """
-
-    peak_bytes: int | None = None
-    perturbation_seconds: float | None = None
+    """Count memory, and on a CPU the time of perturbations, from when it is made until `stop`."""
 
     def __init__(self, device: torch.device):
         self._device = device
-
-    def __enter__(self):
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
         else:  # the allocator of the CPU counts for the profiler only
             self._profiler = torch.profiler.profile(profile_memory=True)
-            self._profiler.__enter__()
-        return self
+            self._profiler.start()
 
-    def __exit__(self, *exception):
+    def stop(self) -> tuple[int, float | None]:
+        """Return the most bytes allocated at a time, on top of those before, and the seconds of perturbations if known."""
         if self._device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._before
-            return
-        self._profiler.__exit__(*exception)
+            return torch.cuda.max_memory_allocated(self._device) - self._before, None
+        self._profiler.stop()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             self._profiler.export_chrome_trace(str(path))
             events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
         changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
-        self.peak_bytes = max(itertools.accumulate((change for _, change in changes), initial=0))
+        peak_bytes = max(itertools.accumulate((change for _, change in changes), initial=0))
         microseconds = [event["dur"] for event in events if event.get("name", "").startswith(PROFILED)]
-        self.perturbation_seconds = sum(microseconds) / 1e6
+        return peak_bytes, sum(microseconds) / 1e6
 
 
 def _synchronize(device: torch.device) -> None:
@@ -318,7 +262,7 @@ def _synchronize(device: torch.device) -> None:
 
 def summarize(measurements: list[Measurement], batch_size: int) -> list[dict[str, Any]]:
     """
-    The numbers to report.
+    Compute the numbers to report.
 
     Args:
         measurements (`list[Measurement]`): The measurements, that of plain training first.
@@ -329,10 +273,10 @@ def summarize(measurements: list[Measurement], batch_size: int) -> list[dict[str
         training (median of the ratios in each round) with its quartiles, `peak_bytes`, `extra_peak_bytes` over plain, and the
         `perturbation_share`.
     """
-    rows = []
+    plain, rows = measurements[0], []
     for measurement in measurements:
-        seconds = statistics.median(measurement.seconds)
-        low, ratio, high = statistics.quantiles(measurement.ratios, n=4, method="inclusive")
+        seconds = float(np.median(measurement.seconds))
+        low, ratio, high = np.quantile(np.divide(measurement.seconds, plain.seconds), [0.25, 0.5, 0.75]).tolist()
         rows.append(
             {
                 "name": measurement.name,
@@ -341,7 +285,7 @@ def summarize(measurements: list[Measurement], batch_size: int) -> list[dict[str
                 "ratio": ratio,
                 "ratio_quartiles": [low, high],
                 "peak_bytes": measurement.peak_bytes,
-                "extra_peak_bytes": measurement.peak_bytes - measurements[0].peak_bytes,
+                "extra_peak_bytes": measurement.peak_bytes - plain.peak_bytes,
                 "perturbation_share": measurement.perturbation_share,
             }
         )
@@ -350,15 +294,19 @@ def summarize(measurements: list[Measurement], batch_size: int) -> list[dict[str
 
 def random_batch(model: nn.Module, batch_size: int, image_size: int | None = None) -> dict[str, torch.Tensor]:
     """
-    Noise of the shape that an image classifier takes, with random labels.
+    Make noise of the shape that an image classifier takes, with random labels.
 
     Args:
-        model (`nn.Module`): The model, whose `config` says the number of classes and, unless it is 3, of channels.
+        model (`nn.Module`): The model, whose `config` has the number of classes and, unless it is 3, of channels.
         batch_size (`int`): Number of images.
-        image_size (`int`, *optional*): Height and width in pixels. Defaults to what the configuration says.
+        image_size (`int`, *optional*): Height and width in pixels. Defaults to those of the configuration.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `pixel_values` of shape `(batch_size, channels, height, width)` and `labels` of shape
+        `(batch_size,)`.
 
     Raises:
-        `ValueError`: If neither the configuration nor the argument says how large the images are.
+        `ValueError`: If neither the configuration nor the argument has the size of the images.
     """
     config = model.config
     channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", None)

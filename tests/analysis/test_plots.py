@@ -6,20 +6,11 @@ import PIL.Image
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from toy import plot_toy, train_toy
 
+from hf_aace.analysis.figures import plot_dynamics, plot_landscapes, plot_margins, plot_paths, plot_sharpness
 from hf_aace.analysis.landscape import LossPath, LossSurface
-from hf_aace.analysis.plots import (
-    _styles,
-    plot_confusion_matrix,
-    plot_dynamics,
-    plot_image_grid,
-    plot_landscapes,
-    plot_margins,
-    plot_paths,
-    plot_sharpness,
-    plot_training_curves,
-)
+from hf_aace.analysis.plots import plot_confusion_matrix, plot_image_grid, plot_training_curves
+from hf_aace.analysis.style import group_styles
 
 
 TRAINING = {"loss": 1.0, "grad_norm": 2.0, "learning_rate": 1e-3}
@@ -165,7 +156,6 @@ FIGURES = {
     "path": lambda paths: plot_paths({"AACE": LossPath(np.linspace(0, 1, 3), np.array([0.1, 0.5, 0.2]))}, paths),
     "contour": lambda paths: plot_landscapes({"Trainer": SURFACE, "AACE": SURFACE}, paths),
     "surface": lambda paths: plot_landscapes({"Trainer": SURFACE, "AACE": SURFACE}, paths, kind="surface"),
-    "toy": lambda paths: plot_toy({"AACE": train_toy("aace", steps=5)}, paths, width=3.4),
 }
 
 
@@ -212,8 +202,8 @@ def test_landscapes_share_one_scale(saved, tmp_path):
 
 def test_groups_can_be_told_apart_in_gray():
     """And plain training looks the same wherever it comes in the order."""
-    styles = _styles(["SAM", "Trainer", *"abcd"])
-    assert styles[1] == _styles(["Trainer"])[0] and styles[0] == _styles(["SAM"])[0]
+    styles = group_styles(["SAM", "Trainer", *"abcd"])
+    assert styles[1] == group_styles(["Trainer"])[0] and styles[0] == group_styles(["SAM"])[0]
     assert len({str(dashes) for _, dashes, _ in styles}) == len({marker for *_, marker in styles}) == 6
 
 

@@ -1,190 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-aace compare` and `find-rho`: what is run, what is chosen by which images, and what the numbers say."""
+"""`hf-aace compare` and `find-rho`: which runs they make, and what they leave and say."""
 
 import contextlib
 import csv
 import json
 import os
+import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
-import warnings
 from concurrent.futures import Executor, Future
 
 import psutil
 import pytest
-from matplotlib.axes import Axes
-from scipy.stats import ttest_rel
 
 from hf_aace.cli import main
+from hf_aace.cli.compare import unequal_search
 from hf_aace.cli.output import write_report
-from hf_aace.study.plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
-from hf_aace.study.statistics import (
-    PRESETS,
-    Candidate,
-    Result,
-    candidates_of,
-    choose,
-    read_results,
-    recommend_rho,
-    rho_values,
-    summarize,
-    write_results,
-)
+from hf_aace.config import METHODS
+from hf_aace.study.statistics import candidates_of
 
-
-# ---- Methods ---------------------------------------------------------------
-
-
-def test_values_of_an_option_make_as_many_candidates():
-    candidates = candidates_of("aace:ascent_fraction=0.125:rho=0.01|0.1")
-    assert [dict(candidate.options) for candidate in candidates] == [
-        {"rho": rho, "ascent_fraction": "0.125"} for rho in ("0.01", "0.1")
-    ]
-    assert [candidate.choice for candidate in candidates] == ["rho=0.01", "rho=0.1"]
-    assert len(candidates_of("trainer:learning_rate=1e-3|1e-2:weight_decay=0|0.1")) == 4
-
-
-@pytest.mark.parametrize(
-    ("method", "rhos"), [("trainer", ["0"]), ("sam", ["0.1", "1"]), ("aace", ["0.1", "1"]), ("aace:rho=3", ["3"])]
-)
-def test_values_of_rho_are_for_what_perturbs_and_says_none_itself(method, rhos):
-    assert [dict(candidate.options)["rho"] for candidate in candidates_of(method, ["0.1", "1"])] == rhos
-
-
-def test_values_of_rho_that_come_twice_are_one():
-    """Or two runs would write into one folder."""
-    assert rho_values("0.1,0.2,0.1") == ["0.1", "0.2"]
-
-
-def test_presets_are_those_of_the_papers():
-    """Or the table would compare with another method under the name of a known one."""
-    assert {name: dict(candidates_of(name)[0].options) for name in PRESETS} == {
-        "trainer": {"rho": "0"},
-        "sam": {"perturbation_loss": "cross_entropy", "normalize_perturbation": "true", "rho": "0.05"},
-        "asam": {
-            "perturbation_loss": "cross_entropy",
-            "normalize_perturbation": "true",
-            "adaptive_perturbation": "true",
-            "rho": "0.5",
-        },
-        "aace": {"rho": "0.01"},
-    }
-
-
-def test_each_candidate_has_a_folder_of_its_own():
-    methods = [
-        "aace",
-        "aace:rho=0.1",
-        "aace:rho=0.1|0.2",
-        "aace:rho=0.2|0.3:weight_decay=1|2",
-        "aace:rho=.2:weight_decay=1",
-        "aace:perturb_modules=norm$",
-        "aace:perturb_modules=norm?",
-    ]
-    candidates = [candidate for method in methods for candidate in candidates_of(method)]
-    candidates += candidates_of("aace", ["0.3"]) + candidates_of("aace", ["0.4"])  # two studies of one folder
-    # The same settings, written in two ways, may share their runs.
-    assert len({candidate.folder for candidate in candidates}) == len({candidate.options for candidate in candidates})
-
-
-@pytest.mark.parametrize("method", ["adam", "aace:rho", "aace:rho=", "", "aace:=1"])
-def test_a_method_that_cannot_be_read_is_told(method):
-    with pytest.raises(ValueError, match="`methods` must"):
-        candidates_of(method)
-
-
-# ---- Choice and statistics -------------------------------------------------
-
-PLAIN = Candidate("trainer", (("rho", "0"),))
-LOW, HIGH = (Candidate("aace:rho=1|2", (("rho", rho),), ("rho",)) for rho in ("1", "2"))
-
-
-def results(candidate, tests, validations, seconds=1.0):
-    return [
-        Result(candidate, seed, test, validation, seconds)
-        for seed, (test, validation) in enumerate(zip(tests, validations, strict=True))
-    ]
-
-
-def test_settings_are_chosen_by_the_validation_images():
-    """Though the test images prefer the other one."""
-    runs = results(LOW, [0.9, 0.9], [0.5, 0.6]) + results(HIGH, [0.1, 0.1], [0.7, 0.6])
-    assert choose(runs) == {LOW.method: HIGH}
-
-
-def test_more_seeds_of_the_chosen_one_do_not_change_the_choice():
-    """They are not compared with what was not run on them."""
-    runs = results(LOW, [0, 0], [0.5, 0.6]) + results(HIGH, [0, 0, 0], [0.7, 0.6, 0.0])
-    assert choose(runs) == {LOW.method: HIGH}
-
-
-def test_the_choice_is_by_the_mean_over_the_seeds():
-    """The median would choose the other one."""
-    runs = results(LOW, [0, 0, 0], [0.5, 0.6, 0.7]) + results(HIGH, [0, 0, 0], [0.1, 0.65, 0.7])
-    assert choose(runs) == {LOW.method: LOW}
-
-
-def test_of_equal_candidates_the_first_is_chosen():
-    """Whatever the test images say."""
-    runs = results(HIGH, [0.1, 0.9], [0.5, 0.6]) + results(LOW, [0.9, 0.9], [0.6, 0.5])
-    assert choose(runs) == {LOW.method: HIGH}
-
-
-def test_results_are_read_as_they_were_written(tmp_path):
-    """So that a table of a study can be made anew from its `runs.csv` alone."""
-    runs = results(PLAIN, [0.1, 0.2], [None] * 2) + results(LOW, [0.1], [0.4]) + results(HIGH, [0.3, 0.2], [0.5, 0.1])
-    write_results(runs, tmp_path / "runs.csv")
-    assert read_results(tmp_path / "runs.csv") == runs
-    assert summarize(read_results(tmp_path / "runs.csv"), "trainer") == summarize(runs, "trainer")
-
-
-def test_a_report_is_json_whatever_the_numbers(tmp_path):
-    """Or a study of hours would end in an error, or in a file that other programs cannot read."""
-    write_report({"ratio": float("inf"), "rows": [{"error": float("nan"), "mean": 0.5}]}, tmp_path / "report.json")
-    text = (tmp_path / "report.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == {"ratio": None, "rows": [{"error": None, "mean": 0.5}]}
-
-
-def test_summary_is_paired_over_the_seeds_that_both_have():
-    plain, ours = [0.5, 0.6, 0.8, 0.7], [0.6, 0.8, 0.9]
-    runs = results(PLAIN, plain, [None] * 4) + results(LOW, ours, [0] * 3, 3.0)
-    first, second = summarize(runs, "trainer")
-    assert first["gain"] is None and first["p_value"] is None and first["ratio"] == 1
-    assert first["standard_error"] == pytest.approx(statistics.stdev(plain) / 2)
-    assert (second["seeds"], second["ratio"]) == (3, 3)
-    assert second["gain"] == pytest.approx((0.1 + 0.2 + 0.1) / 3)
-    assert second["gain_standard_error"] == pytest.approx(statistics.stdev([0.1, 0.2, 0.1]) / 3**0.5)
-    assert second["p_value"] == pytest.approx(ttest_rel(ours, plain[:3]).pvalue)
-
-
-def test_summary_is_of_the_chosen_candidate_alone():
-    """The runs of the others, on the same seeds, only served to choose it."""
-    runs = results(PLAIN, [0.5, 0.6], [None] * 2)
-    runs += results(HIGH, [0.7, 0.9], [0.8, 0.8], 2.0) + results(LOW, [0.1, 0.2], [0.1, 0.1], 5.0)
-    row = summarize(runs, "trainer")[1]
-    assert (row["choice"], row["accuracy"]) == ("rho=2", pytest.approx(0.8))
-    assert (row["gain"], row["ratio"]) == (pytest.approx(0.25), 2)
-
-
-def test_times_are_medians():
-    """A run that had to share the machine says nothing of the method."""
-    runs = [Result(PLAIN, seed, 0.5, None, seconds) for seed, seconds in enumerate([2.0, 2.0, 20.0])]
-    runs += [Result(LOW, seed, 0.5, None, seconds) for seed, seconds in enumerate([6.0, 4.0, 100.0])]
-    first, second = summarize(runs, "trainer")
-    assert (first["seconds"], second["seconds"], second["ratio"]) == (2, 6, 3)
-
-
-def test_gains_that_are_all_the_same_have_no_p_value():
-    """The t-test divides by their scatter."""
-    runs = results(PLAIN, [0.5, 0.25], [None] * 2) + results(LOW, [0.75, 0.5], [0] * 2)
-    row = summarize(runs, "trainer")[1]
-    assert row["gain"] == 0.25 and row["p_value"] is None
-
-
-# ---- The command -----------------------------------------------------------
 
 TINY = [
     "compare",
@@ -209,9 +45,9 @@ class Here(Executor):
     def __init__(self, *args):
         pass
 
-    def submit(self, function, argv, log):
+    def submit(self, function, train, argv, log):
         future = Future()
-        future.set_result(main(["train", *argv]))
+        future.set_result(train(argv))
         return future
 
 
@@ -223,7 +59,7 @@ def in_other_order(argv):
 
 def test_a_study_is_made_told_and_not_made_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_aace.cli.compare.ProcessPoolExecutor", Here)
+    monkeypatch.setattr("hf_aace.study.runner.ProcessPoolExecutor", Here)
     argv = [*TINY, "--methods", "trainer,aace:rho=0.1|0.2"]
     assert main(argv) == 0
     screen = capsys.readouterr().out
@@ -241,7 +77,7 @@ def test_a_study_is_made_told_and_not_made_twice(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "study" / "runs.csv", newline="") as file:
         table = list(csv.DictReader(file))
     for row in table:
-        folder = "trainer" if row["method"] == "trainer" else "aace-" + row["options"].split()[0]
+        folder = "trainer" if row["method"] == "trainer" else "aace-" + row["options"].split()[1]
         saved = json.loads((tmp_path / "study" / folder / f"seed-{row['seed']}" / "all_results.json").read_text())
         assert float(row["test_accuracy"]) == saved["eval_accuracy"]
         assert float(row["validation_accuracy"]) == saved["validation_accuracy"]
@@ -293,7 +129,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path, monkeypatch
 def test_options_of_a_file_are_those_of_every_run(tmp_path, monkeypatch, capsys):
     """They come before what `compare` has otherwise, after what the command line says; and a file that was changed is told."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_aace.cli.compare.ProcessPoolExecutor", Here)
+    monkeypatch.setattr("hf_aace.study.runner.ProcessPoolExecutor", Here)
     options = "validation_size: 0.5\neval_strategy: epoch\nmetrics: [accuracy, macro_f1]\nlabel_noise: 0.4\n"
     (tmp_path / "options.yaml").write_text(options)
     argv = [*TINY, "--methods", "trainer", "--config", "options.yaml", "--label_noise", "0.1"]
@@ -337,7 +173,8 @@ def test_a_study_that_is_stopped_leaves_no_process_behind(how, tmp_path):
             os.killpg(study.pid, signal.SIGINT)
             _, error = study.communicate(timeout=30)
             assert study.returncode == 130
-            assert error.strip().splitlines()[-1] == "hf-aace: interrupted."  # no warnings of what leaked
+            last = error.strip().splitlines()[-1]  # no warnings of what leaked
+            assert last == "Interrupted. 0 of 5 runs are done: the same command goes on with the others."
         else:  # by an out-of-memory killer, say: it can do nothing any more
             study.kill()
             study.wait()
@@ -352,7 +189,7 @@ def test_a_study_that_is_stopped_leaves_no_process_behind(how, tmp_path):
     ("argv", "expected"),
     [
         (["--seeds", "0"], "`seeds` must be at least 1, got 0"),
-        (["--methods", "adam"], "`methods` must be of trainer, sam, asam, aace"),
+        (["--methods", "adam"], "`methods` must be of trainer, aace, sam, asam"),
         (["--baseline", "sam", "--methods", "trainer"], "`baseline` must be one of the methods, trainer, got 'sam'"),
         (["--methods", "aace:ascent_fraction=2"], "`ascent_fraction` must lie in (0, 1], got 2.0"),
         (["--rho", "0.1,0.2", "--validation_size", "0"], "`validation_size` is 0"),
@@ -371,36 +208,84 @@ def test_bad_input_is_told_before_the_first_run(argv, expected, tmp_path, monkey
     assert not list(tmp_path.rglob("seed-*"))
 
 
-# ---- Pictures --------------------------------------------------------------
+class Interrupted(Here):
+    """Makes one run. Then comes Ctrl-C."""
+
+    runs = 0
+
+    def submit(self, *args):
+        self.runs += 1
+        if self.runs > 1:
+            raise KeyboardInterrupt
+        return super().submit(*args)
 
 
-@pytest.mark.parametrize("extra", ["", ":adaptive_perturbation=true"])
-def test_pictures_have_room_for_long_names(extra, tmp_path):
-    """As the methods of the README have; matplotlib warns where nothing is left for the axes."""
-    long = f"aace:perturb_modules=norm:ascent_fraction=0.5:ascent_every=4{extra}:learning_rate=1e-3|3e-3:rho=10|30"
-    runs = [
-        Result(candidate, seed, 0.8 + 0.01 * seed, 0.7, 1.0)
-        for method in ("trainer", "sam:rho=0.1|0.2", long)
-        for candidate in candidates_of(method)
-        for seed in range(2)
-    ]
-    rows = summarize(runs, "trainer")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plot_accuracies(rows, runs, "a", tmp_path / "accuracy.png")
-        plot_accuracy_by_time(rows, "a", tmp_path / "time.png")
-        assert plot_accuracy_by_rho(runs, "a", tmp_path / "rho.png")
+@pytest.mark.parametrize(
+    ("command", "total"),
+    [
+        (["compare", "--methods", "trainer,aace", "--seeds", "2"], 4),
+        (["find-rho", "--rho", "0.1,1", "--seeds", "1"], 3),
+    ],
+)
+def test_a_study_that_is_interrupted_says_how_to_go_on(command, total, tmp_path, monkeypatch, capsys):
+    """Also if it went on from an earlier one: what that has made counts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_aace.study.runner.ProcessPoolExecutor", Interrupted)
+    argv = [*command, "--max_steps", "1", "--train_size", "40", "--jobs", "1", "--output_dir", "study"]
+    for done in (1, 2):
+        assert main(argv) == 130
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last == f"Interrupted. {done} of {total} runs are done: the same command goes on with the others."
+    monkeypatch.setattr("hf_aace.study.runner.ProcessPoolExecutor", Here)
+    assert main(argv) == 0
 
 
-def test_lines_and_band_of_the_picture_by_rho_are_of_the_same_seeds(tmp_path, monkeypatch):
-    """Those on which all values were tried: plain training ran on more."""
-    drawn = {}
-    monkeypatch.setattr(Axes, "axhline", lambda axes, y, **kwargs: drawn.update(plain=y))
-    monkeypatch.setattr(Axes, "errorbar", lambda axes, x, y, **kwargs: drawn.update(aace=y))
-    runs = [Result(PLAIN, seed, 0.0, validation, 1.0) for seed, validation in enumerate([0.5, 0.7, 0.9])]
-    runs += results(LOW, [0, 0], [0.6, 0.6]) + results(HIGH, [0, 0, 0], [0.8, 0.6, 0.1])
-    assert plot_accuracy_by_rho(runs, "a", tmp_path / "rho.png")
-    assert drawn == {"plain": pytest.approx(60), "aace": [pytest.approx(60), pytest.approx(70)]}
+@pytest.mark.parametrize(
+    ("methods", "unequal"),
+    [
+        (
+            "trainer:learning_rate=1e-3|3e-3,sam:rho=0.05|0.2,aace:rho=0.03|0.1",
+            {"learning_rate": ["sam:rho=0.05|0.2", "aace:rho=0.03|0.1"]},
+        ),
+        ("trainer,aace:weight_decay=0|0.1", {"weight_decay": ["trainer"]}),
+        ("trainer:learning_rate=1|2,sam,aace:learning_rate=1|2:rho=1|2", {"learning_rate": ["sam"], "rho": ["sam"]}),
+        ("trainer,sam,aace:ascent_fraction=0.125", {}),
+        ("trainer,sam:rho=0.05|0.2,aace:rho=0.03|0.1", {}),
+        ("trainer:learning_rate=1|2,aace:learning_rate=3|4:perturb_modules=norm:rho=10|30", {}),
+    ],
+)
+def test_a_search_that_is_not_the_same_for_all_methods_is_found(methods, unequal):
+    """Options of the perturbation are none of plain training."""
+    assert unequal_search([each for method in methods.split(",") for each in candidates_of(method)]) == unequal
+
+
+def test_an_unequal_search_is_warned_of_once_and_before_the_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = []
+
+    class Watched(Here):
+        def submit(self, *args):
+            said.append(capsys.readouterr().err)
+            return super().submit(*args)
+
+    monkeypatch.setattr("hf_aace.study.runner.ProcessPoolExecutor", Watched)
+    argv = [*TINY, "--seeds", "1", "--methods"]
+    assert main([*argv, "trainer:learning_rate=1e-3|1e-2,aace"]) == 0
+    assert "warning: `learning_rate` is searched for trainer:learning_rate=1e-3|1e-2, but not for aace" in said[0]
+    assert "`:learning_rate=A|B`" in said[0]
+    assert "warning" not in "".join(said[1:]) + capsys.readouterr().err
+    said.clear()
+    assert main([*argv, "trainer:learning_rate=1e-3|1e-2,aace:learning_rate=1e-3|1e-2"]) == 0
+    assert "warning" not in "".join(said) + capsys.readouterr().err
+
+
+def test_the_example_in_the_help_is_fair(capsys):
+    """Or users copy a comparison in which plain training alone has a good learning rate."""
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    (example,) = re.findall("'(trainer.*?)'", re.sub(r"\s+", "", capsys.readouterr().out))
+    candidates = [each for method in example.split(",") for each in candidates_of(method)]
+    assert len(candidates) > 2 and unequal_search(candidates) == {}
 
 
 def test_a_picture_that_is_not_drawn_again_does_not_stay(tmp_path):
@@ -411,50 +296,19 @@ def test_a_picture_that_is_not_drawn_again_does_not_stay(tmp_path):
     assert not (tmp_path / "rho.png").exists()
 
 
+def test_a_report_is_json_whatever_the_numbers(tmp_path):
+    """Or a study of hours would end in an error, or in a file that other programs cannot read."""
+    write_report({"ratio": float("inf"), "rows": [{"error": float("nan"), "mean": 0.5}]}, tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"ratio": None, "rows": [{"error": None, "mean": 0.5}]}
+
+
 # ---- Finding rho -----------------------------------------------------------
-
-
-def search(accuracies):
-    """Results whose test accuracies say the opposite of the validation accuracies."""
-    return [
-        Result(Candidate("aace", (("rho", rho),), ("rho",)), seed, 1 - validation, validation, 1.0)
-        for rho, own in accuracies.items()
-        for seed, validation in enumerate(own)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("accuracies", "best", "rho", "gain", "said", "not_said"),
-    [
-        (
-            {"0": [0.5, 0.6], "0.1": [0.7, 0.81], "1": [0.6, 0.6]},
-            0.1,
-            0.1,
-            0.205,
-            ["Take --rho 0.1: +20.5 ± 0.5"],
-            ["chance", "larg"],
-        ),
-        ({"0": [0.5, 0.6], "0.1": [0.5, 0.7]}, 0.1, 0, 0.05, ["(--rho 0)", "0.1, has +5.0 ± 5.0", "chance"], ["Take"]),
-        ({"0": [0.5, 0.6], "0.1": [0.6, 0.7], "1": [0.7, 0.81]}, 1, 1, 0.205, ["try larger ones"], ["chance"]),
-        ({"0": [0.5, 0.6], "0.1": [0.1, 0.2]}, 0, 0, 0, ["(--rho 0): no value did better"], ["Take", "larg"]),
-        ({"0": [0.5], "0.1": [0.7], "1": [0.6]}, 0.1, 0, 0.2, ["chance"], ["Take"]),  # one seed says nothing of chance
-        # More than one standard error is not enough; and the values may come in any order.
-        ({"0.1": [0.54, 0.76], "1": [0.4, 0.5], "0": [0.5, 0.6]}, 0.1, 0, 0.1, ["+10.0 ± 6.0", "chance"], ["larg"]),
-        ({"1": [0.7, 0.81], "0": [0.5, 0.6], "0.1": [0.4, 0.5]}, 1, 1, 0.205, ["try larger ones"], ["chance"]),
-    ],
-)
-def test_advice_is_by_the_validation_images_and_to_perturb_only_on_evidence(
-    accuracies, best, rho, gain, said, not_said
-):
-    advice = recommend_rho(search(accuracies))
-    assert (advice["best"], advice["rho"]) == (best, rho) and advice["gain"] == pytest.approx(gain)
-    assert [row["rho"] for row in advice["values"]] == sorted(map(float, accuracies))
-    assert all(part in advice["text"] for part in said) and not any(part in advice["text"] for part in not_said)
 
 
 def test_find_rho_trains_with_each_value_and_plainly(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_aace.cli.compare.ProcessPoolExecutor", Here)
+    monkeypatch.setattr("hf_aace.study.runner.ProcessPoolExecutor", Here)
     argv = ["find-rho", "--max_steps", "2", "--train_size", "40", "--seeds", "1", "--jobs", "1", "--rho", "0.1,0.2"]
     assert main(argv) == 0
     text = (tmp_path / "runs" / "find-rho" / "find_rho.json").read_text()
@@ -470,12 +324,60 @@ def test_find_rho_trains_with_each_value_and_plainly(tmp_path, monkeypatch, caps
     assert (tmp_path / "runs" / "find-rho" / "rho.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_to_find_rho_takes_one_to_try(capsys):
+def test_to_find_rho_takes_one_to_try(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert main(["find-rho", "--rho", "0"]) == 1
     assert "`rho` must have a value to compare with 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["compare", "find-rho"])
-def test_a_rho_that_is_no_number_is_told(command, capsys):
+def test_a_rho_that_is_no_number_is_told(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert main([command, "--rho", "0.1,large"]) == 1
     assert "`rho` must be numbers separated by commas, got 'large' in '0.1,large'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        ([], [0, 0.003, 0.01, 0.03, 0.1, 0.3]),
+        (["--perturb_modules", "norm"], [0, 3, 10, 30, 100]),
+        (["--config", "norm.yaml"], [0, 3, 10, 30, 100]),
+        (["--config", "norm.yaml", "--perturb_modules", "encoder"], [0, 0.003, 0.01, 0.03, 0.1, 0.3]),
+        (["--adaptive_perturbation", "true"], [0, 1, 3, 10, 30]),
+        (["--method", "sam"], [0, 0.003, 0.01, 0.03, 0.1, 0.3]),
+        (["--method", "asam"], [0, 0.1, 0.3, 1, 3, 10]),
+        (["--perturb_modules", "norm", "--rho", "7"], [0, 7]),
+    ],
+)
+def test_values_of_rho_to_find_are_by_what_is_perturbed(options, values, tmp_path, monkeypatch):
+    """What is right for all weights moves the normalization layers next to nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "norm.yaml").write_text("perturb_modules: norm\nascent_fraction: 0.25\n")
+    tried = []
+
+    def submit(self, function, train, argv, log):
+        tried.append(float(argv[argv.index("--rho") + 1]))
+        future = Future()
+        future.set_result(1)
+        log.write_text("not made")
+        return future
+
+    monkeypatch.setattr(Here, "submit", submit)
+    monkeypatch.setattr("hf_aace.study.runner.ProcessPoolExecutor", Here)
+    assert main(["find-rho", "--seeds", "1", *options]) == 1
+    assert tried == values
+
+
+@pytest.mark.parametrize("method", ["sam", "asam", "aace"])
+def test_rho_is_found_for_the_method_that_is_asked_for(method, tmp_path, monkeypatch):
+    """And the runs and the picture have its name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_aace.study.runner.ProcessPoolExecutor", Here)
+    argv = ["find-rho", "--max_steps", "1", "--train_size", "40", "--seeds", "1", "--rho", "0.1", "--method", method]
+    assert main(argv) == 0
+    options = json.loads((tmp_path / "runs/find-rho" / f"{method}-rho=0.1" / "seed-0/train_options.json").read_text())
+    assert options["rho"] == 0.1
+    assert {name: options[name] for name in METHODS[method] if name != "rho"} == {
+        name: value for name, value in METHODS[method].items() if name != "rho"
+    }

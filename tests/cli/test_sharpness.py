@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_aace.analysis.sharpness import losses_and_gradient_norms, measure_sharpness
@@ -96,10 +99,12 @@ def test_the_table_and_the_pictures_are_there(runs, measured, tmp_path, capsys):
     assert main(["sharpness", *folders, *QUICK, "--output_dir", "out"]) == 0
     lines = capsys.readouterr().out.splitlines()
     report = json.loads((tmp_path / "out" / "sharpness.json").read_text())["runs"]
-    rows = {line[:35].strip(): line[35:].split() for line in lines if line.startswith(("worst case, radius", "runs"))}
+    rows = {
+        line[:35].strip(): line[35:].split() for line in lines if line.startswith(("SAM sharpness, radius", "runs"))
+    }
     values = [run["sam_sharpness"] for run in report["Trainer"]]
-    assert f"{np.mean(values):.4g}" in rows["worst case, radius 0.05"]
-    assert f"{np.std(values, ddof=1) / 2**0.5:.1g}" in rows["worst case, radius 0.05"]
+    assert f"{np.mean(values):.4g}" in rows["SAM sharpness, radius 0.05"]
+    assert f"{np.std(values, ddof=1) / 2**0.5:.1g}" in rows["SAM sharpness, radius 0.05"]
     assert not any("Hessian" in line for line in lines)
     after = load_file(runs / "sam" / "model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -149,6 +154,50 @@ def test_only_our_lines_are_on_the_screen(runs, capsys):
     assert "%|" not in capsys.readouterr().err
 
 
+def test_progress_is_shown_in_a_terminal(runs, capsys, monkeypatch, tmp_path):
+    """With an end that it reaches: a bar that ends at half its way would say that something is missing."""
+    folders = []
+    for name in ("plain-0", "sam"):
+        folders.append(str(tmp_path / name))
+        shutil.copytree(runs / name, folders[-1], ignore=shutil.ignore_patterns("sharpness.json", "landscapes"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bars = []
+
+    class Recorded(tqdm):
+        def __exit__(self, *exception):
+            bars.append((self.n, self.total))
+            super().__exit__(*exception)
+
+    monkeypatch.setattr("hf_aace.cli.runs.tqdm", Recorded)
+    options = ["--max_samples", "10", "--batch_size", "4"]
+    for argv in (["sharpness", *QUICK, "--m", "3"], ["plot", "--points", "2", "--figures", "contour", "path"]):
+        bars.clear()
+        assert main([argv[0], *folders, *argv[1:], *options]) == 0
+        assert "batch/s" in capsys.readouterr().err
+        assert len(bars) >= 2 and all(seen == total >= 12 for seen, total in bars)
+
+
+def test_the_picture_of_a_single_run_shows_loss_eigenvalues_and_margins(runs, monkeypatch):
+    """Bars of one run beside nothing would be no picture."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
+    )
+    folder = str(runs / "sam")
+    options = ["--steps", "1", "--directions", "2", "--m", "0", "--products", "6", "--max_samples", "10"]
+    for eigenvalues, titles in (("2", ["Loss", "Hessian eigenvalues", "Margins"]), ("0", ["Loss", "Margins"])):
+        figures.clear()
+        assert main(["sharpness", folder, *options, "--eigenvalues", eigenvalues]) == 0
+        assert [axes.get_title(loc="left").split(" (")[0] for axes in figures[0].axes] == titles
+        report = json.loads(Path("runs/sharpness/sharpness.json").read_text())["runs"]["SAM, rho 0.1"][0]
+        bars = figures[0].axes[0].containers
+        assert {bar.get_width() for bar in bars[0]} == {report["cross_entropy"]}
+        assert bars[1][0].get_width() == report["sam_sharpness"]
+        counts = sum(bar.get_height() for bar in figures[0].axes[-1].patches)
+        assert counts == report["samples"] == 10
+
+
 def test_checkpoints_are_measured_for_the_course(runs, capsys):
     options = ["--steps", "1", "--directions", "2", "--m", "0", "--eigenvalues", "1", "--products", "6"]
     options += ["--max_samples", "10"]
@@ -196,6 +245,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged_unasked(runs, t
     [
         (["sharpness", "nowhere"], "There is no folder 'nowhere'"),
         (["plot", "empty", "--figures", "dynamics"], "no trainer_state.json"),
+        (["plot", "empty", "--figures", "dynamics"], "`trainer.save_state()`"),
         (["sharpness", "empty"], "no config.json"),
         (["sharpness", "empty", "--names", "a", "b"], "`names` must hold one for each of the 1 runs, got 2"),
         (["sharpness", "empty", "--split", "valid"], "`split` must be `train` or `test`, got 'valid'"),

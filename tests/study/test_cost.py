@@ -4,7 +4,6 @@
 import itertools
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,9 @@ from torch import nn
 
 from hf_aace import AACEArguments, AACEConfig
 from hf_aace.cli import main
-from hf_aace.study.cost import PLAIN, Measurement, Method, default_methods, measure, random_batch, summarize
+from hf_aace.config import METHODS
+from hf_aace.perturbation import PROFILED
+from hf_aace.study.cost import Measurement, default_methods, measure, random_batch, summarize
 from hf_aace.vision.models import model_from_architecture
 
 
@@ -40,9 +41,9 @@ def test_every_method_has_its_turn_in_every_round(tmp_path):
     order = [(index + turn) % 4 for turn in range(5) for index in range(4)]
     assert passes == [size for index in order for size in steps[index]]
     for measurement in result:
-        assert len(measurement.seconds) == len(measurement.ratios) == 3
+        assert len(measurement.seconds) == 3
         assert all(seconds > 0 for seconds in measurement.seconds)
-    assert result[0].ratios == [1, 1, 1]
+    assert summarize(result, 16)[0]["ratio_quartiles"] == [1, 1]
     shares = [measurement.perturbation_share for measurement in result]
     assert shares[0] == 0 and all(0 < share < 1 for share in shares[1:])
 
@@ -66,7 +67,7 @@ def test_steps_that_share_an_ascent_pass_are_measured_together(tmp_path):
     steps = [[16], [16] * 2, [4, 16], [16] * 4, [4] + [16] * 3, [16] * 5, [4] + [16] * 4, [16] * 2]
     order = [(index + turn) % 8 for turn in range(4) for index in range(8)]
     assert passes == [size for index in order for size in steps[index]]
-    assert all(len(measurement.seconds) == len(measurement.ratios) == 2 for measurement in result)
+    assert all(len(measurement.seconds) == 2 for measurement in result)
     assert all(measurement.peak_bytes > 0 for measurement in result)
 
 
@@ -75,37 +76,47 @@ def test_numbers_of_steps_that_share_an_ascent_pass_are_those_of_one_step(tmp_pa
     # Which is looked at twice for each of the four steps of a round.
     looks = itertools.accumulate(2 ** (look // 8) for look in itertools.count())
 
-    class Profile(nullcontext):
-        peak_bytes, perturbation_seconds = 1, 12
+    class Profile:
+        """Saw 100 bytes come and go, and 12 seconds of perturbations."""
+
+        def start(self):
+            pass
+
+        stop = start
+
+        def export_chrome_trace(self, path):
+            memory = [{"name": "[memory]", "ts": time, "args": {"Bytes": 100 - 200 * time}} for time in range(2)]
+            steps = [{"name": PROFILED + name, "ts": 0, "dur": 4e6} for name in ("norm", "step", "restore")]
+            Path(path).write_text(json.dumps({"traceEvents": [*memory, *steps]}))
 
     monkeypatch.setattr("hf_aace.study.cost.time", SimpleNamespace(perf_counter=looks.__next__))
-    monkeypatch.setattr("hf_aace.study.cost._Profile", Profile)
-    methods = [PLAIN, Method("AACE", AACEArguments(ascent_every=3))]
+    monkeypatch.setattr("torch.profiler.profile", lambda **kwargs: Profile())
+    methods = {"plain": AACEArguments(rho=0), "AACE": AACEArguments(ascent_every=3)}
     arguments = training_arguments(AACEConfig, tmp_path)
     plain, shared = measure(vit(), batch(16), arguments, methods, rounds=3, warmup=1)
     assert plain.seconds == shared.seconds == [2, 4, 8]
-    assert plain.ratios == shared.ratios == [1, 1, 1]
+    assert plain.peak_bytes == shared.peak_bytes == 100
     assert shared.perturbation_share == 12 / (3 * 16)
 
 
 def test_methods_are_what_they_are_called():
     """Or the table would tell the cost of one under the name of another."""
-    plain, aace, sam = default_methods([])
-    assert plain.settings.rho == 0
-    assert aace.settings == AACEArguments()
-    assert sam.settings == AACEArguments(rho=0.05, perturbation_loss="cross_entropy", normalize_perturbation=True)
+    plain, aace, sam = default_methods([]).values()
+    assert plain.rho == 0
+    assert aace == AACEArguments()
+    assert {name: getattr(sam, name) for name in METHODS["sam"]} == METHODS["sam"]
 
 
 def test_perturbing_a_part_of_the_model_is_measured_too():
     methods = default_methods([0.25], [1, 4], "norm")
-    assert [method.name for method in methods][5:] == [
+    assert list(methods)[5:] == [
         "AACE, norm only",
         "AACE, norm only, 0.25 of the batch",
         "AACE, norm only, every 4 steps",
         "AACE, norm only, 0.25 of the batch, every 4 steps",
         "SAM",
     ]
-    assert [method.settings.perturb_modules for method in methods] == [None] * 5 + ["norm"] * 4 + [None]
+    assert [settings.perturb_modules for settings in methods.values()] == [None] * 5 + ["norm"] * 4 + [None]
 
 
 class Wide(nn.Module):
@@ -127,7 +138,7 @@ def test_memory_over_plain_is_at_most_a_copy_of_what_is_perturbed(make_model, pa
     model = make_model()
     pattern = {"all": None, "body": "body|layers"}[part]
     perturbed = [p for name, p in model.named_parameters() if pattern is None or "body" in name or "layers" in name]
-    methods = [PLAIN, Method("AACE", AACEArguments(perturb_modules=pattern))]
+    methods = {"plain": AACEArguments(rho=0), "AACE": AACEArguments(perturb_modules=pattern)}
     result = measure(model, batch(16), training_arguments(AACEConfig, tmp_path), methods, rounds=2, warmup=1)
     extra = result[1].peak_bytes - result[0].peak_bytes
     assert result[0].peak_bytes > 0
@@ -137,9 +148,9 @@ def test_memory_over_plain_is_at_most_a_copy_of_what_is_perturbed(make_model, pa
 def test_summary_is_of_medians():
     rows = summarize(
         [
-            Measurement("plain", [1.0, 1.0, 10.0], [1, 1, 1], 100),
-            Measurement("other", [2.0, 1.0, 30.0], [2, 1, 3], 150),
-            Measurement("third", [2.0, 3.0, 20.0], [2, 3, 2], 150),
+            Measurement("plain", [1.0, 1.0, 10.0], 100),
+            Measurement("other", [2.0, 1.0, 30.0], 150),
+            Measurement("third", [2.0, 3.0, 20.0], 150),
         ],
         batch_size=8,
     )
@@ -177,7 +188,15 @@ def test_a_peer_makes_two_passes_the_second_at_perturbed_weights(tmp_path):
     pytest.importorskip("pytorch_optimizer")
     model, seen = vit(), []
     model.register_forward_hook(lambda module, inputs, outputs: seen.append(weights(model)))
-    measure(model, batch(16), training_arguments(AACEConfig, tmp_path), [PLAIN], rounds=2, warmup=0, peers=True)
+    measure(
+        model,
+        batch(16),
+        training_arguments(AACEConfig, tmp_path),
+        {"plain": AACEArguments(rho=0)},
+        rounds=2,
+        warmup=0,
+        peers=True,
+    )
     assert len(seen) == 3 * 3, "a plain step, then the two passes of the peer"
     for clean, perturbed in zip(seen[1::3], seen[2::3], strict=True):
         step = torch.cat([(perturbed[name] - clean[name]).flatten() for name in clean])
@@ -201,12 +220,14 @@ def test_a_peer_makes_two_passes_the_second_at_perturbed_weights(tmp_path):
         (["--perturb_modules", "nothing", "--rounds", "2"], "`perturb_modules='nothing'` matches none"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(argv, expected, capsys):
+def test_bad_input_is_told_in_one_sentence(argv, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert main(["benchmark", "--device", "cpu", *argv]) == 1
     assert expected in capsys.readouterr().err
 
 
-def test_peers_that_are_not_installed_are_named(monkeypatch, capsys):
+def test_peers_that_are_not_installed_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     assert main(["benchmark", "--device", "cpu", "--peers", "true"]) == 1
     assert "`pip install pytorch-optimizer`" in capsys.readouterr().err

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Compute the published tables from the runs in `runs.parquet`. `python notebooks/study/results.py` prints those of README.md here.
+
+Means with standard errors, in per cent; gains are paired over the seeds. The setting of each method was chosen on the validation
+images.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import studies
+
+from hf_aace.study.statistics import settings_of, short_name, summarize
+
+
+HERE = Path(__file__).parent
+RUNS = pd.read_parquet(HERE / "runs.parquet")
+NAMES = set(RUNS["study"])
+
+SETTINGS = {  # * of 16 seeds, the others of eight
+    "convnext-noisy": "ConvNeXt, 400 images, 20 % wrong *",
+    "convnext-noisier": "ConvNeXt, 400 images, 40 % wrong",
+    "convnext-noisy-all": "ConvNeXt, 1297 images, 20 % wrong",
+    "convnext-clean": "ConvNeXt, 200 images, clean",
+    "finetune-convnext-noisy": "ConvNeXt fine-tuned, 100 images, 20 % wrong",
+    "finetune-convnext-clean": "ConvNeXt fine-tuned, 50 images, clean",
+    "resnet-noisy": "ResNet, 400 images, 20 % wrong",
+    "vit-noisy": "ViT, 600 images, 20 % wrong *",
+    "vit-noisier": "ViT, 600 images, 40 % wrong",
+    "vit-noisy-all": "ViT, 1297 images, 20 % wrong",
+    "vit-clean-long": "ViT, 300 images, clean",
+    "finetune-vit-lora-noisy": "ViT with LoRA, 100 images, 20 % wrong *",
+    "finetune-vit-lora-clean": "ViT with LoRA, 50 images, clean *",
+}
+# Those of the README of the repository.
+README = ["convnext-noisy", "convnext-clean", "finetune-convnext-noisy", "resnet-noisy", "vit-noisy"]
+
+
+# ---- Runs ------------------------------------------------------------------
+
+
+def runs_of(study: str, kind: str = "") -> pd.DataFrame:
+    """Take the runs of a study whose methods begin with `kind`."""
+    return RUNS[(RUNS["study"] == study) & RUNS["method"].str.startswith(kind)]
+
+
+def _with_rho(runs: pd.DataFrame, *values: str) -> pd.DataFrame:
+    return runs[runs["options"].map(lambda options: settings_of(options)["rho"] in values)]
+
+
+def tuned(name: str) -> pd.DataFrame:
+    """Plain training, SAM and AACE with the learning rate searched for each, and plain training for twice the epochs."""
+    runs = runs_of(f"{name}-tuned")
+    if name == "vit-clean-long":  # plain training is in another study
+        runs = pd.concat([runs_of(name, "trainer"), runs])
+    plain = runs["method"].iloc[0]
+    chosen = summarize(runs[runs["method"] == plain], plain)["choice"][0]
+    names = {}
+    for method in runs["method"].unique():
+        kind, _, options = method.partition(":")
+        if method == plain:
+            names[method] = "plain"
+        elif kind == "trainer" and options.startswith((f"{chosen}:num_train_epochs", "num_train_epochs")):
+            names[method] = "2x epochs"  # at the learning rate that plain training has
+        elif kind in ("sam", "aace") and "|" in method:
+            names[method] = kind.upper()
+    runs = runs[runs["method"].isin(names)]
+    return runs.assign(method=runs["method"].map(names))
+
+
+def adaptive(name: str) -> pd.DataFrame:
+    """AACE with `adaptive_perturbation` at a rho of 10, the learning rate searched."""
+    return _with_rho(runs_of(f"{name}-adaptive", "aace"), "10").assign(method="adaptive")
+
+
+def norm_layers(name: str) -> pd.DataFrame:
+    """AACE on the normalization layers by a quarter of the batch, the learning rate and rho, 10 or 30, searched."""
+    study = f"{name}-norm-rates" if f"{name}-norm-rates" in NAMES else f"{name}-norm"
+    return _with_rho(runs_of(study), "10", "30").assign(method="norm layers")
+
+
+def clean_labels(name: str) -> pd.DataFrame:
+    """Plain training on the same images with clean labels, the learning rate searched."""
+    return runs_of(f"{name.replace('noisier', 'noisy')}-clean-labels").assign(method="clean labels")
+
+
+def asam(name: str) -> pd.DataFrame:
+    """ASAM, the learning rate and rho searched."""
+    study = f"{name}-asam" if f"{name}-asam" in NAMES else f"{name}-adaptive"
+    return runs_of(study, "asam").assign(method="ASAM")
+
+
+# ---- Tables ----------------------------------------------------------------
+
+
+def percent(mean: float, error: float, sign: str = "") -> str:
+    return f"{_rounded(mean):{sign}.1f} ± {_rounded(error):.1f}"
+
+
+def _rounded(share: float) -> float:
+    """In per cent, with a half rounded away from zero, whichever way the last bits of a sum fall."""
+    return 100 * share + math.copysign(1e-9, share)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Write a table of strings in Markdown."""
+    rows = [[table.index.name or "", *table.columns], ["---"] * (len(table.columns) + 1)]
+    rows += [[index, *row] for index, row in zip(table.index, table.to_numpy(), strict=True)]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def shown(summary: pd.DataFrame) -> pd.DataFrame:
+    """Format a summary for reading."""
+    gains = [
+        "" if pd.isna(row.gain) else percent(row.gain, row.gain_standard_error, "+") for row in summary.itertuples()
+    ]
+    table = {
+        "chosen": summary["choice"],
+        "seeds": summary["seeds"],
+        "accuracy": [percent(row.accuracy, row.standard_error) for row in summary.itertuples()],
+        "gain": gains,
+        "p": ["" if pd.isna(p) else f"{p:.2g}" for p in summary["p_value"]],
+        "time": [f"{ratio:.2f}" for ratio in summary["ratio"]],
+    }
+    return pd.DataFrame(table).set_index(pd.Index(summary["method"].map(short_name), name="method"))
+
+
+def study(name: str, baseline: str = "trainer", *further: str) -> pd.DataFrame:
+    """The comparison that `hf-aace compare` printed for a study, or for several of the same setting together."""
+    runs = RUNS[RUNS["study"].isin([name, *further])]
+    return shown(summarize(runs, baseline))
+
+
+COLUMNS = ["plain", "clean labels", "2x epochs", "SAM", "AACE", "adaptive", "norm layers"]
+
+
+def gains(name: str) -> pd.DataFrame:
+    """The summary of all methods in a setting, by their titles in the tables."""
+    runs = pd.concat([tuned(name), adaptive(name), norm_layers(name), clean_labels(name), asam(name)])
+    return summarize(runs, "plain").set_index("method")
+
+
+def main_table(names=tuple(SETTINGS), columns=tuple(COLUMNS)) -> pd.DataFrame:
+    """Accuracy of plain training at its best learning rate, and gains of the others over it; the best in bold."""
+    table = []
+    for name in names:
+        rows = gains(name).reindex(columns)
+        cells = [percent(row.gain, row.gain_standard_error, "+") if row.seeds > 0 else "" for row in rows.itertuples()]
+        cells[0] = percent(rows["accuracy"].iloc[0], rows["standard_error"].iloc[0])
+        best = rows["gain"].fillna(0.0).where(rows["seeds"] > 0).drop("clean labels", errors="ignore").idxmax()
+        place = list(columns).index(best)
+        cells[place] = f"**{cells[place]}**"
+        table.append([SETTINGS[name], f"`{name}`", *cells])
+    return pd.DataFrame(table, columns=["model, training images, labels", "study", *columns]).set_index(
+        "model, training images, labels"
+    )
+
+
+def over_sam() -> pd.DataFrame:
+    """The gains of AACE's two variants over SAM on all weights, with p after Holm's correction for all comparisons."""
+    rows = []
+    for name in SETTINGS:
+        for runs in (adaptive(name), norm_layers(name)):
+            if len(runs):
+                row = summarize(pd.concat([tuned(name), runs]), "SAM").iloc[-1]
+                gain = percent(row["gain"], row["gain_standard_error"], "+")
+                rows.append({"study": f"`{name}`", "method": row["method"], "over SAM": gain, "p": row["p_value"]})
+    table = pd.DataFrame(rows).sort_values("p", ignore_index=True)
+    table["p, corrected"] = (table["p"] * (len(table) - table.index)).cummax().clip(upper=1)
+    for column in ("p", "p, corrected"):
+        table[column] = table[column].map("{:.2g}".format)
+    return table.set_index("study")
+
+
+def with_asam() -> pd.DataFrame:
+    """ASAM: its accuracy, the chosen setting, and its gains over the other methods."""
+    table = {}
+    for name in SETTINGS:
+        runs = pd.concat([tuned(name), norm_layers(name), asam(name)])
+        rows = summarize(runs, "ASAM").set_index("method")
+        own = rows.loc["ASAM"]
+        table[f"`{name}`"] = {"ASAM": percent(own["accuracy"], own["standard_error"]), "chosen": own["choice"]} | {
+            f"over {other}": percent(-rows["gain"][other], rows["gain_standard_error"][other], "+")
+            for other in ("plain", "SAM", "AACE", "norm layers")
+            if other in rows.index
+        }
+    return pd.DataFrame(table).T.fillna("").rename_axis("study")
+
+
+def sam_on_norm_layers() -> pd.DataFrame:
+    """SAM on the normalization layers by the whole batch, beside AACE on them by a quarter."""
+    table = {}
+    for name in SETTINGS:
+        sam = runs_of(f"{name}-norm-sam")
+        if len(sam):
+            ours, theirs = summarize(pd.concat([norm_layers(name), sam]), sam["method"].iloc[0]).to_dict("records")
+            table[f"`{name}`"] = {
+                "SAM": percent(theirs["accuracy"], theirs["standard_error"]),
+                "chosen": theirs["choice"],
+                "AACE, a quarter": percent(ours["accuracy"], ours["standard_error"]),
+                "over SAM": percent(ours["gain"], ours["gain_standard_error"], "+"),
+                "p": f"{ours['p_value']:.2g}",
+            }
+    return pd.DataFrame(table).T.rename_axis("study")
+
+
+def at_the_rate_of_plain() -> pd.DataFrame:
+    """Accuracy of what was run at the learning rate that is best for plain training, on the ViT; the first four seeds."""
+    table = {}
+    for name, rate in {"vit-noisy": "1e-4", "vit-noisier": "1e-4", "vit-noisy-all": "3e-4"}.items():
+        runs = pd.concat([tuned(name), adaptive(name), norm_layers(name)])
+        settings = runs["options"].map(settings_of)
+        runs = runs[(settings.str["learning_rate"] == rate) & (runs["seed"] < 4) & (runs["method"] != "2x epochs")]
+        labels = runs["method"] + settings[runs.index].map(
+            lambda own: "" if own["rho"] == "0" else f", rho {own['rho']}"
+        )
+        table[f"`{name}`, {rate}"] = runs.groupby(labels, sort=False)["test_accuracy"].mean()
+    return pd.DataFrame(table).map(lambda mean: "" if pd.isna(mean) else f"{_rounded(mean):.1f}").rename_axis("method")
+
+
+def advice(of_norm_layers: bool) -> pd.DataFrame:
+    """
+    What `hf-aace find-rho` recommended by validation images, and what that gains on the test images over plain training at the same
+    learning rate, in the runs of other studies.
+    """
+    reports = json.loads((HERE / "find-rho.json").read_text(encoding="utf-8"))
+    commands = studies.commands()
+    settings = {name: _train_options(command) for name, command in commands.items()}
+    in_full = [
+        _comparable(settings.get(run.study, {}) | settings_of(run.options)) for run in RUNS.itertuples(index=False)
+    ]
+    table = {}
+    for name, report in reports.items():
+        if name.endswith("-norm") != of_norm_layers:
+            continue
+        row = table[f"`{name}`"] = {
+            "best rho": f"{report['best']:g}",
+            "gain (validation)": percent(report["gain"], report["gain_standard_error"], "+"),
+            "recommended rho": f"{report['rho']:g}",
+            "gain (test)": "",
+        }
+        if report["rho"] > 0:
+            wanted = [_comparable(settings[name] | {"rho": rho}) for rho in ("0", f"{report['rho']:g}")]
+            plain, own = (
+                RUNS[[each == one for each in in_full]].drop_duplicates("seed").set_index("seed")["test_accuracy"]
+                for one in wanted
+            )
+            difference = (own - plain).dropna()
+            row["gain (test)"] = f"{percent(difference.mean(), difference.sem(), '+')} ({len(difference)} seeds)"
+    return pd.DataFrame(table).T.rename_axis("study")
+
+
+def _train_options(command: list[str]) -> dict[str, str]:
+    """The options of `hf-aace train` in the command of a study."""
+    options = dict(zip(command[2::2], command[3::2], strict=True))
+    of_study = ("--output_dir", "--methods", "--seeds", "--search_seeds", "--rho")
+    return {name.removeprefix("--"): value for name, value in options.items() if name not in of_study}
+
+
+def _comparable(options: dict[str, str]) -> dict[str, str]:
+    """The options without those that make no difference."""
+    options = {"learning_rate": "3e-3", **options}
+    unused = ["perturb_modules", "ascent_fraction"] if options["rho"] == "0" else []
+    unused += ["label_noise"] if options.get("label_noise") == "0" else []
+    return {name: value for name, value in options.items() if name not in unused}
+
+
+def beside_plain(studies: dict[str, str], plain: str = "trainer") -> pd.DataFrame:
+    """For each method the gain over plain training and the median ratio of their times, seed by seed; by title of the study."""
+    table = {}
+    for title, name in studies.items():
+        by_seed = runs_of(name).set_index(["method", "seed"])
+        base = by_seed.loc[plain]
+        for method in by_seed.index.unique("method").drop(plain):
+            own = by_seed.loc[method]
+            difference = (own["test_accuracy"] - base["test_accuracy"]).dropna()
+            row = table.setdefault(_ascent(method), {})
+            row[title] = percent(difference.mean(), difference.sem(), "+")
+            row[f"{title}: time"] = f"{(own['seconds'] / base['seconds']).median():.2f}"
+    return pd.DataFrame(table).T.rename_axis("ascent")
+
+
+def _ascent(method: str) -> str:
+    """The options of AACE's ascent, without rho and the choice of the layers. Other methods keep their name."""
+    if not method.startswith("aace:"):
+        return method
+    options = [part for part in method.split(":")[1:] if not part.startswith(("rho=", "perturb_modules="))]
+    return ", ".join(options) or "whole batch"
+
+
+def overfitting() -> pd.DataFrame:
+    """A rho that follows the overfitting, beside plain training and the best fixed rho on the same layers."""
+    table = {}
+    for name in [*SETTINGS, "convnext-clean-all"]:
+        own = runs_of(f"{name}-overfitting")
+        if len(own):
+            others = runs_of(name, "trainer") if name == "convnext-clean-all" else tuned(name)
+            if name == "convnext-clean-all":
+                others = others[others["method"].str.contains("|", regex=False)].assign(method="plain")
+            rows = summarize(pd.concat([others, norm_layers(name), own]), own["method"].iloc[0]).set_index("method")
+            row = rows.loc[own["method"].iloc[0]]
+            table[f"`{name}`"] = {"accuracy": percent(row["accuracy"], row["standard_error"])} | {
+                f"over {other}": percent(-rows["gain"][other], rows["gain_standard_error"][other], "+")
+                for other in ("plain", "norm layers")
+            }
+    return pd.DataFrame(table).T.rename_axis("study")
+
+
+CANDIDATES = {
+    "whole batch": "the whole batch",
+    "ascent_fraction=0.125": "the first eighth, that is, a random one",
+    "ascent_fraction=0.125, perturb_every=2": "... on every second step (`perturb_every=2`)",
+    "HighestCrossEntropy": "the eighth of the highest cross-entropy",
+    "HighestLoss": "the eighth of the highest AACE loss",
+    "HalfResolution": "images at half the resolution",
+    "ascent_every=2": "the whole batch's gradient, reused for 2 steps",
+    "ascent_every=4": "the whole batch's gradient, reused for 4 steps",
+    "ascent_fraction=0.125, ascent_every=4": "an eighth's gradient, reused for 4 steps",
+    "PreviousGradient, rho 0.1": "SAM's step (0.1) by the gradient of the step before",
+    "PreviousGradient, rho 0.5": "SAM's step (0.5) by the gradient of the step before",
+    "FromAverage, rho 0.5": "a step (0.5) away from the moving average of the weights",
+    "TowardsAverage, rho 0.5": "a step (0.5) towards it",
+}
+
+
+def candidates() -> pd.DataFrame:
+    """Cheap ascent steps on the noisy ConvNeXt, at a rho of 0.3 unless another is named."""
+    return beside_plain({"ConvNeXt": "convnext-noisy-candidates"}).loc[list(CANDIDATES)].rename(CANDIDATES)
+
+
+CHEAP = {"ConvNeXt": "convnext-noisy-cheap", "ViT, 1e-3": "vit-noisy-1e-3-cheap", "ViT, 3e-4": "vit-noisy-cheap"}
+CHEAP_NORM = {title: f"{name}-norm" for title, name in CHEAP.items()}
+WHEN = {"ConvNeXt": "convnext-noisy-when", "ViT": "vit-noisy-when", "ViT, clean labels": "vit-clean-long-when"}
+
+
+def published() -> dict[str, pd.DataFrame]:
+    """All tables of README.md in this folder, by name."""
+    return {
+        "results": main_table(),
+        "over SAM": over_sam(),
+        "ASAM": with_asam(),
+        "SAM on the normalization layers": sam_on_norm_layers(),
+        "variants": study("convnext-noisy-more").drop(columns="time"),
+        "at the learning rate of plain training": at_the_rate_of_plain(),
+        "find-rho, all weights": advice(of_norm_layers=False),
+        "find-rho, normalization layers": advice(of_norm_layers=True),
+        "overfitting": overfitting(),
+        "candidates": candidates(),
+    }
+
+
+if __name__ == "__main__":
+    columns = [column for column in COLUMNS if column != "adaptive"]
+    for name, table in {"README of the repository": main_table(README, columns), **published()}.items():
+        print(f"\n{name}\n\n{markdown(table)}")
