@@ -15,7 +15,7 @@ from tiny_configs import image_classifier
 from torch import nn
 
 from hf_aace import AACEConfig, AACETrainer
-from hf_aace.vision.models import add_lora
+from hf_aace.vision.lora import add_lora
 
 
 def lora():

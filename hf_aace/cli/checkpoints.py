@@ -75,7 +75,7 @@ def check_options(checkpoint: str, options: dict[str, Any]) -> None:
     earlier = train_options(Path(checkpoint))
     changed = [name for name, value in options.items() if name in earlier and earlier[name] != value]
     told = ", ".join(f"`{name}={earlier[name]}`, now {options[name]}" for name in changed)
-    if {"dataset_name", "train_size", "label_noise", "validation_size", "seed"} & set(changed):
+    if {"dataset_name", "image_range", "train_size", "label_noise", "validation_size", "seed"} & set(changed):
         raise ValueError(
             f"`resume_from_checkpoint`: {checkpoint} had {told}. It would go on with other images: give what it had, or leave "
             "`resume_from_checkpoint` out."

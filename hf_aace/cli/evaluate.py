@@ -91,7 +91,7 @@ def run(argv: list[str]) -> int:
     data = in_the_classes_of(model.config.id2label, data)
 
     started = time.perf_counter()
-    probabilities = _classify(model.to(device), processor, data, options.batch_size)
+    probabilities = _classify(model.to(device), processor, data, options)
     seconds = time.perf_counter() - started
     labels, predicted = np.array(data["label"][:]), probabilities.argmax(axis=-1)
     scores = metric.compute(predictions=predicted, references=labels)
@@ -134,10 +134,12 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _classify(model: PreTrainedModel, processor: BaseImageProcessor, data: Dataset, batch_size: int) -> np.ndarray:
+def _classify(
+    model: PreTrainedModel, processor: BaseImageProcessor, data: Dataset, options: EvaluationArguments
+) -> np.ndarray:
     """Return the probabilities of the classes, of shape `(images, classes)`."""
     encoded = data.cast_column("image", Image(decode=False))["image"]
-    answers = classify(model, processor, encoded, batch_size=batch_size)
+    answers = classify(model, processor, encoded, batch_size=options.batch_size, image_range=options.image_range)
     probabilities = []
     for answer in tqdm(answers, total=len(data), desc="Evaluating", unit="image"):
         if isinstance(answer, ValueError):

@@ -56,6 +56,7 @@ def load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict 
             train_size=train_size,
             image_column_name=options.image_column_name,
             label_column_name=options.label_column_name,
+            image_range=options.image_range,
         )
 
 
@@ -78,6 +79,7 @@ def load_images(options: ImagesArguments, seed: int, **changes) -> DatasetDict:
             image_column_name=options.image_column_name,
             label_column_name=options.label_column_name,
             skip_corrupt_images=options.skip_corrupt_images,
+            image_range=options.image_range,
             **changes,
         )
 
@@ -156,10 +158,11 @@ def make_trainer(
     if weights is not None or (augmentation is not None and augmentation.soft_labels):
         compute_loss_func = WeightedCrossEntropy(weights, training_args.label_smoothing_factor)
     if data_args.streaming:
-        dataset = transform_stream(dataset, processor, data_args.skip_corrupt_images)
+        dataset = transform_stream(dataset, processor, data_args.skip_corrupt_images, data_args.image_range)
     else:
         # Left encoded, so that the transform can name an image that cannot be decoded.
-        dataset = dataset.cast_column("image", Image(decode=False)).with_transform(image_transform(processor))
+        transform = image_transform(processor, image_range=data_args.image_range)
+        dataset = dataset.cast_column("image", Image(decode=False)).with_transform(transform)
     try:
         trainer = AugmentedAACETrainer(
             model=model,

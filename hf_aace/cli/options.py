@@ -84,6 +84,11 @@ class ImagesArguments:
         "Decode all images before training, and name, count and leave out those that cannot be decoded. Without it they "
         "are an error.",
     )
+    image_range: list[float] | None = option(  # noqa: RUF009
+        None,
+        "The values of black and of white in the image files, such as `0 4095` for 12 bits in files of 16. By default all "
+        "that the type of the file can hold, or for 32-bit files from the lowest to the highest value of each image.",
+    )
 
 
 @dataclass

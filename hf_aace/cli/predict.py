@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hf-aace predict`: write the classes of the images in a folder into a table."""
 
+import argparse
 import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets.utils import tqdm
@@ -14,7 +16,7 @@ from ..vision.images import IMAGE_SUFFIXES
 from ..vision.inference import classify
 from .checks import check_folder
 from .loading import load_pretrained
-from .options import PretrainedArguments, pick_device, required
+from .options import PretrainedArguments, pick_device, required, train_options
 from .parser import command_parser, option
 
 
@@ -30,7 +32,17 @@ class PredictionArguments:
     )
     top_k: int = option(1, "How many classes to name for each image, the likeliest first.")
     batch_size: int = option(32, "Images at a time.")
+    image_range: list[float] | None = option(  # noqa: RUF009
+        None,
+        "The values of black and of white in the image files, as for `hf-aace train`. By default those of the run that "
+        "trained the model.",
+    )
     device: str = option("auto", "`cpu`, `cuda`, or `auto`: a GPU if there is one.")
+
+
+def _defaults(chosen: argparse.Namespace) -> dict[str, Any]:
+    options = train_options(Path(chosen.model_name_or_path)) if chosen.model_name_or_path else {}
+    return {"image_range": options.get("image_range")}
 
 
 def run(argv: list[str]) -> int:
@@ -40,6 +52,7 @@ def run(argv: list[str]) -> int:
         "Names the classes of the images in a folder. Images that cannot be read are named, and do not stop it.",
         (PretrainedArguments, PredictionArguments),
         argv,
+        _defaults,
     )
     source, options = parser.read(argv)
     required("model_name_or_path", source.model_name_or_path)
@@ -61,6 +74,7 @@ def run(argv: list[str]) -> int:
         processor,
         ({"path": str(path), "bytes": None} for path in paths),
         batch_size=options.batch_size,
+        image_range=options.image_range,
     )
     Path(options.output_file).parent.mkdir(parents=True, exist_ok=True)
     unreadable = []

@@ -218,6 +218,27 @@ def test_images_behind_links_to_folders_are_found():
     assert len(table()) == 6
 
 
+@pytest.mark.parametrize("from_run", [False, True])
+def test_values_of_twelve_bits_are_scaled_as_the_option_or_the_run_says(from_run):
+    model, _ = save_model("model", COLOURS)
+    pattern = np.random.default_rng(0).integers(0, 2, (8, 8))
+    for folder, image in (
+        ("deep", PIL.Image.fromarray((4095 * pattern).astype(np.uint16))),
+        ("usual", PIL.Image.fromarray((255 * pattern).astype(np.uint8))),
+    ):
+        Path(folder).mkdir()
+        image.save(Path(folder, "1.png"))
+    argv = ["predict", "--model_name_or_path", "model", "--top_k", "3"]
+    assert main([*argv, "--images", "usual", "--output_file", "usual.csv"]) == 0
+    assert main([*argv, "--images", "deep", "--output_file", "dark.csv"]) == 0
+    if from_run:
+        Path("model/train_options.json").write_text(json.dumps({"image_range": [0, 4095]}))
+    else:
+        argv += ["--image_range", "0", "4095"]
+    assert main([*argv, "--images", "deep", "--output_file", "deep.csv"]) == 0
+    assert table("deep.csv") == table("usual.csv") != table("dark.csv")
+
+
 def test_a_single_image_is_enough():
     save_model("model", COLOURS)
     PIL.Image.new("RGB", (5, 5)).save("one.png")
