@@ -20,6 +20,7 @@ from . import checks
 from .callbacks import PerturbationCallback
 from .config import AACEArguments
 from .distributed import average_gradients, mean_over_processes, outside_ddp, reshard
+from .hook_watch import HookWatch
 from .interval_metrics import IntervalMetrics
 from .isolation import frozen_running_statistics, gradients_set_aside, in_training, replayed_rng, unchanged_buffers
 from .loss_meter import LossMeter
@@ -52,8 +53,7 @@ class Ascent(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.metrics = IntervalMetrics()
-        self.meter = LossMeter(trainer)
+        self.metrics, self.meter, self.watch = IntervalMetrics(), LossMeter(trainer), HookWatch(trainer)
         self._default_args = AACEArguments()
         self.first_step = 0
         self._uses_backward = False  # reentrant activation checkpointing cannot serve `autograd.grad`

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, Train
 from ._compat import TrainerWorkarounds
 from .ascent import Ascent
 from .checks import bare_model, check_inputs_of_model, check_mixin_order
+from .hook_watch import no_optimizer_steps
 from .model_card import write_model_card
 from .perturbation import perturbed
 
@@ -67,6 +68,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         super().__init__(*args, **kwargs)
         self._ascent = Ascent(self)
         self.add_callback(self._ascent)
+        self.add_callback(self._ascent.watch)
         self._ascent.check()
 
     def __init_subclass__(cls, **kwargs):
@@ -74,6 +76,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         check_mixin_order(cls, SharpnessAwareMixin)
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args, **kwargs) -> torch.Tensor:
+        self._ascent.watch.training_step()
         with self.perturbed_weights(model, inputs):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self._ascent.log_descent(inputs, loss, kwargs.get("num_items_in_batch", args[0] if args else None))
@@ -95,7 +98,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         if perturbation is None:
             yield None
         else:
-            with perturbation, self._ascent.descent(model):
+            with perturbation, no_optimizer_steps(self), self._ascent.descent(model):
                 yield perturbation
 
     def forget_ascent(self) -> None:
@@ -167,6 +170,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
 
     def get_batch_samples(self, *args, **kwargs):
         batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._ascent.watch.begin_window(batch_samples)
         self._ascent.begin_window(batch_samples)
         return batch_samples, num_items_in_batch
 

@@ -4,18 +4,15 @@
 # What needs torch is imported where it is used: `--help` and `--version` are to answer at once.
 import argparse
 import importlib
-import logging
 import os
 import platform
 import sys
 from importlib.metadata import version
 
 
-# peft loads it, and it warns of the lack of 4-bit kernels, which no command uses.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
 # Each is a module here of that name, with a function `run` that takes the rest of the command line.
 _COMMANDS = {
+    "demo": "see in a minute what sharpness-aware training gains where labels are wrong",
     "train": "train a model; without options, a small ConvNeXt on scans of digits",
     "compare": "train several methods side by side over seeds, and test which is better",
     "find-rho": "find the rho to train with, by a search on validation images",
@@ -29,14 +26,14 @@ _COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Runs the command.
+    Run the command.
 
     Args:
         argv (`list[str]`, *optional*):
             The arguments of the command line. Defaults to those of the process.
 
     Returns:
-        `int`: The exit code: 0, or 1 after bad input, which is told in one sentence, or 130 after Ctrl-C.
+        `int`: The exit code: 0, or 1 after bad input, with one sentence on stderr, or 130 after Ctrl-C.
 
     Raises:
         `SystemExit`: By `argparse`, for `--help` and for usage errors (code 2).

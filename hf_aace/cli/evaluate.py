@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-aace evaluate`: how good a trained classifier is, and where it errs."""
+"""`hf-aace evaluate`: measure how good a trained classifier is, and where it errs."""
 
 import argparse
-from dataclasses import dataclass, field, fields
+import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,87 +11,57 @@ import evaluate
 import numpy as np
 from datasets import Dataset, Image, concatenate_datasets
 from datasets.utils import tqdm
+from sklearn.metrics import confusion_matrix
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .._compat import image_classification_evaluator
 from ..analysis.plots import plot_confusion_matrix, plot_image_grid
-from ..vision.datasets import load_image_dataset
 from ..vision.inference import classify
 from ..vision.metrics import load_metric
-from ..vision.models import load_classifier
-from .options import (
-    ImagesArguments,
-    PretrainedArguments,
-    command_parser,
-    last_part,
-    pick_device,
-    required,
-    train_options,
-)
+from .checks import check_exists, check_folder
+from .loading import load_images, load_pretrained
+from .options import ImagesArguments, PretrainedArguments, last_part, pick_device, required, train_options
 from .output import write_report
+from .parser import command_parser, option
 from .runs import in_the_classes_of
 
 
 @dataclass
 class EvaluationArguments(ImagesArguments):
-    """
-    What to evaluate on, and what to measure.
+    """Which images to evaluate on, and what to measure."""
 
-    Args:
-        split (`str`, *optional*, defaults to `"test"`):
-            The images to use: `"test"`, `"train"` or `"all"`.
-        metrics (`list[str]`, *optional*, defaults to `["accuracy", "macro_f1"]`):
-            The metrics, as [`~hf_aace.vision.metrics.load_metric`] knows them.
-        num_mistakes (`int`, *optional*, defaults to `25`):
-            Number of the worst mistakes to show.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Images at a time.
-        device (`str`, *optional*, defaults to `"auto"`):
-            `"cpu"`, `"cuda"`, or `"auto"`: a GPU if there is one.
-        output_dir (`str`, *optional*):
-            Where the results go. Defaults to a folder in `runs` named by model and data.
-
-    The other arguments are those of [`ImagesArguments`]. For a run of `hf-aace train` they default to what it was trained on.
-    """
-
-    split: Literal["test", "train", "all"] = field(
-        default="test",
-        metadata={
-            "help": "The test images, which `hf-aace train` sets apart if the data set does not; the training images; or all, "
-            "for images that the model was not trained on."
-        },
+    dataset_name: str | None = option(
+        None,
+        "The images, as for `hf-aace train`. By default those of the run that trained the model; needed for other models.",
     )
-    metrics: list[str] = field(
-        default_factory=lambda: ["accuracy", "macro_f1"],
-        metadata={"help": "Metrics: `accuracy`, `macro_f1`, or any that `evaluate.load` finds on the Hub."},
+    split: Literal["test", "train", "all"] = option(
+        "test",
+        "The test images, which `hf-aace train` sets apart if the dataset does not; the training images; or all, "
+        "for images that the model was not trained on.",
     )
-    num_mistakes: int = field(default=25, metadata={"help": "How many of the worst mistakes to list and to draw."})
-    batch_size: int = field(default=32, metadata={"help": "Images at a time."})
-    device: str = field(default="auto", metadata={"help": "`cpu`, `cuda`, or `auto`: a GPU if there is one."})
-    output_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where evaluation.json, confusion_matrix.png and mistakes.png go. By default a folder in `runs` named by "
-            "model and data."
-        },
+    metrics: list[str] = option(  # noqa: RUF009
+        ["accuracy", "macro_f1"], "Metrics: `accuracy`, `macro_f1`, or any that `evaluate.load` finds on the Hub."
     )
-
-    def __post_init__(self):
-        if isinstance(self.metrics, str):  # a single name in a configuration file
-            self.metrics = [self.metrics]
+    num_mistakes: int = option(25, "How many of the worst mistakes to list and to draw.")
+    batch_size: int = option(32, "Images at a time.")
+    device: str = option("auto", "`cpu`, `cuda`, or `auto`: a GPU if there is one.")
+    output_dir: str | None = option(
+        None,
+        "Where evaluation.json, confusion_matrix.png and mistakes.png go. By default a folder in `runs` named by "
+        "model and data.",
+    )
 
 
 def _defaults(chosen: argparse.Namespace) -> dict[str, Any]:
-    """The data that a run of `hf-aace train` was trained on, unless others are chosen."""
+    """Return the options of the data that a run of `hf-aace train` was trained on, unless other data are chosen."""
     options = train_options(Path(chosen.model_name_or_path)) if chosen.model_name_or_path else {}
-    if chosen.dataset_name not in (ImagesArguments.dataset_name, options.get("dataset_name")):
+    if chosen.dataset_name not in (None, options.get("dataset_name")):
         return {}
     return {option.name: options[option.name] for option in fields(ImagesArguments) if option.name in options}
 
 
 def run(argv: list[str]) -> int:
-    """Runs the command with the arguments `argv`; returns the exit code."""
+    """Run the command with the arguments `argv`; return the exit code."""
     parser = command_parser(
         "evaluate",
         "Measures how good an image classifier is, and leaves metrics, the confusion matrix and the worst mistakes in "
@@ -99,52 +70,45 @@ def run(argv: list[str]) -> int:
         argv,
         _defaults,
     )
-    source, options, *_ = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    source, options = parser.read(argv)
     name = required("model_name_or_path", source.model_name_or_path)
+    dataset_name = required(
+        "dataset_name", options.dataset_name, f"{name} does not say which images it was trained on"
+    )
     if options.num_mistakes < 0 or options.batch_size < 1:
         raise ValueError(
             f"`num_mistakes` must be at least 0 and `batch_size` 1, got {options.num_mistakes} and {options.batch_size}."
         )
     device = pick_device(options.device)
+    default = Path("runs") / f"evaluate-{last_part(name)}-{last_part(dataset_name)}"
+    folder = Path(options.output_dir or default)
+    check_folder("output_dir", folder)
+    check_exists("dataset_name", dataset_name)
     metric = evaluate.combine([load_metric(name) for name in options.metrics if name != "confusion_matrix"])
-    model, processor = load_classifier(
-        name,
-        revision=source.model_revision,
-        trust_remote_code=source.trust_remote_code,
-        allow_pickle=source.allow_pickle,
-    )
-    splits = load_image_dataset(
-        options.dataset_name,
-        seed=0,
-        image_column_name=options.image_column_name,
-        label_column_name=options.label_column_name,
-        skip_corrupt_images=options.skip_corrupt_images,
-    )
+    model, processor = load_pretrained(source)
+    splits = load_images(options, seed=0)
     data = concatenate_datasets([splits["train"], splits["test"]]) if options.split == "all" else splits[options.split]
     data = in_the_classes_of(model.config.id2label, data)
 
-    pipe = _Pipeline(model.to(device), processor, options.batch_size, len(data))
-    results = image_classification_evaluator().compute(
-        pipe, data.cast_column("image", Image(decode=False)), metric=metric, label_mapping=None
-    )
-    probabilities, labels = np.stack(pipe.probabilities), np.array(data["label"][:])
+    started = time.perf_counter()
+    probabilities = _classify(model.to(device), processor, data, options.batch_size)
+    seconds = time.perf_counter() - started
+    labels, predicted = np.array(data["label"][:]), probabilities.argmax(axis=-1)
+    scores = metric.compute(predictions=predicted, references=labels)
     classes = list(model.config.id2label.values())
-    matrix = load_metric("confusion_matrix").compute(
-        predictions=probabilities.argmax(axis=-1), references=labels, num_classes=len(classes)
-    )["confusion_matrix"]
+    matrix = confusion_matrix(labels, predicted, labels=range(len(classes))).tolist()
     mistakes = _worst_mistakes(data, probabilities, labels, classes, options.num_mistakes)
 
-    default = Path("runs") / f"evaluate-{last_part(name)}-{last_part(options.dataset_name)}"
-    folder = Path(options.output_dir or default)
     folder.mkdir(parents=True, exist_ok=True)
     report = {
         "model": name,
-        "dataset": options.dataset_name,
+        "dataset": dataset_name,
         "split": options.split,
         "images": len(data),
-        **results,
+        **scores,
+        "total_time_in_seconds": seconds,
+        "samples_per_second": len(data) / seconds,
+        "latency_in_seconds": seconds / len(data),
         "classes": classes,
         "confusion_matrix": matrix,
         "worst_mistakes": [{key: value for key, value in row.items() if key != "row"} for row in mistakes],
@@ -162,38 +126,30 @@ def run(argv: list[str]) -> int:
             "The worst mistakes",
             folder / "mistakes.png",
         )
-    scores = ", ".join(
-        f"{key} {value:.4f}" for key, value in results.items() if isinstance(value, float) and "second" not in key
-    )
-    print(f"Result:  {scores} on {len(data)} images")
-    print(f"Speed:   {results['samples_per_second']:.0f} images a second")
+    told = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if isinstance(value, float))
+    print(f"Result:  {told} on {len(data)} images")
+    print(f"Speed:   {len(data) / seconds:.0f} images a second")
     print(f"Numbers: {folder / 'evaluation.json'}")
     print(f"Drawn:   {folder / 'confusion_matrix.png'}" + (f", {folder / 'mistakes.png'}" if mistakes else ""))
     return 0
 
 
-class _Pipeline:
-    """What the evaluator takes for a pipeline. Unlike that of Transformers, it decodes images as training does."""
-
-    task = "image-classification"
-
-    def __init__(self, model: PreTrainedModel, processor: BaseImageProcessor, batch_size: int, total: int):
-        self._model, self._processor, self._batch_size, self._total = model, processor, batch_size, total
-        self.probabilities: list[np.ndarray] = []
-
-    def __call__(self, images) -> list[list[dict[str, Any]]]:
-        answers = classify(self._model, self._processor, images, batch_size=self._batch_size)
-        for answer in tqdm(answers, total=self._total, desc="Evaluating", unit="image"):
-            if isinstance(answer, ValueError):
-                raise answer
-            self.probabilities.append(answer)
-        return [[{"label": int(p.argmax()), "score": float(p.max())}] for p in self.probabilities]
+def _classify(model: PreTrainedModel, processor: BaseImageProcessor, data: Dataset, batch_size: int) -> np.ndarray:
+    """Return the probabilities of the classes, of shape `(images, classes)`."""
+    encoded = data.cast_column("image", Image(decode=False))["image"]
+    answers = classify(model, processor, encoded, batch_size=batch_size)
+    probabilities = []
+    for answer in tqdm(answers, total=len(data), desc="Evaluating", unit="image"):
+        if isinstance(answer, ValueError):
+            raise answer
+        probabilities.append(answer)
+    return np.stack(probabilities)
 
 
 def _worst_mistakes(
     data: Dataset, probabilities: np.ndarray, labels: np.ndarray, classes: list[str], count: int
 ) -> list[dict[str, Any]]:
-    """The wrong answers with the least probability of the true class, the worst first."""
+    """Return the wrong answers with the lowest probability of the true class, the worst first."""
     of_label = probabilities[np.arange(len(labels)), labels]
     predicted = probabilities.argmax(axis=-1)
     wrong = np.flatnonzero(predicted != labels)

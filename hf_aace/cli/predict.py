@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-aace predict`: the classes of the images in a folder, as a table."""
+"""`hf-aace predict`: write the classes of the images in a folder into a table."""
 
 import csv
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,66 +12,46 @@ from datasets.utils import tqdm
 from ..vision.datasets import files_in
 from ..vision.images import IMAGE_SUFFIXES
 from ..vision.inference import classify
-from ..vision.models import load_classifier
-from .options import PretrainedArguments, command_parser, pick_device, required
+from .checks import check_folder
+from .loading import load_pretrained
+from .options import PretrainedArguments, pick_device, required
+from .parser import command_parser, option
 
 
 @dataclass
 class PredictionArguments:
-    """
-    What to classify.
+    """Which images to classify."""
 
-    Args:
-        images (`str`, *optional*):
-            A folder, whose images are taken at any depth, or a single image.
-        output_file (`str`, *optional*, defaults to `"predictions.csv"`):
-            The table to write.
-        top_k (`int`, *optional*, defaults to `1`):
-            How many classes to name for each image.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Images at a time.
-        device (`str`, *optional*, defaults to `"auto"`):
-            `"cpu"`, `"cuda"`, or `"auto"`: a GPU if there is one.
-    """
-
-    images: str | None = field(
-        default=None,
-        metadata={"help": "A folder, whose images are taken at any depth, or a single image. Needed."},
+    images: str | None = option(None, "A folder, whose images are taken at any depth, or a single image. Needed.")
+    output_file: str = option(
+        "predictions.csv",
+        "The table to write (CSV): a row for each image, with its path in the folder, the classes and their "
+        "probabilities, and in the last column why it could not be read.",
     )
-    output_file: str = field(
-        default="predictions.csv",
-        metadata={
-            "help": "The table to write (CSV): a row for each image, with its path in the folder, the classes and their "
-            "probabilities, and in the last column why it could not be read."
-        },
-    )
-    top_k: int = field(default=1, metadata={"help": "How many classes to name for each image, the likeliest first."})
-    batch_size: int = field(default=32, metadata={"help": "Images at a time."})
-    device: str = field(default="auto", metadata={"help": "`cpu`, `cuda`, or `auto`: a GPU if there is one."})
+    top_k: int = option(1, "How many classes to name for each image, the likeliest first.")
+    batch_size: int = option(32, "Images at a time.")
+    device: str = option("auto", "`cpu`, `cuda`, or `auto`: a GPU if there is one.")
 
 
 def run(argv: list[str]) -> int:
-    """Runs the command with the arguments `argv`; returns the exit code."""
+    """Run the command with the arguments `argv`; return the exit code."""
     parser = command_parser(
         "predict",
         "Names the classes of the images in a folder. Images that cannot be read are named, and do not stop it.",
         (PretrainedArguments, PredictionArguments),
         argv,
     )
-    source, options, *_ = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    name, images = required("model_name_or_path", source.model_name_or_path), required("images", options.images)
+    source, options = parser.read(argv)
+    required("model_name_or_path", source.model_name_or_path)
+    images = required("images", options.images)
     if options.batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {options.batch_size}.")
     device = pick_device(options.device)
+    if Path(options.output_file).is_dir():
+        raise ValueError(f"`output_file` is {options.output_file!r}, which is a folder. Give a file in it.")
+    check_folder("output_file", Path(options.output_file).parent)
     root, paths = _find_images(images)
-    model, processor = load_classifier(
-        name,
-        revision=source.model_revision,
-        trust_remote_code=source.trust_remote_code,
-        allow_pickle=source.allow_pickle,
-    )
+    model, processor = load_pretrained(source)
     if not 1 <= options.top_k <= model.config.num_labels:
         raise ValueError(
             f"`top_k` must lie between 1 and the number of classes, {model.config.num_labels}, got {options.top_k}."
@@ -107,7 +87,7 @@ def run(argv: list[str]) -> int:
 
 
 def _find_images(name: str) -> tuple[Path, list[Path]]:
-    """The folder and the images in it, in alphabetical order."""
+    """Return the folder and the images in it, in alphabetical order."""
     path = Path(name)
     if path.is_file():
         return path.parent, [path]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random changes of the training images: on the batch, on its device, and the trainers that make them."""
+"""Augment training images at random, batch by batch and on their device, and train on them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,42 +15,42 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..trainer import AACETrainer
 
 
-# Smaller than torchvision's 0.08 would be too much here: what is cropped is no longer the original image but that which the
-# processor made, so that a small crop is a blurred one. The smallest of these is enlarged by a factor of 1.7.
+# Not torchvision's 0.08: the crop is taken from what the processor made of the image, not from the image, so that a small
+# crop is blurred. The smallest of these is enlarged by a factor of 1.7.
 _CROP_SCALE = (0.35, 1.0)
 # The usual setting of RandAugment: two operations at magnitude 9 (of 30).
 _OPERATIONS, _MAGNITUDE = 2, 9
-# Kornia draws the operations once for all images that it is given: each so many get others.
+# Kornia draws the operations once for all images that it is given, so it is given groups of this many.
 _RANDAUGMENT_GROUP = 8
 
 
 class Augmentation:
     """
-    Changes a batch at random, by [kornia](https://kornia.readthedocs.io), on the device that the batch is on.
+    Change a batch at random, by [kornia](https://kornia.readthedocs.io), on the device of the batch.
 
     Args:
         policy (`str`):
-            `"none"`; `"default"`, a crop of 35 % of the image or more, enlarged to the size of the image, and a horizontal
-            flip of every second one; or `"randaugment"`, which adds RandAugment
-            ([arXiv 1909.13719](https://huggingface.co/papers/1909.13719)) with two operations of magnitude 9, drawn for every
-            eight images anew.
+            `"none"`; `"default"`, a crop of at least 35 % of the image, enlarged to the size of the image, and a horizontal
+            flip of half of the images; or `"randaugment"`, which adds RandAugment
+            ([arXiv 1909.13719](https://huggingface.co/papers/1909.13719)) with two operations of magnitude 9, drawn anew for
+            every eight images.
         processor (`BaseImageProcessor`):
-            The image processor of the model, whose normalisation is undone for the changes and then made again.
+            The image processor of the model. Its normalization is undone for the changes and then repeated.
         num_classes (`int`):
             The number of classes.
         mixup (`float`, *optional*, defaults to `0.0`):
-            Above 0: blend each image and its label with another of the batch, in a ratio drawn for the batch from
+            Above 0, blend each image and its label with another of the batch, in a ratio drawn for the batch from
             `Beta(mixup, mixup)` ([arXiv 1710.09412](https://huggingface.co/papers/1710.09412)).
         cutmix (`float`, *optional*, defaults to `0.0`):
-            Above 0: replace a rectangle of each image by that of another of the batch, and the same share of its label; the
+            Above 0, replace a rectangle of each image by that of another of the batch, and the same share of its label; the
             share is drawn for each image from `Beta(cutmix, cutmix)` ([arXiv
             1905.04899](https://huggingface.co/papers/1905.04899)). With `mixup` too, each batch gets one of the two.
 
-    AACE leads away from both classes of a mixed image. With few classes that may be *down* the loss of the mixture: of two
-    classes in equal shares it is exactly so. There, take `perturbation_loss="cross_entropy"`.
+    The ascent by the AACE loss leads away from both classes of a mixed image. With few classes that may *lower* the loss of
+    the mixture, and for two classes in equal shares it does. Then use `perturbation_loss="cross_entropy"`.
 
     Raises:
-        `ValueError`: If there is no such policy, a number is negative, or the processor makes something else of images.
+        `ValueError`: If there is no such policy, a number is negative, or the processor does not make images of one size.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Augmentation:
         for name, value in (("mixup", mixup), ("cutmix", cutmix)):
             if not value >= 0:
                 raise ValueError(f"`{name}` must be 0 (off) or more, got {value}. Common values are 0.2 to 1.")
-        import kornia.augmentation as K  # takes its time
+        import kornia.augmentation as K  # slow to import
 
         self._policy, self._num_classes, self._mixup, self._cutmix = policy, num_classes, mixup, cutmix
         if policy != "none":
@@ -80,20 +80,22 @@ class Augmentation:
 
     @property
     def soft_labels(self) -> bool:
-        """Whether the labels become probabilities, which need a `compute_loss_func` such as [`WeightedCrossEntropy`]."""
+        """Tell whether labels become probabilities, which need a `compute_loss_func` such as [`WeightedCrossEntropy`]."""
         return self._mixup > 0 or self._cutmix > 0
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
         """
+        Change a batch.
+
         Args:
             batch (`dict[str, torch.Tensor]`):
                 With `pixel_values` of shape `(batch, channels, height, width)` and `labels` of shape `(batch,)`. Not modified.
             seed (`int`):
-                What the changes are drawn from; the global random number generators are left alone.
+                Draws the changes. The global random number generators are left as they are.
 
         Returns:
-            `dict[str, torch.Tensor]`: The batch with other `pixel_values`, and with `labels` of shape `(batch, classes)` if
+            `dict[str, torch.Tensor]`: The batch with changed `pixel_values`, and with `labels` of shape `(batch, classes)` if
             `soft_labels`.
 
         Raises:
@@ -123,24 +125,24 @@ class Augmentation:
         soft = F.one_hot(labels, self._num_classes).to(images.dtype)
         if self._cutmix > 0 and (self._mixup == 0 or torch.rand(()) < 0.5):
             images, mixed = self._cut(images, labels)
-            # Kornia gives the other label, and the share of the image that is still its own.
+            # Kornia returns the label of the other image, and the share that the image keeps of itself.
             others, own = F.one_hot(mixed[0, :, 1].long(), self._num_classes), mixed[0, :, 2:].to(images.dtype)
             return images, own * soft + (1 - own) * others
-        # Kornia has this too, but with a ratio that is drawn evenly.
+        # Kornia has MixUp too, but draws the ratio from a uniform distribution.
         ratio = torch.distributions.Beta(self._mixup, self._mixup).sample().to(images)
         order = torch.randperm(len(images)).to(images.device)
         return ratio * images + (1 - ratio) * images[order], ratio * soft + (1 - ratio) * soft[order]
 
 
 def _processed(processor: BaseImageProcessor, level: int) -> torch.Tensor:
-    """What the processor makes of a pixel of this grey level, of shape `(channels, 1, 1)`."""
-    # Looked at rather than read off its settings: that of EfficientNet normalises twice, that of timm has settings of its own.
+    """Process an image of one gray level; return what its pixels become, of shape `(channels, 1, 1)`."""
+    # Measured, not read from the settings: EfficientNet's processor normalizes twice, and timm's has settings of its own.
     mean = getattr(processor, "image_mean", None)
     one_channel = isinstance(mean, (list, tuple)) and len(mean) == 1
     image = PIL.Image.new("L", (512, 512), level)
     inputs = processor([image if one_channel else image.convert("RGB")], return_tensors="pt")
     _check_images(inputs)
-    return inputs["pixel_values"][0].flatten(1).median(dim=1).values.view(-1, 1, 1)  # not of a margin that it adds
+    return inputs["pixel_values"][0].flatten(1).median(dim=1).values.view(-1, 1, 1)  # ignores a margin that it adds
 
 
 def _check_images(batch: Mapping[str, torch.Tensor]) -> None:
@@ -154,17 +156,17 @@ def _check_images(batch: Mapping[str, torch.Tensor]) -> None:
 
 class AugmentedTrainer(Trainer):
     """
-    [`~transformers.Trainer`] whose training batches are augmented; those of evaluation and prediction are not.
+    Train as [`~transformers.Trainer`] does, on augmented batches; evaluation and prediction are left as they are.
 
-    Each batch is changed once, when it is on the device, before the step. Both passes of a step of sharpness-aware training
-    see the same batch, so put [`SharpnessAwareMixin`] before this class, as [`AugmentedAACETrainer`] does. The changes depend on
-    the seed of the arguments, the step, and the number of the process only: a resumed run makes those that the whole one made.
-    Where they make labels soft, `num_items_in_batch` is the number of all entries of the labels, as Trainer counts those of a
-    collator that makes them so.
+    Each batch is changed once, on the device, before the step. Both passes of a sharpness-aware step must see the same batch,
+    so put [`SharpnessAwareMixin`] before this class, as [`AugmentedAACETrainer`] does. The changes depend only on the seed of the
+    arguments, the step, and the number of the process, so that a resumed run makes the same changes as a run that was never
+    stopped. If labels become soft, `num_items_in_batch` is the number of all entries of the labels, as Trainer counts the soft
+    labels of a collator.
 
     Args:
         augmentation (`Callable[[dict, int], dict]`, *optional*):
-            From a batch and a seed, the batch to train on, such as an [`Augmentation`]. Defaults to the batch as it is.
+            Makes, from a batch and a seed, the batch to train on, such as an [`Augmentation`]. By default, batches are not changed.
         *args, **kwargs:
             What [`~transformers.Trainer`] takes.
     """
@@ -192,11 +194,11 @@ class AugmentedTrainer(Trainer):
                 for index, batch in enumerate(plain)
             ]
             if num_items_in_batch is not None and batches and "labels" in batches[0]:
-                # Trainer counts the entries of labels, of which soft ones have more.
+                # Trainer counts the entries of labels, and soft labels have more of them.
                 before, now = (each[0]["labels"].numel() for each in (plain, batches))
                 num_items_in_batch = num_items_in_batch * now // before
         return batches, num_items_in_batch
 
 
 class AugmentedAACETrainer(AACETrainer, AugmentedTrainer):
-    """[`AACETrainer`] whose training batches are augmented, as [`AugmentedTrainer`] says."""
+    """Train as [`AACETrainer`] does, on augmented batches; see [`AugmentedTrainer`]."""

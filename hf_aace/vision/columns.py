@@ -1,40 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which columns of a data set hold the images and the labels, and the labels as classes."""
+"""Find the columns of images and labels in a dataset, and number the classes alike in all splits."""
 
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, Value
 from transformers.utils import logging
+
+from .images import first_few
 
 
 logger = logging.get_logger(__name__)
 
-# Where no column is a `ClassLabel`, the first of these is taken for the labels. Others may be anything: an id, a caption.
+TEST_SPLITS = ("test", "validation")
+# Names that a column of labels usually has. Columns with other names may hold anything: ids, captions.
 _LABEL_NAMES = ("label", "labels", "class", "cls", "category", "target", "json.label", "json.class", "json.cls")
+
+
+def image_and_label(
+    name: str,
+    splits: DatasetDict | IterableDatasetDict,
+    image_column_name: str | None = None,
+    label_column_name: str | None = None,
+) -> dict[str, Dataset | IterableDataset]:
+    """
+    Select the columns of images and labels.
+
+    Args:
+        name (`str`): The name of the dataset, for messages.
+        splits (`DatasetDict` or `IterableDatasetDict`): The splits as they were loaded.
+        image_column_name (`str`, *optional*): The column of the images, see [`find_columns`].
+        label_column_name (`str`, *optional*): The column of the labels, see [`find_columns`].
+
+    Returns:
+        `dict`: The splits `train`, `test` and `validation`, as far as they exist and have both columns, with the columns
+        `image` ([`~datasets.Image`], left encoded if they are streamed) and `label` (of the type that it has).
+
+    Raises:
+        `ValueError`: If there is no split `train`, or one of the columns does not exist or does not serve.
+    """
+    if "train" not in splits:
+        raise ValueError(f"The dataset {name!r} must have a split named `train`, but has: {', '.join(splits)}.")
+    selected, columns = {}, None
+    for split in ("train", *TEST_SPLITS):
+        if split not in splits:
+            continue
+        part = splits[split]
+        if part.features is None:
+            raise ValueError(
+                f"The columns of the dataset {name!r} are not known before it is read. Leave out `streaming`."
+            )
+        # Programs other than `datasets` write encoded images without their type.
+        for column, feature in part.features.items():
+            if isinstance(feature, dict) and set(feature) == {"bytes", "path"}:
+                part = part.cast_column(column, Image())
+        flat = part.features.flatten()
+        columns = columns or find_columns(name, flat, image_column_name, label_column_name)
+        if set(columns) <= set(flat):  # a test split may lack labels
+            selected[split] = _select(part, *columns)
+    return selected
+
+
+def _select(dataset: Dataset | IterableDataset, image: str, label: str) -> Dataset | IterableDataset:
+    streamed = isinstance(dataset, IterableDataset)
+    # First, since a stream decodes its images to rename or map their columns.
+    dataset = dataset.cast_column(image, Image(decode=False)) if streamed else dataset.flatten()
+    if label not in dataset.features:  # a field of a JSON column, which a stream does not flatten
+        column, _, field = label.partition(".")
+        features = Features({image: Image(decode=False), label: dataset.features[column][field]})
+        others = [other for other in dataset.features if other != image]
+        dataset = dataset.map(
+            lambda row: {label: row[column] and row[column][field]}, remove_columns=others, features=features
+        )
+    dataset = dataset.select_columns([image, label])
+    new_names = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
+    dataset = dataset.rename_columns(new_names)
+    return dataset if streamed else dataset.cast_column("image", Image())
 
 
 def find_columns(
     name: str, features: Features, image_column_name: str | None = None, label_column_name: str | None = None
 ) -> tuple[str, str]:
     """
-    Finds the columns of the images and of the labels.
+    Find the columns of the images and of the labels.
 
     Args:
         name (`str`):
-            The name of the data set, for messages.
+            The name of the dataset, for messages.
         features (`Features`):
-            Its columns. Fields of a column of dictionaries have the name of that column, a dot, and their own.
+            The columns. A field of a JSON column is named by the column, a dot, and the field.
         image_column_name (`str`, *optional*):
             The column of the images. Defaults to `image`, or else the first that holds images.
         label_column_name (`str`, *optional*):
-            The column of the labels. Defaults to one of type [`~datasets.ClassLabel`], or else one with a usual name, such as
-            `label` or `cls`.
+            The column of the labels. Defaults to a column of type [`~datasets.ClassLabel`], or else one with a usual name, such
+            as `label` or `cls`.
 
     Returns:
         `tuple[str, str]`: The two names.
 
     Raises:
-        `ValueError`: If there is no such column, or its type is another.
+        `ValueError`: If there is no such column, or its type does not serve.
     """
     images = [column for column, feature in features.items() if isinstance(feature, Image)]
     images = images or [column for column, feature in features.items() if _is_image(feature)]
@@ -42,46 +106,36 @@ def find_columns(
     usual = [column for column in _LABEL_NAMES if column in features]
     image = _column(name, features, "image_column_name", image_column_name, images, "image")
     label = _column(name, features, "label_column_name", label_column_name, classes or usual[:1], "label")
-    if not _is_image(features[image]):
-        raise _wrong_type(name, features, image, "image_column_name", "encoded images")
-    if not _is_label(features[label]):
-        raise _wrong_type(name, features, label, "label_column_name", "one class, string or integer for each image")
+    for column, serves, argument, content in (
+        (image, _is_image, "image_column_name", "encoded images"),
+        (label, _is_label, "label_column_name", "one class, string or integer for each image"),
+    ):
+        if not serves(features[column]):
+            raise ValueError(
+                f"The column {column!r} of the dataset {name!r} must hold {content}, but its type is "
+                f"{_type_name(features[column])}. Name another by `{argument}`, or convert it."
+            )
     return image, label
 
 
 def _column(name: str, features: Features, argument: str, given: str | None, found: list[str], usual: str) -> str:
-    columns = ", ".join(f"{column} ({_kind(feature)})" for column, feature in features.items())
+    columns = ", ".join(f"{column} ({_type_name(feature)})" for column, feature in features.items())
     if given is not None:
         if given not in features:
-            raise ValueError(f"`{argument}` is {given!r}, but the columns of the data set {name!r} are: {columns}.")
+            raise ValueError(f"`{argument}` is {given!r}, but the columns of the dataset {name!r} are: {columns}.")
         return given
     if not found:
         raise ValueError(
-            f"No column of {usual}s was found in the data set {name!r}. Its columns are: {columns}. Say which by "
-            f"`{argument}`."
+            f"No column of {usual}s was found in the dataset {name!r}. Its columns are: {columns}. Name one by `{argument}`."
         )
     if usual in found:
         return usual
     if len(found) > 1:
         logger.warning(
-            f"The data set {name!r} has several columns of {usual}s, {', '.join(found)}: using {found[0]!r}. Say which by "
+            f"The dataset {name!r} has several columns of {usual}s, {', '.join(found)}: using {found[0]!r}. Name another by "
             f"`{argument}`."
         )
     return found[0]
-
-
-def _wrong_type(name: str, features: Features, column: str, argument: str, content: str) -> ValueError:
-    return ValueError(
-        f"The column {column!r} of the data set {name!r} must hold {content}, but its type is {_kind(features[column])}. "
-        f"Name another by `{argument}`, or convert it."
-    )
-
-
-def untyped_images(features: Features) -> list[str]:
-    """The columns that hold encoded images but are not typed so: other programs than `datasets` leave that out."""
-    return [
-        name for name, feature in features.items() if isinstance(feature, dict) and set(feature) == {"bytes", "path"}
-    ]
 
 
 def _is_image(feature: Any) -> bool:
@@ -95,37 +149,39 @@ def _is_label(feature: Any) -> bool:
     )
 
 
-def _kind(feature: Any) -> str:
+def _type_name(feature: Any) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
-def with_classes(name: str, splits: DatasetDict) -> DatasetDict:
+def with_classes(name: str, splits: dict[str, Dataset]) -> DatasetDict:
     """
-    Gives all splits labels of one type [`~datasets.ClassLabel`], that of the training images.
+    Give the labels of all splits the type [`~datasets.ClassLabel`] of the training images.
+
+    `class_encode_column` and `align_labels_with_mapping` of `datasets` do not serve: the one sorts numbers by their digits
+    and encodes each split by itself, the other takes names that differ only in case for one.
 
     Args:
-        name (`str`): The name of the data set, for messages.
-        splits (`DatasetDict`): The splits, `train` among them, with a column `label` of classes, strings or integers.
+        name (`str`): The name of the dataset, for messages.
+        splits (`dict[str, Dataset]`): The splits, `train` among them, with a column `label` of classes, strings or integers.
 
     Returns:
-        `DatasetDict`: The splits. Strings and integers are the names of classes, in ascending order. A label that is missing
-        is `None`; of integers in the other splits also -1, unless a training image has it.
+        `DatasetDict`: The splits. Strings and integers become the names of classes, in ascending order. A missing label is
+        `None`; in the other splits -1 is a missing label too, unless a training image has it.
 
     Raises:
-        `ValueError`: If a training image has no label, every one has its own, or another split has a class that training
-            lacks.
+        `ValueError`: If a training image has no label, each has a label of its own, or another split has a class that no
+            training image has.
     """
-    train = splits["train"]
-    feature = train.features["label"]
+    feature = splits["train"].features["label"]
     if not isinstance(feature, ClassLabel):
-        values = train["label"][:]
-        if any(value is None for value in values):
-            raise ValueError(f"Some training images of the data set {name!r} have no label. Leave them out.")
-        classes = sorted(set(values))
-        if len(classes) == len(values) > 2:
+        labels = splits["train"]["label"][:]
+        if None in labels:
+            raise ValueError(f"Some training images of the dataset {name!r} have no label. Leave them out.")
+        classes = sorted(set(labels))
+        if len(classes) == len(labels) > 2:
             raise ValueError(
-                f"Every training image of the data set {name!r} has a label of its own, such as {classes[0]!r}: that is no "
-                "class. Name another column by `label_column_name`."
+                f"Every training image of the dataset {name!r} has a label of its own, such as {classes[0]!r}: these are no "
+                "classes. Name another column by `label_column_name`."
             )
         feature = ClassLabel(names=[str(value) for value in classes])
     return DatasetDict({split: _with_class_label(name, split, part, feature) for split, part in splits.items()})
@@ -137,30 +193,38 @@ def _with_class_label(name: str, split: str, dataset: Dataset, feature: ClassLab
         return dataset
     if not _is_label(own):
         raise ValueError(
-            f"The labels of the split `{split}` of the data set {name!r} are of type {_kind(own)}, unlike those of `train`."
+            f"The labels of the split `{split}` of the dataset {name!r} are of type {_type_name(own)}, unlike those of `train`."
         )
     names = [class_name(value, own, feature) for value in dataset["label"]]
-    unseen = sorted({label for label in names if label is not None and label not in feature.names})
-    if unseen:
+    if unseen := sorted(set(names) - {None, *feature.names}):
         raise unseen_classes(name, split, unseen)
     numbers = [None if label is None else feature.str2int(label) for label in names]
     return dataset.remove_columns("label").add_column("label", numbers, feature=feature)
 
 
-def class_name(value: Any, own: Any, feature: ClassLabel) -> str | None:
-    """The name of the class that a label of the type `own` stands for, `None` for one that is missing."""
+def class_name(value: Any, own: Any, classes: ClassLabel) -> str | None:
+    """
+    Give the name of the class that a label stands for.
+
+    Args:
+        value (`int`, `str` or `None`): The label.
+        own (`ClassLabel` or `Value`): The type of its column.
+        classes (`ClassLabel`): The classes of the training images.
+
+    Returns:
+        `str` or `None`: The name, which need not be among `classes`; `None` for a missing label.
+    """
     if value is None or (isinstance(own, ClassLabel) and value < 0):
         return None
     if isinstance(own, ClassLabel):
         return own.int2str(value)
-    # As competitions do whose test labels are withheld.
-    return None if value == -1 and "-1" not in feature.names else str(value)
+    # Competitions that withhold the test labels write -1.
+    return None if value == -1 and "-1" not in classes.names else str(value)
 
 
 def unseen_classes(name: str, split: str, classes: list[str]) -> ValueError:
-    """The error for a split with classes that no training image has."""
-    several = "classes" if len(classes) > 1 else "class"
+    """Make the error for a split with images of classes that no training image has."""
     return ValueError(
-        f"The split `{split}` of the data set {name!r} has images of the {several} {', '.join(map(repr, classes[:5]))}"
-        f"{', ...' if len(classes) > 5 else ''}, of which `train` has none. Add some there, or leave these out."
+        f"The split `{split}` of the dataset {name!r} has images of the {'classes' if len(classes) > 1 else 'class'} "
+        f"{first_few([repr(label) for label in classes])}, of which `train` has none. Add some there, or leave these out."
     )

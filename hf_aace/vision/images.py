@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of every kind brought to what a model takes: decoding, and the transform of batches."""
+"""Decode images of every kind, and turn batches of them into what a model takes."""
 
 import io
-from collections.abc import Callable
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import fsspec
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
-from datasets import Dataset, Image
-from datasets.utils import tqdm
 from transformers import TimmWrapperImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
@@ -19,115 +18,174 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# What Pillow reads: some that it has too, it only writes, or knows by name.
+# The formats that Pillow reads. The others that it knows by name it only writes.
 IMAGE_SUFFIXES = frozenset(PIL.Image.registered_extensions()) - {".pdf", ".palm", ".h5", ".hdf"}
 
-# JPEG is decoded at a fraction of its size only where this many times what the model takes is left: the processor then
-# still averages over pixels, and the result is close to that of the whole image.
+# A JPEG is decoded at a fraction of its size only if this many times the size that the model takes is left: the processor
+# then still averages over pixels, and the result is close to that of the whole image.
 _DRAFT_MARGIN = 2
-_CHECKED_AT_ONCE = 256
 
 
-def decode_image(image: PIL.Image.Image | dict[str, Any] | None, min_size: int | None = None) -> PIL.Image.Image:
+def decode_image(
+    image: PIL.Image.Image | dict[str, Any] | None,
+    min_size: int | None = None,
+    image_range: Sequence[float] | None = None,
+) -> PIL.Image.Image:
     """
-    Decodes an image and brings it to 8 bits of red, green and blue.
+    Decode an image and convert it to 8 bits of red, green and blue.
 
-    - Turned upright, as its EXIF data say.
+    - The image is turned upright, by its EXIF data.
     - Transparent parts become white.
-    - 16 bits of grey are scaled by their range, 65535 becoming 255; 32 bits (whole or floating-point numbers, where they do
-      not fit into 16) by the lowest and the highest value of the image.
-    - Palettes, grey and CMYK are converted; of an animation the first frame is taken.
+    - Gray of 16 bits is scaled so that 65535 becomes 255, and gray of 32 bits (integers or floating-point numbers that do not
+      fit into 16) from the lowest and the highest value of the image to 0 and 255; unless `image_range` says otherwise.
+    - Palettes, gray and CMYK are converted; of an animation the first frame is taken.
 
     Args:
         image (`PIL.Image.Image` or `dict`):
-            The image; or encoded, as a column of [`~datasets.Image`] with `decode=False` has it: with `bytes`, or with the
-            `path` of a file or a URL.
+            The image; or an encoded image, as a column of [`~datasets.Image`] with `decode=False` holds it: with `bytes`, or
+            with the `path` of a file or a URL.
         min_size (`int`, *optional*):
-            Height and width that suffice. A JPEG at least twice as large is decoded at a half, a quarter or an eighth of
-            its size, whatever is still as large as this, in a fraction of the time and the memory. Defaults to all of it.
+            Height and width that suffice, in pixels. A JPEG at least twice as large is decoded at the smallest of a half, a
+            quarter or an eighth of its size that still has them, in a fraction of the time and the memory. By default, images
+            are decoded whole.
+        image_range (`Sequence[float]`, *optional*):
+            Two values, which become 0 (black) and 255; others are clipped. `(0, 4095)` is for 12 bits in files of 16. Images
+            of 8 bits are scaled only if the second value is at most 255. Of color in 16 bits Pillow reads the upper 8 only.
 
     Returns:
         `PIL.Image.Image`: The image, of mode `RGB`.
 
     Raises:
-        `ValueError`: If it cannot be decoded, or has more pixels than Pillow takes for a decompression bomb
-            (`2 * PIL.Image.MAX_IMAGE_PIXELS`, 179 millions); the message names the file.
+        `ValueError`: If the image cannot be decoded, or Pillow takes it for a decompression bomb, since it has more than
+            `2 * PIL.Image.MAX_IMAGE_PIXELS` (179 million) pixels. The message names the file.
     """
+    if isinstance(image, PIL.Image.Image):
+        return _to_rgb(image, image_range)
+    with _opened(image, min_size) as opened:
+        return _to_rgb(opened, image_range)
+
+
+def value_range(image: dict[str, Any]) -> tuple[str, float, float]:
+    """
+    Read the range of the values in an encoded image, before they are scaled.
+
+    Args:
+        image (`dict`): The image, with `bytes` or `path`.
+
+    Returns:
+        `tuple[str, float, float]`: How the values are stored (`"8 bits"`, `"16 bits"`, `"16 bits of color"`, or `"32 bits"` for
+        integers and floating-point numbers that are not in `[0, 65535]`), the lowest value and the highest.
+
+    Raises:
+        `ValueError`: If the image cannot be decoded.
+    """
+    with _opened(image, min_size=1) as opened:
+        factor = 257 if _is_deep_color(opened) else 1
+        pixels = _pixels(opened if _is_deep_gray(opened) else opened.convert("RGB"))
+        low, high = float(pixels.min()) * factor, float(pixels.max()) * factor
+    if pixels.dtype == np.uint8:
+        return ("8 bits" if factor == 1 else "16 bits of color"), low, high
+    return ("16 bits" if _fits_16_bits(pixels) else "32 bits"), low, high
+
+
+@contextmanager
+def _opened(image: dict[str, Any] | None, min_size: int | None) -> Iterator[PIL.Image.Image]:
+    """Open an encoded image, and raise a `ValueError` with its name if it cannot be decoded inside the block."""
     if image is None:
-        raise ValueError("A row of the data set has no image. Leave it out, or set `skip_corrupt_images`.")
-    if not isinstance(image, dict):
-        return _to_rgb(image)
+        raise ValueError("A row of the dataset has no image. Leave it out, or set `skip_corrupt_images`.")
     try:
-        with _open(image) as file, PIL.Image.open(file) as opened:
+        with _file(image) as file, PIL.Image.open(file) as opened:
             if min_size is not None:
-                opened.draft(None, (min_size, min_size))  # of no effect on what is not JPEG
-            return _to_rgb(opened)
-    # Pillow's decoders raise what they stumble on: OSError, SyntaxError, struct.error, ...
+                opened.draft(None, (min_size, min_size))  # without effect unless it is a JPEG
+            yield opened
+    # Pillow's decoders raise errors of many kinds: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         problem = str(error) or type(error).__name__
         raise ValueError(f"The image {image['path'] or ''!r} cannot be decoded: {problem}") from error
 
 
-def _open(image: dict[str, Any]) -> Any:
+def _file(image: dict[str, Any]) -> Any:
     if image["bytes"] is not None:
         return io.BytesIO(image["bytes"])
-    if "://" in image["path"]:  # of a streamed data set
+    if "://" in image["path"]:  # in a streamed dataset
         return fsspec.open(image["path"], "rb")
     return open(image["path"], "rb")
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        return PIL.Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def _is_deep_gray(image: PIL.Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
 
 
-def _to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Grey of 16 or 32 bits, scaled to 8."""
+def _is_deep_color(image: PIL.Image.Image) -> bool:
+    """Tell whether the file holds 16 bits, of which Pillow reads the upper 8; not known once the image is loaded."""
+    return not _is_deep_gray(image) and ";16" in str(image.tile)
+
+
+def _pixels(image: PIL.Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
     if not np.isfinite(pixels).all():
         raise ValueError("some of its pixels are not finite")
-    whole_numbers = np.issubdtype(pixels.dtype, np.integer)
-    pixels = pixels.astype(np.float64)
-    low, high = pixels.min(), pixels.max()
-    if whole_numbers and low >= 0 and high <= 65535:  # Pillow opens some files of 16 bits in 32
-        return np.round(pixels * (255 / 65535)).astype(np.uint8)
-    return np.round((pixels - low) * (255 / (high - low) if high > low else 0.0)).astype(np.uint8)
+    return pixels
+
+
+def _fits_16_bits(pixels: np.ndarray) -> bool:
+    """Tell whether these are integers of 16 bits; Pillow opens some files of 16 bits in 32."""
+    return np.issubdtype(pixels.dtype, np.integer) and pixels.min() >= 0 and pixels.max() <= 65535
+
+
+def _to_rgb(image: PIL.Image.Image, image_range: Sequence[float] | None) -> PIL.Image.Image:
+    deep_color = isinstance(image, PIL.ImageFile.ImageFile) and _is_deep_color(image)
+    image = PIL.ImageOps.exif_transpose(image)
+    if _is_deep_gray(image):
+        return PIL.Image.fromarray(_to_bytes(_pixels(image), image_range)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if image_range is None or (image_range[1] > 255 and not deep_color):
+        return image
+    values = np.arange(256) * (257 if deep_color else 1)
+    return image.point(_to_bytes(values, image_range).tolist() * 3)
+
+
+def _to_bytes(pixels: np.ndarray, image_range: Sequence[float] | None) -> np.ndarray:
+    """Scale values of 16 or 32 bits to 8."""
+    low, high = image_range or ((0, 65535) if _fits_16_bits(pixels) else (float(pixels.min()), float(pixels.max())))
+    scale = 255 / (high - low) if high > low else 0.0
+    return np.round((pixels.astype(np.float64) - low) * scale).clip(0, 255).astype(np.uint8)
 
 
 def image_transform(
-    processor: BaseImageProcessor, *, skip_corrupt_images: bool = False
+    processor: BaseImageProcessor, *, skip_corrupt_images: bool = False, image_range: Sequence[float] | None = None
 ) -> Callable[[dict[str, list]], dict[str, Any]]:
     """
-    Makes the function that turns a batch of images and labels into what a model takes, for
+    Make the function that turns a batch of images and labels into what a model takes, for
     [`~datasets.Dataset.with_transform`]. The training arguments need `remove_unused_columns=False`.
 
     Args:
         processor (`BaseImageProcessor`):
             The image processor of the model.
         skip_corrupt_images (`bool`, *optional*, defaults to `False`):
-            Whether to leave out images that cannot be decoded, with a warning that names and counts them. Only for
-            [`~datasets.IterableDataset.map`]: other data sets are to keep their length.
+            Leave out images that cannot be decoded, with a warning that names and counts them. Only for
+            [`~datasets.IterableDataset.map`], since other datasets must keep their length.
+        image_range (`Sequence[float]`, *optional*):
+            The values that become black and white, see [`decode_image`]. A model needs the same in training and afterwards.
 
     Returns:
-        `Callable`: A function from a batch with `image` and `label` to one with `labels` and what the processor makes of the
-        images, `pixel_values` and for some models more. Images may be decoded or, from a column cast to
-        `Image(decode=False)`, still be encoded; see [`decode_image`] for what becomes of them. It raises a `ValueError` for an
-        encoded image that cannot be decoded, and names the file.
+        `Callable`: A function from a batch with `image` and `label` to a batch with `labels` and the outputs of the processor:
+        `pixel_values`, and more for some models. Images may be decoded, or encoded in a column cast to `Image(decode=False)`;
+        [`decode_image`] converts them, and raises a `ValueError` with the name of a file that cannot be decoded.
     """
     min_size = _sufficient_size(processor)
     skipped = []
 
-    # On the fly rather than mapped beforehand: the same one way serves data sets that do not fit into memory. A digit costs
-    # about 0.1 ms this way, an epoch of the digits 0.2 s.
+    # On the fly rather than mapped beforehand, which serves datasets that do not fit into memory too. A digit takes about
+    # 0.1 ms, an epoch of the digits 0.2 s.
     def transform(batch: dict[str, list]) -> dict[str, Any]:
         images, labels = [], []
         for image, label in zip(batch["image"], batch["label"], strict=True):
             try:
-                images.append(decode_image(image, min_size))
+                images.append(decode_image(image, min_size, image_range))
             except ValueError as error:
                 if not skip_corrupt_images:
                     raise
@@ -142,7 +200,7 @@ def image_transform(
 
 
 def _sufficient_size(processor: BaseImageProcessor) -> int | None:
-    """Height and width of images from which the processor still shrinks to what the model takes."""
+    """Give a height and width, in pixels, from which the processor still shrinks images to what the model takes."""
     if isinstance(processor, TimmWrapperImageProcessor):
         return _DRAFT_MARGIN * max(processor.data_config["input_size"][1:])
     if not processor.do_resize or processor.size is None:
@@ -154,41 +212,6 @@ def _sufficient_size(processor: BaseImageProcessor) -> int | None:
     return _DRAFT_MARGIN * max(known) if known else None
 
 
-def find_corrupt(dataset: Dataset) -> dict[int, str]:
-    """
-    Decodes every image of a data set, in threads, a few at a time.
-
-    Args:
-        dataset (`Dataset`): A data set with a column `image`.
-
-    Returns:
-        `dict[int, str]`: For each image that cannot be decoded, by its index, the file (or the row) and the reason.
-    """
-    encoded = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
-    problems = {}
-    with ThreadPool() as pool, tqdm(total=len(encoded), desc="Checking the images", delay=1) as bar:
-        # In batches, as the pool takes in all that it is given before it is through with the first.
-        for batch in encoded.iter(_CHECKED_AT_ONCE):
-            images = batch["image"]
-            for index, (image, problem) in enumerate(
-                zip(images, pool.map(_problem, images), strict=True), start=bar.n
-            ):
-                if problem:
-                    problems[index] = f"{(image and image['path']) or f'row {index}'} ({problem})"
-            bar.update(len(images))
-    return problems
-
-
-def _problem(image: dict[str, Any] | None) -> str | None:
-    if image is None:
-        return "no image"
-    try:
-        decode_image(image, min_size=1)  # a JPEG at an eighth of the size still reads, and so checks, the whole file
-    except ValueError as error:
-        return str(error.__cause__) or type(error.__cause__).__name__
-    return None
-
-
 def first_few(items: list[str]) -> str:
-    """The first five, for a message."""
+    """Join the first five for a message."""
     return ", ".join(items[:5]) + (", ..." if len(items) > 5 else "")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifies images, as many at a time as a batch holds: memory stays flat however many there are."""
+"""Classify images batch by batch, so that memory stays flat however many there are."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 
@@ -20,24 +20,27 @@ def classify(
     images: Iterable[PIL.Image.Image | dict],
     *,
     batch_size: int = 32,
+    image_range: Sequence[float] | None = None,
 ) -> Iterator[np.ndarray | ValueError]:
     """
-    The probabilities of the classes for each image, decoded and processed as for training and evaluation.
+    Compute the probabilities of the classes for each image, decoded and processed as for training.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The classifier, on its device. Is put into evaluation mode.
+            The classifier, on its device. It is put into evaluation mode.
         processor (`BaseImageProcessor`):
             Its image processor.
         images (iterable of `PIL.Image.Image` or `dict`):
-            Images, or encoded ones as `datasets` gives them, with `bytes` and `path`, of which one may be `None`.
+            Images; or encoded images as `datasets` gives them, with `bytes` and `path`, of which one may be `None`.
         batch_size (`int`, *optional*, defaults to `32`):
-            Images at a time. They are decoded in threads.
+            The number of images at a time. They are decoded in threads.
+        image_range (`Sequence[float]`, *optional*):
+            The values that become black and white, as in training; see [`~hf_aace.vision.images.decode_image`].
 
     Yields:
-        `np.ndarray` of shape `(classes,)`, or `ValueError`: The probabilities; or why this image cannot be decoded.
+        `np.ndarray` of shape `(classes,)`, or `ValueError`: The probabilities, or the error for an image that cannot be decoded.
     """
-    transform = image_transform(processor)
+    transform = image_transform(processor, image_range=image_range)
 
     def prepare(image: PIL.Image.Image | dict) -> dict[str, torch.Tensor] | ValueError:
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image classifiers with their image processors: two small built-in ones for 8x8 scans, or any from the Hub or a folder."""
+"""Load image classifiers with their image processors: small built-in ones for 8x8 scans, or any from the Hub or a folder."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    ConvNextConfig,
-    PreTrainedConfig,
     PreTrainedModel,
-    ResNetConfig,
-    ViTConfig,
     ViTImageProcessorPil,
 )
 from transformers.image_processing_utils import BaseImageProcessor
@@ -28,34 +24,36 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-BUILTIN_MODELS = ("convnext-tiny-digits", "vit-tiny-digits", "resnet-tiny-digits")
-
 _BUILTIN_IMAGE_SIZE = 8
-
-
-def _builtin_config(name: str, labels: dict) -> PreTrainedConfig:
-    if name == "convnext-tiny-digits":
-        return ConvNextConfig(
-            image_size=_BUILTIN_IMAGE_SIZE,
-            patch_size=2,
-            num_stages=2,
-            depths=[2, 2],
-            hidden_sizes=[48, 96],
-            # The default of 1e-6 is for networks of dozens of blocks: it would keep four from learning for epochs.
-            layer_scale_init_value=0.1,
-            **labels,
-        )
-    if name == "resnet-tiny-digits":
-        return ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[2, 2], layer_type="basic", **labels)
-    return ViTConfig(
-        image_size=_BUILTIN_IMAGE_SIZE,
-        patch_size=2,
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=128,
-        **labels,
-    )
+_BUILTIN_CONFIGS = {
+    "convnext-tiny-digits": {
+        "model_type": "convnext",
+        "image_size": _BUILTIN_IMAGE_SIZE,
+        "patch_size": 2,
+        "num_stages": 2,
+        "depths": [2, 2],
+        "hidden_sizes": [48, 96],
+        # The default of 1e-6 is for networks of dozens of blocks: it would keep four from learning for epochs.
+        "layer_scale_init_value": 0.1,
+    },
+    "vit-tiny-digits": {
+        "model_type": "vit",
+        "image_size": _BUILTIN_IMAGE_SIZE,
+        "patch_size": 2,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    },
+    "resnet-tiny-digits": {
+        "model_type": "resnet",
+        "embedding_size": 32,
+        "hidden_sizes": [32, 64],
+        "depths": [2, 2],
+        "layer_type": "basic",
+    },
+}
+BUILTIN_MODELS = tuple(_BUILTIN_CONFIGS)
 
 
 def load_model_and_processor(
@@ -68,24 +66,24 @@ def load_model_and_processor(
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """
-    Loads an image classifier to train, and the image processor that belongs to it.
+    Load an image classifier to train, and the image processor that belongs to it.
 
     Args:
         model_name_or_path (`str`):
-            One of `BUILTIN_MODELS`, which are small, made for 8x8 scans and initialised at random from the current
+            One of `BUILTIN_MODELS`, which are small, made for 8x8 scans and initialized at random from the current
             torch seed; or a local folder, or a model id on the Hub. The head of a loaded model is kept if its classes are
-            `id2label`, or as many without names of their own (`LABEL_0`, ...); other classes, also if they are as many or
-            only in another order, are another task, for which the head is initialised anew.
+            `id2label`, or as many as those and without names of their own (`LABEL_0`, ...). For other classes, or the same in
+            another order, the head is initialized anew.
         id2label (`dict[int, str]`):
-            The names of the classes by their number.
+            Maps the number of each class to its name.
         revision (`str`, *optional*, defaults to `"main"`):
             The branch, tag or commit on the Hub.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             The dtype of the weights, whatever that of the checkpoint is.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run Python code that comes with the model.
+            Run Python code that comes with the model.
         allow_pickle (`bool`, *optional*, defaults to `False`):
-            Whether to load weights that are not safetensors.
+            Load weights that are not safetensors.
 
     Returns:
         `tuple[PreTrainedModel, BaseImageProcessor]`: The model and its image processor.
@@ -95,18 +93,13 @@ def load_model_and_processor(
     """
     labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
     if model_name_or_path in BUILTIN_MODELS:
-        config = _builtin_config(model_name_or_path, labels)
+        config = AutoConfig.for_model(**_BUILTIN_CONFIGS[model_name_or_path], **labels)
         model = AutoModelForImageClassification.from_config(config, dtype=dtype)
-        # A ResNet's stem shrinks the image to a quarter of its height, and of 8 pixels it would leave two.
+        # The stem of a ResNet shrinks images to a quarter of their height: it would leave two of 8 pixels.
         size = 4 * _BUILTIN_IMAGE_SIZE if model_name_or_path == "resnet-tiny-digits" else _BUILTIN_IMAGE_SIZE
-        # ConvNeXt's own processor enlarges and crops the border away below 384 pixels; this one only resizes.
-        processor = ViTImageProcessorPil(
-            size={"height": size, "width": size},
-            image_mean=[0.5, 0.5, 0.5],
-            image_std=[0.5, 0.5, 0.5],
-            do_convert_rgb=True,
-        )
-        return model, processor
+        # Below 384 pixels, ConvNeXt's own processor enlarges images and crops their border; this one only resizes.
+        size = {"height": size, "width": size}
+        return model, ViTImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _explained(model_name_or_path, allow_pickle):
         known = AutoConfig.from_pretrained(model_name_or_path, **source).id2label
@@ -122,8 +115,8 @@ def load_model_and_processor(
         processor = AutoImageProcessor.from_pretrained(model_name_or_path, **source)
     if len(known) == len(id2label) and known != id2label and not _unnamed(known):
         logger.warning(
-            f"The classes of {model_name_or_path} are others, or in another order, than those of the data: its head is "
-            "initialised anew."
+            f"The classes of {model_name_or_path} differ from those of the data, or are in another order: its head is "
+            "initialized anew."
         )
         _renew_head(model)
     return model, processor
@@ -133,7 +126,7 @@ def load_classifier(
     model_name_or_path: str, *, revision: str = "main", trust_remote_code: bool = False, allow_pickle: bool = False
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """
-    Loads an image classifier as it was trained, and the image processor that belongs to it.
+    Load an image classifier as it was trained, and the image processor that belongs to it.
 
     Args:
         model_name_or_path (`str`):
@@ -141,24 +134,24 @@ def load_classifier(
         revision (`str`, *optional*, defaults to `"main"`):
             The branch, tag or commit on the Hub.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run Python code that comes with the model.
+            Run Python code that comes with the model.
         allow_pickle (`bool`, *optional*, defaults to `False`):
-            Whether to load weights that are not safetensors.
+            Load weights that are not safetensors.
 
     Returns:
         `tuple[PreTrainedModel, BaseImageProcessor]`: The model, its weights in 32 bits, and its image processor.
 
     Raises:
-        `ValueError`: If there is no such model, it is no image classifier, or it lacks trained weights, its head say.
+        `ValueError`: If there is no such model, it is no image classifier, or a part of it, such as the head, is not trained.
     """
     if model_name_or_path in BUILTIN_MODELS:
         raise ValueError(
-            f"`model_name_or_path` is {model_name_or_path!r}, a model to train that knows nothing yet: give the folder of a "
+            f"`model_name_or_path` is {model_name_or_path!r}, a built-in model that is not trained yet: give the folder of a "
             "run of `hf-aace train`."
         )
     if Path(model_name_or_path, "adapter_config.json").is_file():
         raise ValueError(
-            f"The folder {model_name_or_path!r} given as `model_name_or_path` holds an adapter, which does not know the "
+            f"The folder {model_name_or_path!r} given as `model_name_or_path` holds an adapter, without the names of the "
             "classes. Give the folder of the whole run, where the adapter is merged into the model; or merge it yourself, "
             "with `merge_and_unload` of peft."
         )
@@ -182,7 +175,7 @@ def load_classifier(
 
 @contextmanager
 def _explained(model_name_or_path: str, allow_pickle: bool) -> Iterator[None]:
-    """Context manager that makes one sentence of what loading this model raises."""
+    """Replace the errors of loading a model by one sentence."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
@@ -199,21 +192,24 @@ def _explained(model_name_or_path: str, allow_pickle: bool) -> Iterator[None]:
 
 
 def _unnamed(id2label: dict[int, str]) -> bool:
-    """Whether the classes have no names of their own, but those that Transformers gives them."""
+    """Tell whether the classes have only the names that Transformers gives them."""
     return all(name == f"LABEL_{index}" for index, name in id2label.items())
 
 
 def model_classes(id2label: dict[int, str]) -> list[str] | None:
-    """The names of a classifier's classes in the order of their numbers, or `None` if they have none of their own."""
+    """List the names of a classifier's classes in the order of their numbers, `None` if they have no names of their own."""
     return None if _unnamed(id2label) else [id2label[index] for index in range(len(id2label))]
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:
     """
-    The names of the parameters whose shape depends on the number of classes: the last layer.
+    Find the parameters of the last layer, whose shape depends on the number of classes.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): An image classifier.
+
+    Returns:
+        `set[str]`: The names of the parameters.
     """
     config = copy.deepcopy(model.config)
     config.num_labels = model.config.num_labels + 1
@@ -223,7 +219,7 @@ def head_parameters(model: PreTrainedModel) -> set[str]:
 
 
 def _renew_head(model: PreTrainedModel) -> None:
-    """Initialises the last layer anew, in place."""
+    """Initialize the last layer anew, in place."""
     fresh = dict(type(model)(copy.deepcopy(model.config)).named_parameters())
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -232,15 +228,14 @@ def _renew_head(model: PreTrainedModel) -> None:
 
 
 def _head_and_last_layer(model: PreTrainedModel) -> set[str]:
-    """The names of the parameters outside the backbone, and of the last layer, which for a few lies inside."""
+    """Find the parameters outside the backbone and those of the last layer, which in a few models lies inside it."""
     backbone = {id(p) for p in model.base_model.parameters()}
     return head_parameters(model) | {name for name, p in model.named_parameters() if id(p) not in backbone}
 
 
 def freeze_backbone(model: PreTrainedModel) -> None:
     """
-    Leaves of a classifier only the head to train, in 32 bits: what lies outside `base_model`, and the last layer wherever
-    it lies.
+    Freeze all parameters but the head (all outside `base_model`, and the last layer), which is trained in 32 bits.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model, modified in place.
@@ -251,66 +246,6 @@ def freeze_backbone(model: PreTrainedModel) -> None:
     _trainable_in_32_bits(model)
 
 
-def add_lora(
-    model: PreTrainedModel, *, rank: int = 16, alpha: float = 16.0, target_modules: Sequence[str] = ("all-linear",)
-) -> nn.Module:
-    """
-    Adds low-rank adapters (LoRA, Hu et al., [arXiv 2106.09685](https://huggingface.co/papers/2106.09685)) to a classifier.
-    They and the head are left to train, in 32 bits.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The model, modified in place.
-        rank (`int`, *optional*, defaults to `16`): Rank of the adapters.
-        alpha (`float`, *optional*, defaults to `16.0`): The adapters are scaled by `alpha / rank`.
-        target_modules (`Sequence[str]`, *optional*, defaults to `("all-linear",)`):
-            The ends of the names of the layers to adapt; `"all-linear"` is every linear layer but the head.
-
-    Returns:
-        [`~peft.PeftModel`]: The model with its adapters.
-
-    Raises:
-        `ImportError`: If peft is not installed.
-        `ValueError`: If the model has no such layers, or the rank is not positive.
-    """
-    if rank < 1:
-        raise ValueError(f"`lora_rank` must be at least 1, got {rank}.")
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("`lora` needs the package peft: pip install 'hf-aace[peft]'.") from error
-    head = sorted({name.rpartition(".")[0] for name in _head_and_last_layer(model)} - {""})
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules="all-linear" if list(target_modules) == ["all-linear"] else list(target_modules),
-        exclude_modules=head,
-        modules_to_save=head,
-    )
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise ValueError(
-            f"`lora_target_modules` is {list(target_modules)}, which names no layers of {type(model).__name__} that can be "
-            "adapted. Give the ends of the names of some, as `model.named_modules()` lists them (in a ResNet, "
-            f"`convolution`). peft says: {str(error).strip().splitlines()[0]}"
-        ) from error
-    _trainable_in_32_bits(adapted)
-    return adapted
-
-
-def merge_lora(model: nn.Module) -> PreTrainedModel:
-    """
-    The classifier with its adapters merged into the weights, which loads without peft.
-
-    Args:
-        model ([`~peft.PeftModel`]): What [`add_lora`] returned. Used up: the weights are modified in place.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: The classifier, its weights in 32 bits, as 16 would round the adapters away.
-    """
-    return model.float().merge_and_unload()
-
-
 def _trainable_in_32_bits(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -319,7 +254,7 @@ def _trainable_in_32_bits(model: nn.Module) -> None:
 
 def model_from_architecture(name: str, overrides: dict[str, Any] | None = None) -> PreTrainedModel:
     """
-    An image classifier with random weights, for what its weights do not matter to.
+    Make an image classifier with random weights, for measurements that do not depend on the weights.
 
     Args:
         name (`str`):
@@ -329,11 +264,11 @@ def model_from_architecture(name: str, overrides: dict[str, Any] | None = None) 
             Fields of the configuration to change.
 
     Raises:
-        `ValueError`: If there is no such architecture, it is none of an image classifier, or has no such field.
+        `ValueError`: If there is no such architecture or field, or no image classifier of the architecture.
     """
     try:
         if name in BUILTIN_MODELS:
-            config = _builtin_config(name, {})
+            config = AutoConfig.for_model(**_BUILTIN_CONFIGS[name])
         elif name in CONFIG_MAPPING:
             config = AutoConfig.for_model(name)
         else:
@@ -344,7 +279,7 @@ def model_from_architecture(name: str, overrides: dict[str, Any] | None = None) 
                 raise ValueError(f"its configuration has no field {key!r}")
             setattr(config, key, value)
         return AutoModelForImageClassification.from_config(config, dtype=torch.float32)
-    except Exception as error:  # of any kind, for values that make no sense
+    except Exception as error:  # values that make no sense raise errors of any kind
         raise ValueError(
             f"`model_name_or_path` is {name!r}, from which no image classifier can be made. Give a built-in model "
             f"({', '.join(BUILTIN_MODELS)}), a model type such as `vit` or `convnext`, a folder, or a model id on the Hub: "

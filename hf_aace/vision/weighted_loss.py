@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of the descent where the model's own does not serve: weighted classes, soft labels."""
+"""Compute the training loss with weighted classes and soft labels, for which the model's own does not serve."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +12,14 @@ from sklearn.utils.class_weight import compute_class_weight
 
 class WeightedCrossEntropy:
     """
-    Cross-entropy with weighted classes, soft labels, or both: a `compute_loss_func` for [`~transformers.Trainer`], which then
-    leaves the label smoothing to it. Only the descent of sharpness-aware training uses it; the ascent loss stays what it is,
-    so that `rho` keeps its meaning.
+    Compute cross-entropy with weighted classes, soft labels, or both, as the `compute_loss_func` of a
+    [`~transformers.Trainer`], which then leaves label smoothing to it. Sharpness-aware training uses it in the descent only;
+    the ascent loss does not change, so that `rho` keeps its meaning.
 
     Args:
         class_weights (`Sequence[float]`, *optional*):
-            A factor for each class. The weighted losses are divided by the number of images, not by the sum of their
-            weights: so the loss of a batch does not depend on how it is cut into micro-batches, and each image of a class
+            A factor for each class. The sum of the weighted losses is divided by the number of images, not by the sum of their
+            weights, so that the loss of a batch does not depend on how it is cut into micro-batches, and an image of a class
             weighs the same in every batch. Defaults to 1 for all.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Share of the target that is spread evenly over all classes.
@@ -40,18 +40,20 @@ class WeightedCrossEntropy:
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """
+        Compute the loss of a batch.
+
         Args:
             outputs (`ModelOutput`, `tuple` or `torch.Tensor`):
-                What the model returned: `logits` of shape `(batch, classes)`, or a tuple in which they come first, or
-                they themselves.
+                What the model returned: with `logits` of shape `(batch, classes)`, a tuple that begins with them, or the
+                logits themselves.
             labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`):
-                Class indices, of which -100 does not count, or probabilities of the classes.
+                Class indices, where -100 does not count, or probabilities of the classes.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 The number of labels of all micro-batches and processes that make up an optimizer step, as Trainer counts
-                them: of probabilities, one for each class of each image. Defaults to that of these.
+                them: of probabilities, one for each class of each image. Defaults to the number in `labels`.
 
         Returns:
-            `torch.Tensor`: The sum of the losses over the number of images, a scalar.
+            `torch.Tensor`: The sum of the losses divided by the number of images, a scalar.
         """
         logits = outputs
         if not isinstance(outputs, torch.Tensor):
@@ -70,10 +72,10 @@ class WeightedCrossEntropy:
 
 def balanced_class_weights(labels: Sequence[int], num_classes: int) -> list[float]:
     """
-    Weights with which every class counts as much as any other, however many images it has.
+    Compute weights with which every class counts as much as any other, however many images it has.
 
     Args:
-        labels (`Sequence[int]`): The labels of the training images. Those that are -100 do not count.
+        labels (`Sequence[int]`): The labels of the training images. -100 does not count.
         num_classes (`int`): The number of classes.
 
     Returns:

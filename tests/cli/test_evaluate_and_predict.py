@@ -62,7 +62,8 @@ def table(path="predictions.csv"):
 
 def test_results_are_those_of_the_model_on_the_test_images(capsys):
     model, processor = save_model("model", [str(digit) for digit in range(10)])
-    assert main(["evaluate", "--model_name_or_path", "model", "--num_mistakes", "7"]) == 0
+    argv = ["evaluate", "--model_name_or_path", "model", "--dataset_name", "digits", "--num_mistakes", "7"]
+    assert main(argv) == 0
     folder = Path("runs/evaluate-model-digits")
     results = json.loads((folder / "evaluation.json").read_text())
 
@@ -256,6 +257,9 @@ def test_probabilities_are_of_32_bits_whatever_the_scores():
     assert probabilities.dtype == np.float32 and probabilities.sum() == pytest.approx(1, abs=1e-6)
 
 
+ON_IMAGES = ["--dataset_name", "images"]
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
@@ -273,14 +277,43 @@ def test_probabilities_are_of_32_bits_whatever_the_scores():
             "`top_k` must lie between",
         ),
         (["predict", "--model_name_or_path", "model", "--images", "images", "--device", "tpu"], "`device` must be"),
-        (["evaluate", "--model_name_or_path", "missing"], "`model_name_or_path` is 'missing'"),
+        (["evaluate", "--model_name_or_path", "missing", *ON_IMAGES], "`model_name_or_path` is 'missing'"),
         (
-            ["evaluate", "--model_name_or_path", "headless"],
+            ["evaluate", "--model_name_or_path", "headless", *ON_IMAGES],
             "no trained weights for classifier.bias, classifier.weight",
         ),
-        (["evaluate", "--model_name_or_path", "adapter"], "holds an adapter"),
-        (["evaluate", "--model_name_or_path", "vit-tiny-digits"], "a model to train that knows nothing yet"),
-        (["evaluate", "--model_name_or_path", "model", "--metrics", "nonsense"], "no metric 'nonsense'"),
+        (["evaluate", "--model_name_or_path", "adapter", *ON_IMAGES], "holds an adapter"),
+        (
+            ["evaluate", "--model_name_or_path", "vit-tiny-digits", *ON_IMAGES],
+            "a model to train that knows nothing yet",
+        ),
+        (["evaluate", "--model_name_or_path", "model", "--metrics", "nonsense", *ON_IMAGES], "no metric 'nonsense'"),
+        # The images of a model that does not say which it was trained on are not guessed.
+        (["evaluate", "--model_name_or_path", "model"], "`dataset_name` is needed, since model does not say"),
+        (
+            ["evaluate", "--model_name_or_path", "./modle", *ON_IMAGES],
+            "`model_name_or_path` is './modle', but there is no such folder or file (did you mean 'model'?)",
+        ),
+        (
+            ["predict", "--model_name_or_path", "images/blakc", "--images", "images"],
+            "`model_name_or_path` is 'images/blakc', but there is no such folder (did you mean 'images/black'?), nor could it",
+        ),
+        (
+            ["evaluate", "--model_name_or_path", "model", "--dataset_name", "./fotos"],
+            "`dataset_name` is './fotos', but there is no such folder or file",
+        ),
+        (
+            ["evaluate", "--model_name_or_path", "model", *ON_IMAGES, "--output_dir", "bad/1.png"],
+            "`output_dir` is 'bad/1.png', but 'bad/1.png' is no folder",
+        ),
+        (
+            ["predict", "--model_name_or_path", "model", "--images", "images", "--output_file", "bad/1.png/a.csv"],
+            "`output_file` is 'bad/1.png', but 'bad/1.png' is no folder",
+        ),
+        (
+            ["predict", "--model_name_or_path", "model", "--images", "images", "--output_file", "bad"],
+            "`output_file` is 'bad', which is a folder",
+        ),
     ],
 )
 def test_bad_input_is_told_in_one_sentence(capsys, argv, expected):

@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import accelerate.commands.launch
 import datasets
+import evaluate
 import numpy as np
 import PIL.Image
 import pytest
@@ -25,8 +27,9 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, pipeline
 
 import hf_aace
-from hf_aace import AACEConfig, AACETrainer
+from hf_aace import AACEArguments, AACEConfig, AACETrainer
 from hf_aace.cli import main
+from hf_aace.cli.options import DataArguments, ModelArguments
 from hf_aace.cli.train import train_parser
 from hf_aace.vision.datasets import load_image_dataset
 
@@ -109,7 +112,7 @@ def test_the_model_card_says_what_was_changed_in_the_data(run):
     assert main(argv) == 0
     for folder, changes in ((run, "train_size=40"), (Path("mixed"), "train_size=40, label_noise=0.1, mixup=0.2")):
         card = ModelCard.load(folder / "README.md")
-        assert f"on the data set digits with {changes}." in " ".join(card.text.split())
+        assert f"on the dataset digits with {changes}." in " ".join(card.text.split())
 
 
 def test_the_model_card_says_that_the_results_are_of_test_images(tmp_path):
@@ -235,6 +238,29 @@ def interrupted(argv, step):
         return main(argv)
 
 
+def test_after_an_interruption_it_is_told_whether_anything_was_saved(capsys, monkeypatch):
+    argv = [*TINY, "--output_dir", "here"]
+    assert interrupted(argv, step=3) == 130
+    assert f"Interrupted. Saved up to {Path('here/checkpoint-2')}. To go on" in capsys.readouterr().err
+    # Gone on with, and interrupted before the next checkpoint: the earlier one is still what to go on from.
+    assert interrupted([*argv, "--resume_from_checkpoint", "true", "--save_strategy", "no"], step=3) == 130
+    error = capsys.readouterr().err
+    assert f"Nothing was saved after {Path('here/checkpoint-2')}." in error
+    assert error.rstrip().endswith(f"--resume_from_checkpoint {Path('here/checkpoint-2')}")
+    assert interrupted([*TINY, "--output_dir", "there"], step=1) == 130
+    assert "Interrupted. Nothing was saved." in capsys.readouterr().err
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AACETrainer, "predict", stop)
+    assert main([*TINY, "--output_dir", "there"]) == 130
+    assert capsys.readouterr().err.endswith("hf-aace evaluate --model_name_or_path there\n")
+    monkeypatch.setattr("hf_aace.cli.train.load_data", stop)
+    assert main([*TINY, "--output_dir", "there"]) == 130
+    assert "Training had not begun, and nothing was saved." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("resume_from", ["path", "True"])
 def test_an_interrupted_run_is_resumed_as_it_says(run, tmp_path, capsys, resume_from):
     folder = os.path.join("runs", "convnext-tiny-digits-digits")
@@ -274,7 +300,7 @@ def test_a_run_is_resumed_with_its_own_images_only(run, capsys, monkeypatch):
     error = message(capsys, *argv, "--label_noise", "0.3", "--seed", "1")
     assert "checkpoint-3 had `label_noise=0.0`, now 0.3, `seed=42`, now 1. It would go on with other images" in error
     said = []
-    monkeypatch.setattr("hf_aace.cli.train.logger.warning", said.append)
+    monkeypatch.setattr("hf_aace.cli.checkpoints.logger.warning", said.append)
     assert main([*argv, "--rho", "0.5"]) == 0
     assert said == [
         f"Not as it was for {Path('here/checkpoint-3')}, from which this run goes on: `rho=0.01`, now 0.5."
@@ -410,11 +436,22 @@ def test_only_the_head_is_trained_if_the_backbone_is_frozen(run):
     ("argv", "expected"),
     [
         (["--lora", "true", "--freeze_backbone", "true"], "leave out `freeze_backbone`"),
-        (["--dtype", "bfloat16"], "`dtype=bfloat16` needs mixed precision"),
+        # The whole remedy at once, whatever else is missing.
+        (["--dtype", "bfloat16"], "give `--dtype bfloat16 --bf16 true --lora true`"),
+        (["--dtype", "float16", "--fp16", "--use_cpu"], "give `--bf16 true` instead of `dtype`"),
+        (
+            ["--dtype", "float16", "--fp16", "--rho", "0", "--use_cpu"],
+            "needs mixed precision, as the images are of 32 bits",
+        ),
+        (
+            ["--dtype", "bfloat16", "--rho", "0"],
+            "needs mixed precision, as the images are of 32 bits: give `--bf16 true` too",
+        ),
+        (["--dtype", "bfloat16", "--freeze_backbone", "true"], "give `--bf16 true` too"),
         (["--gradient_accumulation_steps", "0"], "`gradient_accumulation_steps` must be at least 1, got 0"),
         (
             ["--metric_for_best_model", "none", "--load_best_model_at_end", "true"],
-            "set to 'eval_none', which is not found",
+            "`metric_for_best_model` is 'none', which this run does not measure. Give one of accuracy, loss, macro_f1",
         ),
         (["--lr_scheduler_type", "warmup_stable_decay"], "`lr_scheduler_type=SchedulerType.WARMUP_STABLE_DECAY`"),
         (["--streaming", "true"], "The digits are in memory anyway"),
@@ -461,9 +498,36 @@ def test_every_field_of_the_method_is_an_option():
         "perturb_modules": "classifier",
     }
     own = {field.name for field in fields(AACEConfig)} - {field.name for field in fields(TrainingArguments)}
-    assert set(given) == own
+    assert set(given) == own - {"method"}
     _, _, config = parse(*(f"--{name}={value}" for name, value in given.items()))
-    assert {name: getattr(config, name) for name in own} == given
+    assert {name: getattr(config, name) for name in given} == given
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--method", "sam"], ("cross_entropy", True, False, 0.05)),
+        (["--method", "asam", "--rho", "0.3"], ("cross_entropy", True, True, 0.3)),
+        (["--method=aace"], ("aace", False, False, 0.01)),
+    ],
+)
+def test_a_method_is_chosen_by_name(argv, expected):
+    _, _, config = parse(*argv)
+    assert expected == (
+        config.perturbation_loss,
+        config.normalize_perturbation,
+        config.adaptive_perturbation,
+        config.rho,
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["normalize_perturbation", "adaptive_perturbation", "eval_on_start", "ddp_static_graph"]
+)
+def test_a_flag_without_a_value_says_true(name):
+    """Also where the option has no default, and `None` leaves it to something else."""
+    assert getattr(parse(f"--{name}")[2], name) is True
+    assert getattr(parse(f"--{name}", "false")[2], name) is False
 
 
 YAML = """
@@ -505,6 +569,37 @@ def test_json_says_the_same_as_yaml(tmp_path):
     assert from_json[2].to_dict() == from_yaml[2].to_dict()
 
 
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("train_size: null", "train_size", None),
+        ("train_size: ~", "train_size", None),
+        ("class_weights: none", "class_weights", "none"),
+        ("lora_target_modules: convolution", "lora_target_modules", ["convolution"]),
+        ("metrics: [accuracy, 'f1']", "metrics", ["accuracy", "f1"]),
+        ("lora: yes", "lora", True),
+        ("normalize_perturbation: false", "normalize_perturbation", False),
+        ("perturb_modules: -x", "perturb_modules", "-x"),  # no option, though it begins like one
+        (
+            "lr_scheduler_kwargs: {num_cycles: .5, min_lr: 1e-5}",
+            "lr_scheduler_kwargs",
+            {"num_cycles": 0.5, "min_lr": 1e-5},
+        ),
+        (
+            "activation_checkpointing_kwargs: {use_reentrant: false}",
+            "activation_checkpointing_kwargs",
+            {"use_reentrant": False},
+        ),
+    ],
+)
+def test_values_of_a_configuration_file_mean_what_they_say(line, name, value):
+    Path("run.yaml").write_text(line)
+    (found,) = {
+        id(part): getattr(part, name) for part in parse("--config", "run.yaml") if hasattr(part, name)
+    }.values()
+    assert found == value
+
+
 def test_recipe_follows_the_model_of_the_configuration_file(tmp_path):
     (tmp_path / "run.yaml").write_text("model_name_or_path: someone/model\n")
     assert parse("--config", "run.yaml")[2].learning_rate == 5e-5
@@ -528,6 +623,9 @@ def message(capsys, *argv):
     [
         ("learning_rat: 1", "unknown key, 'learning_rat'. Did you mean learning_rate?"),
         ("perturbation_los: aace", "unknown key, 'perturbation_los'. Did you mean perturbation_loss?"),
+        ("lr: 1", "unknown key, 'lr'. Did you mean learning_rate?"),
+        ("dataset: photos", "unknown key, 'dataset'. Did you mean dataset_name?"),
+        ("optimizer: sgd", "unknown key, 'optimizer'. Did you mean optim?"),
         ("- rho", "must hold options as `name: value`, got ['rho']"),
         ("", "must hold options as `name: value`, got None"),
         ("rho: -1", "`rho` must be a finite number >= 0, got -1.0"),
@@ -572,10 +670,40 @@ def test_configuration_file_that_cannot_be_parsed_is_named(tmp_path, name):
         (["--rho", "nan"], "`rho` must be a finite number"),
         (["--dataset_name", "/missing"], "`dataset_name` is '/missing'"),
         (["--model_name_or_path", "/missing"], "`model_name_or_path` is '/missing'"),
+        (["--dataset_name", "./fotos"], "but there is no such folder or file (did you mean 'photos'?)"),
+        (["--dataset_name", "photos/a/b"], "`dataset_name` is 'photos/a/b', but there is no such folder or file"),
+        (
+            ["--dataset_name", "photos/tarin"],
+            "but there is no such folder (did you mean 'photos/train'?), nor could it be",
+        ),
+        (["--model_name_or_path", "runs/vit"], "`model_name_or_path` is 'runs/vit', but there is no such folder (did"),
+        (["--output_dir", "file"], "`output_dir` is 'file', but 'file' is no folder"),
+        (["--output_dir", "file/a/b"], "`output_dir` is 'file/a/b', but 'file' is no folder"),
+        (["--output_dir", "/proc/none/a"], "`output_dir` is '/proc/none/a', which cannot be written"),
+        (["--metrics", "accuracy", "broken"], "`metrics`: they cannot be computed for 10 classes: no binary task"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(capsys, argv, expected):
+def test_bad_input_is_told_in_one_sentence_before_the_model_is_loaded(capsys, argv, expected, monkeypatch):
+    monkeypatch.setattr("hf_aace.vision.models.AutoModelForImageClassification", None)
+    for folder in ("photos/train/a", "photos/train/b", "runs/vit-1"):
+        Path(folder).mkdir(parents=True)
+    Path("file").touch()
+    original = evaluate.load
+    monkeypatch.setattr(
+        evaluate, "load", lambda name, **kwargs: Broken(**kwargs) if name == "broken" else original(name)
+    )
     assert expected in message(capsys, "train", *argv)
+
+
+class Broken(evaluate.Metric):
+    """A metric of the Hub that is for two classes only, as `f1` is by default."""
+
+    def _info(self):
+        features = datasets.Features(predictions=datasets.Value("int64"), references=datasets.Value("int64"))
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        raise ValueError("no binary task")
 
 
 def test_unreadable_image_is_named_before_training(tmp_path, capsys):
@@ -596,6 +724,14 @@ def test_unreadable_image_is_named_before_training(tmp_path, capsys):
         (["train", "--rhoo", "1"], "unrecognized arguments: --rhoo 1. Did you mean --rho?"),
         (["train", "--lable-noise=1"], "Did you mean --label_noise?"),
         (["train", "--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["train", "--lr", "1"], "Did you mean --learning_rate?"),
+        (["train", "--dataset=photos", "--epochs", "3"], "Did you mean --dataset_name, --num_train_epochs?"),
+        (["train", "--model", "x"], "Did you mean --model_name_or_path?"),
+        (["train", "--batch-size", "8"], "Did you mean --per_device_train_batch_size?"),
+        (["train", "--workers", "8"], "Did you mean --dataloader_num_workers?"),
+        (["evaluate", "--model", "x"], "Did you mean --model_name_or_path?"),
+        (["compare", "--lr", "1"], "Did you mean --learning_rate?"),
+        (["train", "photos"], "unrecognized arguments: photos."),
     ],
 )
 def test_usage_errors_exit_with_2(capsys, argv, expected):
@@ -612,7 +748,7 @@ def test_usage_errors_exit_with_2(capsys, argv, expected):
 
 def test_help_shows_every_option_with_the_default_of_the_recipe(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in fields(AACEConfig):
@@ -621,8 +757,19 @@ def test_help_shows_every_option_with_the_default_of_the_recipe(capsys):
     assert "The initial learning rate for the optimizer. (default: 0.003)" in text
 
 
+def test_help_begins_with_our_own_options_and_then_has_twenty_of_the_trainer(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = [line.split()[0].rstrip(",") for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    names = [name.removeprefix("--") for name in shown]
+    trainer = {field.name for field in fields(TrainingArguments)}
+    assert [name for name in names if name in trainer] == names[-20:]
+    own = {field.name for kind in (ModelArguments, DataArguments, AACEArguments) for field in fields(kind)}
+    assert own <= set(names) and {"config", "help-all"} <= set(names)
+
+
 @pytest.mark.parametrize(
-    "command", ["train", "compare", "find-rho", "evaluate", "predict", "benchmark", "sharpness", "plot"]
+    "command", ["demo", "train", "compare", "find-rho", "evaluate", "predict", "benchmark", "sharpness", "plot"]
 )
 def test_help_names_no_default_where_there_is_none(command, capsys):
     """`None` is a word of Python, and says nothing of what happens then."""
@@ -675,6 +822,26 @@ def test_an_error_is_all_that_is_printed():
     assert done.returncode == 1
     assert done.stderr == "hf-aace: error: `images` must be a folder or an image, but there is no 'nowhere'.\n"
     assert done.stdout == ""
+
+
+def test_the_first_lines_on_screen_are_ours():
+    """With bitsandbytes installed, as here, Transformers imports it, and on some processors it warns of kernels."""
+    done = command(*TINY, "--max_steps", "1", "--save_strategy", "no")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Images:  40 for training, 500 for the test\n")
+    assert "kernels" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "heard"),
+    [
+        ("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", False),
+        ("Failed to load the library of this GPU.", True),
+    ],
+)
+def test_only_the_words_on_4_bit_kernels_are_not_heard(words, heard, caplog):
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning(words)
+    assert (words in [record.msg for record in caplog.records]) == heard
 
 
 # ---- Several processes -----------------------------------------------------
@@ -737,7 +904,7 @@ def test_bad_input_of_several_processes_is_told_without_a_traceback():
 def test_accelerate_is_asked_for_these_processes(argv, expected, monkeypatch):
     """One for each GPU, if no number is given."""
     launched = []
-    monkeypatch.setattr("hf_aace.cli.train.launch_command", launched.append)
+    monkeypatch.setattr("hf_aace.cli.launch.launch_command", launched.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert main([*TINY, *argv]) == 0
     (arguments,) = launched

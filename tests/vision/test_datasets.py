@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from sklearn.datasets import load_digits
 from transformers import ViTImageProcessorPil, default_data_collator
 
-import hf_aace.vision.datasets
+import hf_aace.vision.folders
 from hf_aace.vision.datasets import load_image_dataset
 from hf_aace.vision.images import image_transform
 
@@ -31,13 +31,6 @@ def write_images(folder, counts, suffix=".png", seed=0):
             pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             PIL.Image.fromarray(pixels).save(folder / sub_folder / f"{index}{suffix}")
     return str(folder)
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    said = []
-    monkeypatch.setattr("hf_aace.vision.datasets.logger.warning", said.append)
-    return said
 
 
 def labels(dataset):
@@ -201,7 +194,7 @@ def test_splits_are_known_by_a_word_in_their_name(train, test, tmp_path, warning
     write_images(tmp_path, {"seg_pred": 4})
     dataset = load_image_dataset(str(tmp_path), seed=0)
     assert (len(dataset["train"]), len(dataset["test"])) == (12, 6)
-    assert "not: seg_pred." in warnings[0], "what is left out is said"
+    assert "4 outside the folders of the splits" in warnings[0] and "(seg_pred/0.png)" in warnings[0], "it is said"
 
 
 def test_of_several_folders_with_the_word_the_one_called_so_is_the_split(tmp_path, warnings):
@@ -209,7 +202,8 @@ def test_of_several_folders_with_the_word_the_one_called_so_is_the_split(tmp_pat
     name = write_images(tmp_path, {f"{folder}/{c}": count for folder, count in folders.items() for c in "ab"})
     dataset = load_image_dataset(name, seed=0)
     assert {split: len(part) for split, part in dataset.items()} == {"train": 10, "test": 4}
-    assert "and not: test_old, train_extra, train_masks" in warnings[0]
+    assert "24 outside the folders of the splits, train, test" in warnings[0]
+    assert all(f"{folder}/a/0.png" in warnings[0] for folder in ("test_old", "train_extra", "train_masks"))
     (tmp_path / "train").rename(tmp_path / "train_1")
     with pytest.raises(ValueError, match=r"Which of the folders train_1, train_extra, train_masks .* to train on"):
         load_image_dataset(name, seed=0)
@@ -246,10 +240,10 @@ def test_images_of_a_kind_that_is_not_read_are_counted(tmp_path, warnings):
     name = write_images(tmp_path, {"a": 6, "b": 6})
     (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "0.avif")
     load_image_dataset(name, seed=0)
-    assert "1 images" in warnings[0] and ".avif" in warnings[0]
+    assert len(warnings) == 1 and "1 of a kind that is not read, .avif (a/0.avif)" in warnings[0]
     for path in tmp_path.rglob("*.png"):
         path.rename(path.with_suffix(".avif"))
-    with pytest.raises(ValueError, match=r"of a kind that is not read: .avif"):
+    with pytest.raises(ValueError, match=r"12 of a kind that is not read, .avif \(a/0.avif, b/0.avif\)"):
         load_image_dataset(name, seed=0)
 
 
@@ -263,7 +257,7 @@ def test_an_archive_among_the_images_is_named(tmp_path):
 
 def test_classes_without_test_images_are_named(tmp_path, warnings):
     load_image_dataset(write_images(tmp_path, {"many": 40, "few": 2, "one": 1}), seed=0)
-    assert "none of the classes: few, one" in warnings[0]
+    assert "No test image of" in warnings[0] and "is of the classes few, one" in warnings[0]
 
 
 def test_an_empty_test_folder_is_said_to_be(tmp_path, warnings):
@@ -418,7 +412,7 @@ def hub_split(size=10, image="img", label="fine_label", labels=None):
 @pytest.fixture
 def hub(monkeypatch):
     def serve(**splits):
-        monkeypatch.setattr(hf_aace.vision.datasets, "load_dataset", lambda name: DatasetDict(splits))
+        monkeypatch.setattr(hf_aace.vision.folders, "load_dataset", lambda name: DatasetDict(splits))
 
     return serve
 
@@ -475,9 +469,7 @@ def test_data_set_without_training_split_is_refused(hub):
 
 
 def test_what_is_nowhere_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"`dataset_name` is .*neither `digits`, nor a folder or file, nor a data set"
-    ):
+    with pytest.raises(ValueError, match=r"`dataset_name` is .*neither `digits`, nor a folder or file, nor a dataset"):
         load_image_dataset(str(tmp_path / "missing"), seed=0)
 
 

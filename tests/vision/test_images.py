@@ -14,6 +14,8 @@ from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
 from hf_aace.cli import main
 from hf_aace.vision.datasets import load_image_dataset
 from hf_aace.vision.images import decode_image, image_transform
+from hf_aace.vision.inference import classify
+from hf_aace.vision.models import load_model_and_processor
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +36,10 @@ def decoded(image, form="PNG", **options):
     with PIL.Image.open(io.BytesIO(encoded(image, form, **options)["bytes"])) as opened:
         assert np.array_equal(np.asarray(decode_image(opened)), pixels)
     return pixels.astype(int)
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -91,6 +97,163 @@ def test_32_bits_are_scaled_from_their_lowest_to_their_highest_value(values):
     values = values.astype(np.float32) if values.dtype == np.float64 else values
     pixels = decoded(PIL.Image.fromarray(values.reshape(5, 6)), "TIFF")
     assert np.abs(pixels[:, :, 0] - np.linspace(0, 255, 30).reshape(5, 6)).max() <= 0.51
+
+
+RAMP = np.linspace(0, 1, 30).reshape(5, 6)
+
+
+def png_of_16_bits(values, color_type):
+    """A PNG of 16 bits with several channels, which Pillow reads and does not write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, color_type, 0, 0, 0)
+    content = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+    return {"bytes": b"\x89PNG\r\n\x1a\n" + content, "path": "deep.png"}
+
+
+def stored(kind, highest):
+    """A ramp from 0 to `highest`, stored in a file of the kind, and what its values are rounded to."""
+    values = RAMP * highest
+    deep = values.round().astype(np.uint16)
+    opaque = np.full_like(deep, 65535)
+    if kind == "color":
+        return png_of_16_bits(np.stack([deep] * 3, axis=2), 2), 256
+    if kind == "gray with alpha":
+        return png_of_16_bits(np.stack([deep, opaque], axis=2), 4), 256
+    if kind == "color with alpha":
+        return png_of_16_bits(np.stack([deep, deep, deep, opaque], axis=2), 6), 256
+    if kind == "float":
+        return encoded(PIL.Image.fromarray(values.astype(np.float32)), "TIFF"), 0
+    if kind == "int32":
+        return encoded(PIL.Image.fromarray(deep.astype(np.int32)), "TIFF"), 1
+    if kind == "big-endian":
+        return encoded(PIL.Image.frombytes("I;16B", (6, 5), deep.astype(">u2").tobytes()), "TIFF"), 1
+    if kind == "uint8":
+        return encoded(PIL.Image.fromarray(deep.astype(np.uint8))), 1
+    return encoded(PIL.Image.fromarray(deep), kind), 1
+
+
+DEEP = ["PNG", "TIFF", "JPEG2000", "PPM", "big-endian", "int32", "float"]
+
+
+@pytest.mark.parametrize("highest", [255, 1023, 4095, 16383])
+@pytest.mark.parametrize("kind", [*DEEP, "color", "gray with alpha", "color with alpha"])
+def test_image_range_scales_whatever_the_file_stores_the_values_in(kind, highest):
+    image, step = stored(kind, highest)
+    pixels = np.asarray(decode_image(image, image_range=(0, highest))).astype(float)
+    # Pillow reads the upper 8 bits of color, so that the values are known to a step of 256.
+    tolerance = 0.51 + 255 * step / highest
+    assert np.abs(pixels - 255 * RAMP[:, :, None]).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("image_range", "expected"), [((0.25, 0.75), (2 * RAMP - 0.5) * 255), ((-1, 1), (RAMP + 1) * 127.5)]
+)
+def test_values_outside_of_image_range_are_clipped(image_range, expected):
+    pixels = np.asarray(decode_image(stored("float", 1)[0], image_range=image_range)).astype(float)
+    assert np.abs(pixels[:, :, 0] - expected.clip(0, 255)).max() <= 0.51
+
+
+def test_images_of_8_bits_are_scaled_by_a_range_of_8_bits_only():
+    image = stored("uint8", 15)[0]
+    assert np.abs(np.asarray(decode_image(image, image_range=(0, 15)))[:, :, 0] - 255 * RAMP).max() <= 255 / 15
+    assert np.asarray(decode_image(image, image_range=(0, 4095))).max() == 15
+    assert np.asarray(decode_image(image, image_range=(0, 255))).max() == 15
+
+
+def write_images_of(folder, kind, highest):
+    for name in ("left", "right"):
+        (folder / name).mkdir(parents=True)
+        for index in range(4):
+            (folder / name / f"{index}.png").write_bytes(stored(kind, highest)[0]["bytes"])
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "highest", "likely"),
+    [(kind, highest, f"0 {highest}") for kind in DEEP[:-1] for highest in (255, 1023, 4095, 16383)]
+    + [("uint8", 15, "0 15"), ("uint8", 1, "0 1"), ("PNG", 3000, "0 4095")],
+)
+def test_values_that_leave_most_of_their_range_unused_are_told(kind, highest, likely, tmp_path, warnings):
+    """The images become nearly black: the type of the file does not tell that the values have fewer bits."""
+    name = write_images_of(tmp_path / "images", kind, highest)
+    load_image_dataset(name, seed=0)
+    assert len(warnings) == 1
+    assert f"hold values from 0 to {highest}, a small part of" in warnings[0]
+    assert f"Set `image_range` to the values of black and white, perhaps {likely}." in warnings[0]
+    warnings.clear()
+    load_image_dataset(name, seed=0, image_range=(0, int(likely.split()[1])))
+    assert not warnings
+
+
+@pytest.mark.parametrize("kind", ["color", "gray with alpha", "color with alpha"])
+def test_color_of_16_bits_of_which_pillow_reads_a_dark_part_is_told(kind, tmp_path, warnings):
+    name = write_images_of(tmp_path / "images", kind, 4095)
+    load_image_dataset(name, seed=0)
+    assert len(warnings) == 1 and "16 bits of color" in warnings[0] and "perhaps 0 4095" in warnings[0]
+    assert "Pillow reads the upper 8 bits only" in warnings[0]
+
+
+def test_values_with_an_offset_are_told(tmp_path, warnings):
+    for index in range(8):
+        (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
+        values = (30000 + RAMP * 4095).round().astype(np.uint16)
+        PIL.Image.fromarray(values).save(tmp_path / "ab"[index % 2] / f"{index}.png")
+    load_image_dataset(str(tmp_path), seed=0)
+    assert "perhaps 30000 34095." in warnings[0]
+
+
+def test_images_scaled_by_their_own_range_are_told(tmp_path, warnings):
+    """Two classes that differ in brightness alone would look alike."""
+    for name, brightness in (("dark", 0.3), ("light", 0.9)):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            PIL.Image.fromarray((RAMP * brightness).astype(np.float32)).save(tmp_path / name / f"{index}.tiff")
+    load_image_dataset(str(tmp_path), seed=0)
+    assert len(warnings) == 1 and "their brightness does not compare" in warnings[0] and "such as 0 0.9" in warnings[0]
+    load_image_dataset(str(tmp_path), seed=0, image_range=(0, 0.5))
+    assert "outside of `image_range`, 0 to 0.5, are clipped" in warnings[1]
+    load_image_dataset(str(tmp_path), seed=0, image_range=(0, 1))
+    assert len(warnings) == 2
+
+
+def test_only_one_class_of_low_values_is_seen_in_a_dataset_sorted_by_class(tmp_path, warnings):
+    for name, kind, highest in (("a", "uint8", 255), ("b", "PNG", 4095)):
+        (tmp_path / name).mkdir()
+        for index in range(100):
+            (tmp_path / name / f"{index}.png").write_bytes(stored(kind, highest)[0]["bytes"])
+    load_image_dataset(str(tmp_path), seed=0)
+    assert len(warnings) == 1 and "images of 16 bits" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "highest"), [("uint8", 255), ("PNG", 65535), ("PNG", 40000), ("color", 65535), ("int32", 65535)]
+)
+def test_images_that_fill_their_range_are_left_in_peace(kind, highest, tmp_path, warnings):
+    load_image_dataset(write_images_of(tmp_path / "images", kind, highest), seed=0)
+    assert not warnings
+
+
+@pytest.mark.parametrize("image_range", [(0,), (0, 0), (4095, 0), (0, float("nan")), (0, 1, 2)])
+def test_a_range_that_is_none_is_refused(image_range, tmp_path):
+    name = write_images_of(tmp_path / "images", "PNG", 4095)
+    with pytest.raises(ValueError, match=r"`image_range` must be two numbers, .* Use 0 and 4095 for 12 bits"):
+        load_image_dataset(name, seed=0, image_range=image_range)
+
+
+def test_the_transform_scales_as_the_range_says():
+    image, _ = stored("PNG", 4095)
+    processor = ViTImageProcessorPil(size={"height": 5, "width": 6}, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    made = image_transform(processor, image_range=(0, 4095))({"image": [image], "label": [0]})
+    assert np.abs(made["pixel_values"][0, 0].numpy() - RAMP).max() < 0.003
+
+
+def test_images_are_classified_in_the_range_that_the_model_was_trained_in():
+    model, processor = load_model_and_processor("vit-tiny-digits", {0: "a", 1: "b"})
+    shallow = PIL.Image.fromarray((RAMP * 255).round().astype(np.uint8))
+    (expected,) = classify(model, processor, [shallow])
+    (scaled,) = classify(model, processor, [stored("PNG", 4095)[0]], image_range=(0, 4095))
+    (unscaled,) = classify(model, processor, [stored("PNG", 4095)[0]])
+    assert np.abs(scaled - expected).max() < 0.01 < np.abs(unscaled - expected).max()
 
 
 def test_cmyk_is_converted():
@@ -152,12 +315,8 @@ def test_an_image_that_is_not_huge_is_decoded_whole():
 
 def png_of_size(width, height):
     """A PNG that says it has so many pixels, in a few bytes."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
 
 
 def test_a_decompression_bomb_is_refused_by_name(tmp_path):
@@ -188,13 +347,6 @@ def folder(tmp_path):
         whole = (tmp_path / "pets" / name).read_bytes()
         (tmp_path / "pets" / name).write_bytes(whole[:-40])
     return tmp_path / "pets", broken
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    said = []
-    monkeypatch.setattr("hf_aace.vision.datasets.logger.warning", said.append)
-    return said
 
 
 def test_corrupt_images_are_left_out_and_counted_if_asked(folder, warnings):

@@ -83,7 +83,7 @@ def check(tmp_path, monkeypatch, count, sizes, every, size, workers, huge=0):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     broken = write_folder(tmp_path / "pets", count, sizes, every, huge)
     said = []
-    monkeypatch.setattr("hf_aace.vision.datasets.logger.warning", said.append)
+    monkeypatch.setattr("hf_aace.vision.corrupt.logger.warning", said.append)
     started = time.perf_counter()
     dataset = load_image_dataset(str(tmp_path / "pets"), seed=0, skip_corrupt_images=True)
     loading = time.perf_counter() - started

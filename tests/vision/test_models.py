@@ -11,14 +11,8 @@ from tiny import resnet
 from tiny_configs import IMAGE_CLASSIFIERS, image_classifier
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline, set_seed
 
-from hf_aace.vision.models import (
-    BUILTIN_MODELS,
-    add_lora,
-    freeze_backbone,
-    head_parameters,
-    load_model_and_processor,
-    merge_lora,
-)
+from hf_aace.vision.lora import add_lora, merge_lora
+from hf_aace.vision.models import BUILTIN_MODELS, freeze_backbone, head_parameters, load_model_and_processor
 
 
 ID2LABEL = {0: "zero", 1: "one", 2: "two"}

@@ -23,7 +23,8 @@ from transformers import (
 
 from hf_aace.cli import main
 from hf_aace.vision.images import image_transform
-from hf_aace.vision.models import add_lora, freeze_backbone, load_model_and_processor
+from hf_aace.vision.lora import add_lora
+from hf_aace.vision.models import freeze_backbone, load_model_and_processor
 
 
 @pytest.fixture(autouse=True)

@@ -153,24 +153,42 @@ def test_corrupt_images_are_named_or_left_out(monkeypatch):
     assert "number 2" in said[1]
 
 
+def test_values_of_12_bits_are_told_and_scaled_as_the_range_says(warnings):
+    tables = {"train": range(0, 4080, 51), "test": range(0, 4080, 340)}
+    Path("deep").mkdir()
+    for split, values in tables.items():
+        images = [io.BytesIO() for _ in values]
+        for value, buffer in zip(values, images, strict=True):
+            PIL.Image.fromarray(np.full((8, 8), value, dtype=np.uint16)).save(buffer, "PNG")
+        rows = {"image": [{"bytes": buffer.getvalue(), "path": None} for buffer in images]}
+        rows["label"] = [index % 3 for index in range(len(images))]
+        Dataset.from_dict(rows).cast_column("image", Image()).to_parquet(f"deep/{split}-0.parquet")
+    stream_image_dataset("deep", seed=0)
+    assert len(warnings) == 1 and "perhaps 0 4095." in warnings[0]
+    stream = stream_image_dataset("deep", seed=0, image_range=(0, 4095))
+    assert len(warnings) == 1
+    processor = ViTImageProcessorPil(size={"height": 4, "width": 4}, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    rows = list(transform_stream(stream, processor, image_range=(0, 4095))["test"])
+    values = torch.stack([row["pixel_values"].mean() for row in rows])
+    torch.testing.assert_close(values, torch.tensor(tables["test"]) / 4095, atol=0.003, rtol=0)
+
+
 # ---- What is refused -------------------------------------------------------
 
 
 def test_a_stream_without_labelled_test_images_is_refused():
     shard("one/train/0.tar", range(10), lambda number: number % 2)
-    with pytest.raises(
-        ValueError, match=r"needs a labelled split `test` or `validation`, but .*'one' has only: train"
-    ):
+    with pytest.raises(ValueError, match=r"needs a labeled split `test` or `validation`, but .*'one' has only: train"):
         stream_image_dataset("one", seed=0)
     webdataset("withheld", label=lambda number: -1 if number >= 80 else number % 3)
-    with pytest.raises(ValueError, match=r"needs a labelled split .* has only: train, test"):
+    with pytest.raises(ValueError, match=r"needs a labeled split .* has only: train, test"):
         stream_image_dataset("withheld", seed=0)
 
 
 def test_a_class_that_is_in_no_test_image_is_named_when_met():
     stream = stream_image_dataset(webdataset(label=lambda number: 7 if number == 33 else number % 3), seed=0)
     with pytest.raises(
-        ValueError, match=r"`train` .* has an image of the class '7', which is none of its test images: 0, 1, 2"
+        ValueError, match=r"`train` .* has an image of the class '7', which no test image has: 0, 1, 2"
     ):
         list(stream["train"])
 
@@ -179,7 +197,7 @@ def test_a_folder_of_images_is_not_streamed():
     for name in ("cat", "dog"):
         Path("pets", name).mkdir(parents=True)
         PIL.Image.fromarray(np.zeros((4, 4), dtype=np.uint8)).save(f"pets/{name}/0.png")
-    with pytest.raises(ValueError, match=r"`streaming` is for data sets on the Hub and for files of .parquet or .tar"):
+    with pytest.raises(ValueError, match=r"`streaming` is for datasets on the Hub and for files of .parquet or .tar"):
         stream_image_dataset("pets", seed=0)
 
 

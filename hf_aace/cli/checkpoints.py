@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of `hf-aace train`: from which one to go on, what else goes into them, and what to do when saving fails."""
+
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .launch import is_launched
+from .options import checkpoints_in, train_options, write_train_options
+
+
+logger = logging.get_logger(__name__)
+
+
+class KeepOptions(TrainerCallback):
+    """
+    Write the options of a run into its checkpoints. The folder of the run gets them with the model, at the end.
+
+    Args:
+        options (`dict[str, Any]`): What [`~hf_aace.cli.options.options_of_run`] returned.
+    """
+
+    def __init__(self, options: dict[str, Any]):
+        self._options = options
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        # `save_total_limit` deletes it at once if checkpoints of an earlier run in the folder look younger.
+        if state.is_world_process_zero and checkpoint.is_dir():
+            write_train_options(self._options, checkpoint)
+
+
+def checkpoint_to_resume(value: str | None, output_dir: str) -> str | None:
+    """
+    Find the checkpoint that the option `resume_from_checkpoint` means.
+
+    Args:
+        value (`str`, *optional*): A path, or a truth value: true means the newest checkpoint that is whole.
+        output_dir (`str`): The folder of the run.
+
+    Raises:
+        `ValueError`: If there is no such checkpoint, or it is not whole.
+    """
+    if value is None or value.lower() in ("false", ""):
+        return None
+    whole = [path for path in checkpoints_in(output_dir) if _is_whole(path)]
+    if value.lower() == "true":
+        if not whole:
+            raise ValueError(f"`resume_from_checkpoint`: No valid checkpoint found in {output_dir}. Leave it out.")
+        return str(whole[-1])
+    # A finished run has a state too, but no optimizer: training would begin anew.
+    if not _is_whole(Path(value)) or Path(value, "all_results.json").is_file():
+        whole = whole or [path for path in checkpoints_in(value) if _is_whole(path)]
+        hint = f" The newest that is whole is {whole[-1]}." if whole else ""
+        raise ValueError(f"`resume_from_checkpoint` is {value!r}, which is no checkpoint, or not a whole one.{hint}")
+    return value
+
+
+def check_options(checkpoint: str, options: dict[str, Any]) -> None:
+    """
+    Compare the options of a run with those recorded in the checkpoint that it goes on from, and warn of differences.
+
+    Raises:
+        `ValueError`: If they mean other images.
+    """
+    earlier = train_options(Path(checkpoint))
+    changed = [name for name, value in options.items() if name in earlier and earlier[name] != value]
+    told = ", ".join(f"`{name}={earlier[name]}`, now {options[name]}" for name in changed)
+    if {"dataset_name", "train_size", "label_noise", "validation_size", "seed"} & set(changed):
+        raise ValueError(
+            f"`resume_from_checkpoint`: {checkpoint} had {told}. It would go on with other images: give what it had, or leave "
+            "`resume_from_checkpoint` out."
+        )
+    if changed:
+        logger.warning(f"Not as it was for {checkpoint}, from which this run goes on: {told}.")
+
+
+class Attempt:
+    """
+    Know what a training that ends early has left, and the command that goes on from it.
+
+    Args:
+        output_dir (`str`): The folder of the run.
+        argv (`list[str]`): The arguments of the command line.
+        checkpoint (`str`, *optional*): The checkpoint that the run goes on from.
+    """
+
+    def __init__(self, output_dir: str, argv: list[str], checkpoint: str | None = None):
+        self._output_dir, self._argv, self._checkpoint = output_dir, argv, checkpoint
+        self._started = time.time()
+
+    def how_to_resume(self) -> str:
+        """Tell what was saved, and the command that goes on from there."""
+        # Older checkpoints are those of another run.
+        saved = [
+            path
+            for path in checkpoints_in(self._output_dir)
+            if _is_whole(path) and _time(path / "trainer_state.json") >= self._started
+        ]
+        if not saved and self._checkpoint is None:
+            return "Nothing was saved. There is no checkpoint of this run to resume from."
+        resume = ["--resume_from_checkpoint", str(saved[-1] if saved else self._checkpoint)]
+        told = f"Saved up to {saved[-1]}." if saved else f"Nothing was saved after {self._checkpoint}."
+        if (
+            "LOCAL_RANK" in os.environ and not is_launched()
+        ):  # `torchrun ...`, which we do not know, started the command
+            return f"{told} To go on from there, add to the command:\n{shlex.join(resume)}"
+        return f"{told} To go on from there:\n{shlex.join(['hf-aace', 'train', *self._argv, *resume])}"
+
+    def raise_if_save_failed(self, error: Exception) -> None:
+        """
+        If a checkpoint was being written when training failed (the disk was full, for example), rename what there is of it, so
+        that no run resumes from it.
+
+        Args:
+            error (`Exception`): What ended the training.
+
+        Raises:
+            `OSError`: If that was so. It says how to go on.
+        """
+        broken = [
+            path for path in checkpoints_in(self._output_dir) if not _is_whole(path) and _time(path) >= self._started
+        ]
+        if not broken:
+            return
+        aside = broken[0].with_name(f"_incomplete-{broken[0].name}")  # Trainer pushes nothing that begins with `_`
+        shutil.rmtree(aside, ignore_errors=True)
+        broken[0].rename(aside)
+        free = shutil.disk_usage(self._output_dir).free / 1e6
+        raise OSError(
+            f"Saving {broken[0]} failed, with {free:.0f} MB free on its disk, and what there "
+            f"is of it was renamed to {aside.name}: {first_line(error)}. {self.how_to_resume()}".replace("\n", " ")
+        ) from error
+
+
+@contextmanager
+def if_interrupted(told: str) -> Iterator[None]:
+    """Tell on Ctrl-C what was saved."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"\nInterrupted. {told}") from interrupt
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of the message of an error, without a full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has its state, which is written last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime

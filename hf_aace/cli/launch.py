@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start the processes of `hf-aace train --accelerate_config`."""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CalledProcessError
+
+import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from .parser import option
+
+
+# Set in the processes that `--accelerate_config` starts.
+_LAUNCHED = "HF_AACE_LAUNCHED"
+
+
+@dataclass
+class LaunchArguments:
+    """Which processes to train in, as for `accelerate launch`."""
+
+    accelerate_config: str | None = option(
+        None,
+        "Start the processes that a configuration of accelerate asks for: `single_gpu`, `ddp`, `fsdp2`, or the "
+        "path of a file that `accelerate config` wrote. Without it, train in this process.",
+    )
+    num_processes: int | None = option(
+        None, "With `accelerate_config`: number of processes, on all machines together. By default one for each GPU."
+    )
+    num_machines: int = option(1, "With `accelerate_config`: number of machines. Give the command on each of them.")
+    machine_rank: int = option(0, "With `accelerate_config`: number of this machine, from 0.")
+    main_process_ip: str | None = option(None, "With `accelerate_config`: address of machine 0.")
+    main_process_port: int | None = option(
+        None, "With `accelerate_config`: a free port on machine 0. With one machine, by default any."
+    )
+
+
+def is_launched() -> bool:
+    """Return whether this process was started by [`launch`], so that the user's command is the one that `launch` got."""
+    return _LAUNCHED in os.environ
+
+
+def is_one_of_several() -> bool:
+    """Return whether this process was started by `torchrun`, `accelerate launch` or [`launch`]."""
+    return is_launched() or "LOCAL_RANK" in os.environ
+
+
+def launch(options: argparse.Namespace, argv: list[str]) -> int:
+    """
+    Run `hf-aace train` in several processes.
+
+    Args:
+        options (`argparse.Namespace`): Has the fields of [`LaunchArguments`]. `accelerate_config` is given.
+        argv (`list[str]`): The options of `hf-aace train`.
+
+    Returns:
+        `int`: The exit code.
+
+    Raises:
+        `ValueError`: If there is no such configuration, or no GPU to start a process for.
+    """
+    shipped = Path(__file__).with_name("accelerate_configs")
+    config = shipped / f"{options.accelerate_config}.yaml"
+    if not config.is_file():
+        config = Path(options.accelerate_config)
+    if not config.is_file():
+        known = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
+        raise ValueError(f"`accelerate_config` must be one of {known}, or a file, got {options.accelerate_config!r}.")
+    words = ["--config_file", config, "--num_machines", options.num_machines, "--machine_rank", options.machine_rank]
+    if options.num_processes is not None or options.accelerate_config in ("ddp", "fsdp2"):
+        num_processes = options.num_processes or torch.cuda.device_count() * options.num_machines
+        if num_processes < 1:
+            raise ValueError("There are no GPUs here to start a process for. Give their number as `num_processes`.")
+        words += ["--num_processes", num_processes]
+    if options.main_process_ip is not None:
+        words += ["--main_process_ip", options.main_process_ip]
+    if options.main_process_port is not None or options.num_machines == 1:
+        words += ["--main_process_port", options.main_process_port or 0]  # 0 is any free one
+    os.environ[_LAUNCHED] = "1"
+    try:
+        launch_command(launch_command_parser().parse_args([*map(str, words), "--module", "hf_aace", "train", *argv]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        # The process has printed its error, unless it was killed.
+        print(f"hf-aace: process {rank} failed first, with exit code {failure.exitcode}.", file=sys.stderr)
+        return 1
+    except CalledProcessError as error:
+        return error.returncode
+    except SignalException:
+        return 130
+    finally:
+        del os.environ[_LAUNCHED]
+    return 0

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A watch on the methods of Trainer that the ascent hangs on: one that is no longer called stops the run, never trains plainly."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from .config import AACEArguments
+
+
+_INSTEAD = "Call it by `super()` where you override it. If you do not, this Transformers calls other methods: use an older one."
+
+
+class HookWatch(TrainerCallback):
+    """
+    Watches that `training_step` and `get_batch_samples` of [`SharpnessAwareMixin`] are called while a trainer trains.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+
+    Raises:
+        `RuntimeError`: At the end of the first step without the call. The message names the method.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._expected = False  # the step that began is to be perturbed
+        self._called = False  # `training_step` was called since
+        self._window: list[Any] = []
+
+    def training_step(self) -> None:
+        """Note that `training_step` was called."""
+        self._called = True
+        # Trainer has this number from what its `get_batch_samples` returned. With one micro-batch nothing depends on it.
+        if self._expected and 1 < self._trainer.current_gradient_accumulation_steps != len(self._window):
+            self._raise("get_batch_samples", "does not know the micro-batches of the optimizer step")
+
+    def begin_window(self, batches: list[Any]) -> None:
+        """Note that `get_batch_samples` was called."""
+        trainer, steps = self._trainer, self._trainer.args.gradient_accumulation_steps
+        within_a_step = (
+            self._called and not trainer.accelerator.sync_gradients and not trainer.control.should_epoch_stop
+        )
+        if self._expected and within_a_step and len(self._window) == 1 < steps:
+            self._raise("get_batch_samples", f"was called for one micro-batch of {steps}, not for all of them")
+        self._window = batches
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._expected, self._called, self._window = False, False, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._expected, self._called = _perturbs(args, state.global_step), False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # Looked at twice: a callback may have changed `rho` meanwhile.
+        if self._expected and not self._called and _perturbs(args, state.global_step - 1):
+            self._raise("training_step", "was not called, so that this would be plain training")
+
+    def _raise(self, method: str, what: str) -> None:
+        raise RuntimeError(f"`{method}` of SharpnessAwareMixin {what} ({type(self._trainer).__name__}). {_INSTEAD}")
+
+
+def _perturbs(args: TrainingArguments, step: int) -> bool:
+    settings = args if isinstance(args, AACEArguments) else AACEArguments()
+    return settings.rho > 0 and step % settings.perturb_every == 0
+
+
+@contextmanager
+def no_optimizer_steps(trainer: Trainer) -> Iterator[None]:
+    """
+    Refuse steps of any optimizer inside this context manager, where weights are perturbed: they would be put back over the update.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer, which the message names.
+
+    Raises:
+        `RuntimeError`: If an optimizer steps.
+    """
+
+    def refuse(optimizer, args, kwargs):
+        raise RuntimeError(
+            f"`training_step` of {type(trainer).__name__} steps {type(optimizer).__name__} itself, while the weights are perturbed: "
+            "the update would be lost. Leave the step to Trainer, or make it in a callback (`on_step_end`)."
+        )
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the images of a dataset that cannot be decoded, and leave them out or refuse them."""
+
+from multiprocessing.pool import ThreadPool
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Image
+from datasets.utils import tqdm
+from transformers.utils import logging
+
+from .images import decode_image, first_few
+
+
+logger = logging.get_logger(__name__)
+
+_CHECKED_AT_ONCE = 256
+
+
+def without_corrupt_images(name: str, splits: DatasetDict, skip: bool) -> DatasetDict:
+    """
+    Decode every image of a dataset, and leave out those that cannot be decoded.
+
+    Args:
+        name (`str`): The name of the dataset, for messages.
+        splits (`DatasetDict`): Its splits, with a column `image`.
+        skip (`bool`): Leave corrupt images out, with a warning that names and counts them, rather than raise an error.
+
+    Returns:
+        `DatasetDict`: The splits without corrupt images.
+
+    Raises:
+        `ValueError`: If an image cannot be decoded and `skip` is false.
+    """
+    corrupt = {split: _find_corrupt(dataset) for split, dataset in splits.items()}
+    problems = [problem for found in corrupt.values() for problem in found.values()]
+    if not problems:
+        return splits
+    found = f"{len(problems)} of the {sum(map(len, splits.values()))} images of {name!r} cannot be read"
+    if not skip:
+        for problem in problems:
+            logger.warning(f"Unreadable: {problem}")
+        raise ValueError(
+            f"{found}: {first_few(problems)}. Replace or delete them, or set `skip_corrupt_images` to leave them out."
+        )
+    logger.warning(f"{found} and are left out: {', '.join(problems)}.")
+    return DatasetDict(
+        {
+            split: dataset.select([index for index in range(len(dataset)) if index not in corrupt[split]])
+            for split, dataset in splits.items()
+        }
+    )
+
+
+def _find_corrupt(dataset: Dataset) -> dict[int, str]:
+    """Map the index of each image that cannot be decoded to the file (or the row) and the reason."""
+    encoded = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
+    problems = {}
+    with ThreadPool() as pool, tqdm(total=len(encoded), desc="Checking the images", delay=1) as bar:
+        # In batches, since the pool takes in all that it is given before the first is done.
+        for batch in encoded.iter(_CHECKED_AT_ONCE):
+            images = batch["image"]
+            for index, (image, problem) in enumerate(
+                zip(images, pool.map(_problem, images), strict=True), start=bar.n
+            ):
+                if problem:
+                    problems[index] = f"{(image and image['path']) or f'row {index}'} ({problem})"
+            bar.update(len(images))
+    return problems
+
+
+def _problem(image: dict[str, Any] | None) -> str | None:
+    if image is None:
+        return "no image"
+    try:
+        decode_image(
+            image, min_size=1
+        )  # reads the whole file, also of a JPEG that is decoded at an eighth of its size
+    except ValueError as error:
+        return str(error.__cause__) or type(error.__cause__).__name__
+    return None

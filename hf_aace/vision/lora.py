@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train low-rank adapters of an image classifier, by peft."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from transformers import PreTrainedModel
+
+from .models import _head_and_last_layer, _trainable_in_32_bits
+
+
+def add_lora(
+    model: PreTrainedModel, *, rank: int = 16, alpha: float = 16.0, target_modules: Sequence[str] = ("all-linear",)
+) -> nn.Module:
+    """
+    Add low-rank adapters (LoRA, Hu et al., [arXiv 2106.09685](https://huggingface.co/papers/2106.09685)) to a classifier.
+    They, the head and the layers that keep running statistics (BatchNorm) are trained, in 32 bits; all else is frozen.
+
+    Training changes running statistics whether or not a layer is frozen, and an adapter without them is another model. So
+    these layers belong to what is saved, in `modules_to_save` of peft, as its documentation advises.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model, modified in place.
+        rank (`int`, *optional*, defaults to `16`): Rank of the adapters.
+        alpha (`float`, *optional*, defaults to `16.0`): The adapters are scaled by `alpha / rank`.
+        target_modules (`Sequence[str]`, *optional*, defaults to `("all-linear",)`):
+            The ends of the names of the layers to adapt; `"all-linear"` means every linear layer but the head.
+
+    Returns:
+        [`~peft.PeftModel`]: The model with its adapters.
+
+    Raises:
+        `ImportError`: If peft is not installed.
+        `ValueError`: If the model has no such layers, or the rank is not positive.
+    """
+    if rank < 1:
+        raise ValueError(f"`lora_rank` must be at least 1, got {rank}.")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("`lora` needs the package peft: pip install 'hf-aace[peft]'.") from error
+    head = {name.rpartition(".")[0] for name in _head_and_last_layer(model)} - {""}
+    with_statistics = {name for name, module in model.named_modules() if _keeps_statistics(module)}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules="all-linear" if list(target_modules) == ["all-linear"] else list(target_modules),
+        exclude_modules=sorted(head),
+        modules_to_save=sorted(head | with_statistics),
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(
+            f"`lora_target_modules` is {list(target_modules)}, which names no layers of {type(model).__name__} that can be "
+            "adapted. Give the ends of the names of some, as `model.named_modules()` lists them (in a ResNet, "
+            f"`convolution`). peft says: {str(error).strip().splitlines()[0]}"
+        ) from error
+    _trainable_in_32_bits(adapted)
+    for module in adapted.modules():
+        if _keeps_statistics(module):
+            module.float()  # the statistics too: small updates of a running mean would be rounded away
+    return adapted
+
+
+def merge_lora(model: nn.Module) -> PreTrainedModel:
+    """
+    Merge the adapters of a classifier into its weights, so that it loads without peft.
+
+    Args:
+        model ([`~peft.PeftModel`]): The model that [`add_lora`] returned. Its weights are modified in place.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The classifier, with weights in 32 bits, since 16 would round the adapters away.
+    """
+    return model.float().merge_and_unload()
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) and module.running_mean is not None

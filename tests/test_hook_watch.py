@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A method that the ascent hangs on and that is not called any more, by a subclass or a later Transformers, stops the run."""
+
+import pytest
+import torch
+from comparison import train
+from tiny import convnext, digits, identical, weights
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_aace import AACEConfig, AACETrainer, SharpnessAwareMixin
+
+
+ACCUMULATION = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4}
+
+
+class WithoutTrainingStep(AACETrainer):
+    def training_step(self, *args, **kwargs):
+        return Trainer.training_step(self, *args, **kwargs)
+
+
+class TrainerThatCallsAnotherStep(Trainer):
+    """As a later Transformers might: the step has another name there."""
+
+    def _run_epoch(self, *args, **kwargs):
+        ours, self.training_step = self.training_step, lambda *step, **rest: Trainer.training_step(self, *step, **rest)
+        try:
+            return super()._run_epoch(*args, **kwargs)
+        finally:
+            self.training_step = ours
+
+
+class OverAnotherStep(SharpnessAwareMixin, TrainerThatCallsAnotherStep):
+    pass
+
+
+class WithoutWindow(AACETrainer):
+    def get_batch_samples(self, *args, **kwargs):
+        return Trainer.get_batch_samples(self, *args, **kwargs)
+
+
+class WindowOfAnotherLength(AACETrainer):
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        return [*batches, batches[0]], items
+
+
+class OneMicroBatchAtATime(AACETrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.get_batch_samples(iter([inputs]), 1, self.args.device)
+        self.current_gradient_accumulation_steps = 1
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("cls", "method", "settings"),
+    [
+        (WithoutTrainingStep, "training_step", {}),
+        (WithoutTrainingStep, "training_step", ACCUMULATION),
+        (OverAnotherStep, "training_step", {}),
+        (WithoutWindow, "get_batch_samples", ACCUMULATION),
+        (WithoutWindow, "get_batch_samples", {**ACCUMULATION, "ascent_scope": "full_batch"}),
+        (WindowOfAnotherLength, "get_batch_samples", {**ACCUMULATION, "ascent_scope": "full_batch"}),
+        (OneMicroBatchAtATime, "get_batch_samples", ACCUMULATION),
+    ],
+)
+def test_a_call_that_is_taken_away_stops_the_run_before_the_second_step(cls, method, settings, tmp_path):
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    with pytest.raises(RuntimeError, match=rf"`{method}` of SharpnessAwareMixin .*\({cls.__name__}\)"):
+        train(cls, AACEConfig, convnext(), tmp_path, rho=0.1, callbacks=[Count()], **settings)
+    assert len(steps) <= 1
+
+
+@pytest.mark.parametrize("cls", [WithoutTrainingStep, OverAnotherStep, WithoutWindow, OneMicroBatchAtATime])
+def test_plain_training_is_not_watched(cls, tmp_path):
+    plain = train(Trainer, TrainingArguments, convnext(), tmp_path, steps=3)
+    ours = train(cls, AACEConfig, convnext(), tmp_path, steps=3, rho=0.0)
+    assert identical(weights(plain.model), weights(ours.model))
+
+
+class StepsItself(Trainer):
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        self.optimizer.step()
+        model.zero_grad()
+        return loss
+
+
+class StepsASecondOptimizer(Trainer):
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        torch.optim.SGD(model.classifier.parameters(), lr=0.1).step()
+        return loss
+
+
+@pytest.mark.parametrize("base", [StepsItself, StepsASecondOptimizer])
+def test_an_optimizer_that_steps_while_the_weights_are_perturbed_is_refused(base, tmp_path):
+    """The weights would be put back over its update: nothing would be trained, with plausible logs."""
+
+    class Mine(SharpnessAwareMixin, base):
+        pass
+
+    model = convnext()
+    before = weights(model)
+    with pytest.raises(
+        RuntimeError, match=r"`training_step` of Mine steps \w+ itself, while the weights are perturbed"
+    ):
+        train(Mine, AACEConfig, model, tmp_path, rho=0.5)
+    assert identical(before, weights(model))
+    assert train(Mine, AACEConfig, convnext(), tmp_path, rho=0.0).state.global_step == 6
+
+
+def test_what_steps_outside_the_perturbation_is_not_refused(tmp_path):
+    """The hook is on every optimizer of the process, but only for as long as the weights are perturbed."""
+
+    class Other(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            parameter = torch.nn.Parameter(torch.ones(2))
+            parameter.sum().backward()
+            torch.optim.SGD([parameter], lr=0.1).step()
+
+    assert train(AACETrainer, AACEConfig, convnext(), tmp_path, rho=0.1, callbacks=[Other()]).state.global_step == 6
+
+
+class Raises(TrainerCallback):
+    """Raises `rho` from 0, or sets it to 0, in the course of training."""
+
+    def __init__(self, event, rho):
+        self.rho = rho
+        setattr(self, event, self.change)
+
+    def change(self, args, state, control, **kwargs):
+        if state.global_step >= 2:
+            args.rho = self.rho
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_step_end"])
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_callbacks_that_change_rho_raise_no_alarm(event, rho, tmp_path):
+    trainer = train(
+        AACETrainer, AACEConfig, convnext(), tmp_path, rho=0.1 - rho, callbacks=[Raises(event, rho)], **ACCUMULATION
+    )
+    assert trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
+def test_an_epoch_that_ends_within_an_optimizer_step_raises_no_alarm(scope, tmp_path):
+    class Stop(TrainerCallback):
+        stopped = ()
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step in (1, 2) and state.global_step not in self.stopped
+            self.stopped += (state.global_step,)
+
+    trainer = train(
+        AACETrainer, AACEConfig, convnext(), tmp_path, rho=0.1, callbacks=[Stop()], ascent_scope=scope,
+        rows=digits(40), **ACCUMULATION,
+    )  # fmt: skip
+    assert trainer.state.global_step == 2  # of the two epochs' 6 steps
