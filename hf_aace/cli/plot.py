@@ -2,15 +2,13 @@
 """`hf-aace plot` draws runs side by side."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from ..analysis.figures import plot_dynamics, plot_landscapes, plot_paths
 from ..analysis.landscape import loss_path, loss_surface
-from .output import HelpFormatter
+from .parser import OptionParser, option
 from .runs import Run, RunArguments, open_runs, progress
 from .sharpness import MEASURES_NAME, weights_key
 
@@ -23,44 +21,31 @@ _POINTS_OF_PATH = 41
 class PlotArguments:
     """The options that say what to draw."""
 
-    figures: list[str] = field(
-        default_factory=lambda: list(_FIGURES),
-        metadata={
-            "help": "`dynamics`: the logs of the runs, and what `hf-aace sharpness` measured of their checkpoints; `contour`, "
-            "`surface`: the loss around the first run of each name; `path`: the loss on the line from the first run of the first "
-            "name to that of each other."
-        },
+    figures: list[str] = option(  # noqa: RUF009
+        list(_FIGURES),
+        "`dynamics`: the logs of the runs, and what `hf-aace sharpness` measured of their checkpoints; `contour`, "
+        "`surface`: the loss around the first run of each name; `path`: the loss on the line from the first run of the first "
+        "name to that of each other.",
     )
-    directions: str = field(
-        default="random",
-        metadata={
-            "help": "The plane of contour and surface: `random` (filter-normalized) or `eigenvectors` (Hessian)."
-        },
+    directions: str = option(
+        "random", "The plane of contour and surface: `random` (filter-normalized) or `eigenvectors` (Hessian)."
     )
-    radius: float | None = field(
-        default=None,
-        metadata={
-            "help": "Half the side of the plane. By default 1 (times the norm of each filter), or 0.3 along eigenvectors."
-        },
+    radius: float | None = option(
+        None, "Half the side of the plane. By default 1 (times the norm of each filter), or 0.3 along eigenvectors."
     )
-    points: int = field(
-        default=21, metadata={"help": "Points on a side of the plane; the images are read points**2 times."}
-    )
-    formats: list[str] = field(default_factory=lambda: ["png", "svg"], metadata={"help": "Formats of the pictures."})
-    width: float = field(
-        default=3.4, metadata={"help": "Width of the pictures in inches: 3.4 is one column of a page, 7 two."}
-    )
-    output_dir: str = field(default="runs/plot", metadata={"help": "Where the pictures go."})
+    points: int = option(21, "Points on a side of the plane; the images are read points**2 times.")
+    formats: list[str] = option(["png", "svg"], "Formats of the pictures.")  # noqa: RUF009
+    width: float = option(3.4, "Width of the pictures in inches: 3.4 is one column of a page, 7 two.")
+    output_dir: str = option("runs/plot", "Where the pictures go.")
 
 
 def run(argv: list[str]) -> int:
     """Run the command with the arguments `argv`. Returns the exit code."""
-    parser = HfArgumentParser(
+    parser = OptionParser(
         (RunArguments, PlotArguments),
+        {},
         prog="hf-aace plot",
         description="Draws runs of `hf-aace train` side by side: how they trained, and the loss around the weights they found.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="The output_dir of a run.")
     run_args, options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)

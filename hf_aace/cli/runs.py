@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +21,27 @@ from ..vision.datasets import load_image_dataset
 from ..vision.images import image_transform
 from ..vision.models import model_classes
 from .options import TRAIN_OPTIONS_NAME, checkpoints_in, last_part, pick_device, train_options
+from .parser import option
 
 
 @dataclass
 class RunArguments:
     """The options that say how to read runs: their names, and which images to use."""
 
-    names: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "A name for each run, in their order; runs of one name are averaged. By default the method and its rho, "
-            "or the name of the folder."
-        },
+    names: list[str] | None = option(  # noqa: RUF009
+        None,
+        "A name for each run, in their order; runs of one name are averaged. By default the method and its rho, "
+        "or the name of the folder.",
     )
-    split: str = field(
-        default="train", metadata={"help": "The images: `train`, with the labels that the run saw, or `test`."}
-    )
-    max_samples: int = field(
-        default=1000, metadata={"help": "Use this many images at most, drawn at random; they are held in memory."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "The dataset, if not that of the run (or if the run does not say)."}
-    )
-    train_size: int | None = field(default=None, metadata={"help": "As for `hf-aace train`, if not that of the run."})
-    label_noise: float | None = field(
-        default=None, metadata={"help": "As for `hf-aace train`, if not that of the run."}
-    )
-    data_seed: int | None = field(
-        default=None, metadata={"help": "The seed that drew `train_size` and `label_noise`, if not that of the run."}
-    )
-    batch_size: int = field(default=200, metadata={"help": "Images at a time."})
-    device: str = field(default="auto", metadata={"help": "`cpu`, `cuda`, or `auto`: a GPU if there is one."})
-    seed: int = field(
-        default=0, metadata={"help": "Draws images, directions and starting vectors, the same for all runs."}
-    )
+    split: str = option("train", "The images: `train`, with the labels that the run saw, or `test`.")
+    max_samples: int = option(1000, "Use this many images at most, drawn at random; they are held in memory.")
+    dataset_name: str | None = option(None, "The dataset, if not that of the run (or if the run does not say).")
+    train_size: int | None = option(None, "As for `hf-aace train`, if not that of the run.")
+    label_noise: float | None = option(None, "As for `hf-aace train`, if not that of the run.")
+    data_seed: int | None = option(None, "The seed that drew `train_size` and `label_noise`, if not that of the run.")
+    batch_size: int = option(200, "Images at a time.")
+    device: str = option("auto", "`cpu`, `cuda`, or `auto`: a GPU if there is one.")
+    seed: int = option(0, "Draws images, directions and starting vectors, the same for all runs.")
 
     def check(self) -> None:
         """

@@ -3,18 +3,18 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import sem
-from transformers import HfArgumentParser
 
 from ..analysis.figures import plot_margins, plot_minimum, plot_sharpness
 from ..analysis.sharpness import measure_sharpness
-from .output import HelpFormatter, table
+from .output import table
+from .parser import OptionParser, option
 from .runs import Run, RunArguments, open_runs, progress
 
 
@@ -40,34 +40,29 @@ _ROWS = (
 class SharpnessArguments:
     """The options that say what to measure, as for [`~hf_aace.analysis.sharpness.measure_sharpness`]."""
 
-    rho: float = field(default=0.05, metadata={"help": "Radius of the ball for SAM sharpness and m-sharpness."})
-    adaptive_rho: float = field(default=0.5, metadata={"help": "Radius of the ball for adaptive sharpness (ASAM)."})
-    average_rho: float = field(default=1.0, metadata={"help": "Radius of the sphere for the average sharpness."})
-    m: int = field(default=16, metadata={"help": "Samples in a group, for m-sharpness. 0 leaves it out."})
-    steps: int = field(default=20, metadata={"help": "Gradients to find the highest loss in a ball."})
-    directions: int = field(default=20, metadata={"help": "Random directions for the average sharpness."})
-    eigenvalues: int = field(
-        default=5, metadata={"help": "Number of Hessian eigenvalues. 0 leaves out the trace too."}
+    rho: float = option(0.05, "Radius of the ball for SAM sharpness and m-sharpness.")
+    adaptive_rho: float = option(0.5, "Radius of the ball for adaptive sharpness (ASAM).")
+    average_rho: float = option(1.0, "Radius of the sphere for the average sharpness.")
+    m: int = option(16, "Samples in a group, for m-sharpness. 0 leaves it out.")
+    steps: int = option(20, "Gradients to find the highest loss in a ball.")
+    directions: int = option(20, "Random directions for the average sharpness.")
+    eigenvalues: int = option(5, "Number of Hessian eigenvalues. 0 leaves out the trace too.")
+    products: int = option(30, "Products with the Hessian for its trace.")
+    checkpoints: bool = option(
+        False, "Measure every checkpoint of each run too, for `hf-aace plot` to draw over time."
     )
-    products: int = field(default=30, metadata={"help": "Products with the Hessian for its trace."})
-    checkpoints: bool = field(
-        default=False,
-        metadata={"help": "Measure every checkpoint of each run too, for `hf-aace plot` to draw over time."},
-    )
-    output_dir: str = field(
-        default="runs/sharpness",
-        metadata={"help": "Where sharpness.json, and the pictures sharpness and margins as .png and .svg, go."},
+    output_dir: str = option(
+        "runs/sharpness", "Where sharpness.json, and the pictures sharpness and margins as .png and .svg, go."
     )
 
 
 def run(argv: list[str]) -> int:
     """Run the command with the arguments `argv`. Returns the exit code."""
-    parser = HfArgumentParser(
+    parser = OptionParser(
         (RunArguments, SharpnessArguments),
+        {},
         prog="hf-aace sharpness",
         description="Measures how sharp the minima are that runs of `hf-aace train` found, on their own data.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "run_dirs", nargs="+", metavar="RUN_DIR", help="The output_dir of a run, or a checkpoint in it."
