@@ -372,7 +372,7 @@ def check_precision(parameters: Iterable[torch.Tensor]) -> None:
         parameters (iterable of `torch.Tensor`): The parameters to be perturbed.
 
     Raises:
-        `ValueError`: If one of them is of 16 bits or fewer: a step of, say, 5e-6 on a weight of 0.02 is then
+        `ValueError`: If one of them is of 16 bits or fewer: a step of 5e-6, for example, on a weight of 0.02 is then
             rounded away.
     """
     for parameter in parameters:

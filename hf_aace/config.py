@@ -251,7 +251,7 @@ class AACEConfig(AACEArguments, TrainingArguments):
             - `"asam"` (Kwon et al., [arXiv 2102.11600](https://huggingface.co/papers/2102.11600)): as `"sam"`, and adaptive,
               `rho=0.5`.
         rho (`float`, *optional*):
-            Size of the ascent step, `>= 0`. Un-normalised it is a step size, in units of weight per unit of gradient;
+            Size of the ascent step, `>= 0`. Un-normalized it is a step size, in units of weight per unit of gradient;
             with `normalize_perturbation` it is a length in weight space. Independent of accumulation steps, number of
             processes, label smoothing and the fp16 loss scale. The default is the method's; with
             `perturb_modules="norm"`, whose steps are longer, 10 for AACE and 1 for SAM and ASAM. `0` is plain training, bit for

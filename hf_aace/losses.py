@@ -53,7 +53,7 @@ def aace_loss(
 
     Args:
         logits (`torch.Tensor` of shape `(batch, classes)`):
-            Unnormalised scores, at least two classes.
+            Unnormalized scores, at least two classes.
         labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`):
             Integer class indices, or probabilities of the classes (mixup, cutmix). For probabilities the loss is its
             expectation over the label, `sum_c labels[c] * loss(c)`.
