@@ -220,7 +220,7 @@ def test_images_behind_links_to_folders_are_found():
 
 @pytest.mark.parametrize("from_run", [False, True])
 def test_values_of_twelve_bits_are_scaled_as_the_option_or_the_run_says(from_run):
-    model, _ = save_model("model", COLOURS)
+    save_model("model", COLOURS)
     pattern = np.random.default_rng(0).integers(0, 2, (8, 8))
     for folder, image in (
         ("deep", PIL.Image.fromarray((4095 * pattern).astype(np.uint16))),
