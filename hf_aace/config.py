@@ -260,9 +260,9 @@ class AACEConfig(AACEArguments, TrainingArguments):
             The loss whose gradient gives the ascent step: `"aace"` (descended: away from the true class) or
             `"cross_entropy"` (ascended, as SAM does). Always the mean over the samples, without label smoothing.
         normalize_perturbation (`bool`, *optional*):
-            Whether to divide the step by the norm of the gradient.
+            Divide the step by the norm of the gradient.
         adaptive_perturbation (`bool`, *optional*):
-            Whether to scale the step by the squared weights, element by element.
+            Scale the step by the squared weights, element by element.
         aace_target (`str`, *optional*, defaults to `"adaptive"`):
             The adversarial target over the wrong classes: `"adaptive"` (the model's own probabilities, the method),
             `"uniform"`, or `"random"` (one wrong class drawn for each sample). The last two are the paper's ablations.
@@ -286,7 +286,7 @@ class AACEConfig(AACEArguments, TrainingArguments):
             That gradient is kept, in memory of the size of the perturbed parameters, but in no checkpoint: the step after a
             save takes an ascent pass of its own. BatchNorm updates its running statistics on steps with an ascent pass only.
         perturb_modules (`str`, *optional*):
-            Which trainable parameters are perturbed. Defaults to all. `"norm"` means those of the normalization layers (SAM-ON,
+            The trainable parameters to perturb. Defaults to all. `"norm"` means those of the normalization layers (SAM-ON,
             Müller et al., [arXiv 2306.04226](https://huggingface.co/papers/2306.04226)), less than a hundredth of all: the
             backward pass of the ascent then takes no gradient of the other weights, a third of its operations (a compiled one
             takes them all), and only these are copied. Anything else is a regular expression, searched (`re.search`) in the names

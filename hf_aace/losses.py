@@ -65,7 +65,7 @@ def aace_loss(
         reduction (`str`, *optional*, defaults to `"mean"`):
             `"mean"` over the samples that count (NaN if there is none, as in PyTorch), `"sum"`, or `"none"`.
         generator (`torch.Generator`, *optional*):
-            What random targets are drawn from, on the device of the logits. Defaults to torch's global generator.
+            Generator of the random targets, on the device of the logits. Defaults to torch's global generator.
 
     Returns:
         `torch.Tensor`: The loss, a scalar, or of shape `(batch,)` for `reduction="none"` (0 where ignored).

@@ -26,6 +26,7 @@ def write_model_card(
     settings: AACEArguments,
     first_step: int = 0,
     tags: str | list[str] | None = None,
+    facts: dict[str, str] | None = None,
     **metadata: Any,
 ) -> None:
     """
@@ -36,7 +37,8 @@ def write_model_card(
         settings ([`AACEArguments`]): Its settings of sharpness-aware training.
         first_step (`int`, *optional*, defaults to 0): The step that the last training began at; above 0 it was resumed.
         tags (`str` or `list[str]`, *optional*): Tags besides those of the trainer and those of a card that is there.
-        **metadata: What else [`~transformers.Trainer.create_model_card`] takes.
+        facts (`dict[str, str]`, *optional*): Facts about the run by title, for the section on the training.
+        **metadata: Everything else that [`~transformers.Trainer.create_model_card`] takes.
     """
     path = Path(trainer.args.output_dir, "README.md")
     present = ModelCard.load(path).data if path.is_file() else ModelCardData()
@@ -56,6 +58,7 @@ def write_model_card(
         log_history=history,
         best=best,
         first_step=first_step,
+        facts=facts or {},
         hardware=describe_hardware(trainer.args.device, trainer.args.world_size),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +74,7 @@ def model_card_text(
     model_id: str,
     log_history: list[dict[str, Any]],
     hardware: str,
+    facts: dict[str, str] | None = None,
     first_step: int = 0,
     best: bool = False,
 ) -> str:
@@ -83,6 +87,7 @@ def model_card_text(
         model_id (`str`): The name to load the model by.
         log_history (`list[dict]`): `trainer.state.log_history`.
         hardware (`str`): The hardware that it was trained on, in words.
+        facts (`dict[str, str]`, *optional*): Facts about the run by title.
         first_step (`int`, *optional*, defaults to 0): The step that the last training began at.
         best (`bool`, *optional*, defaults to `False`): The results are those of the best evaluation, not of the last one.
 
@@ -104,6 +109,7 @@ def model_card_text(
         base=summary.finetuned_from,  # none from scratch, or of a local folder, whose path is nobody's business
         datasets=[name for name in _as_list(summary.dataset) if name],
         settings=settings,
+        facts=facts or {},
         method=method_title(settings),
         fields={name: getattr(settings, name) for name in names if name != "method"},
         task=next(iter(_as_list(summary.tasks)), None),

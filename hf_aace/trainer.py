@@ -214,7 +214,12 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
         super().__init__(*args, **kwargs)
 
     def create_model_card(
-        self, language: str | None = None, license: str | None = None, tags: str | list[str] | None = None, **kwargs
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        facts: dict[str, str] | None = None,
+        **kwargs,
     ) -> None:
         """
         Writes the model card, `README.md` in the output directory: Trainer's metadata, and a text that tells the settings,
@@ -224,11 +229,13 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
             language (`str`, *optional*): The language of the model, if it has one.
             license (`str`, *optional*): The licence. Defaults to that of the model on the Hub that it started from.
             tags (`str` or `list[str]`, *optional*): Tags besides those of the trainer and those of a card that is there.
-            **kwargs: What else [`~transformers.Trainer.create_model_card`] takes.
+            facts (`dict[str, str]`, *optional*): Facts about the run by title, for the section on the training.
+            **kwargs: Everything else that [`~transformers.Trainer.create_model_card`] takes.
         """
         if self.is_world_process_zero():
             first_step = self._ascent.first_step
-            write_model_card(self, self._ascent.args, first_step, tags, language=language, license=license, **kwargs)
+            metadata = {"language": language, "license": license, **kwargs}
+            write_model_card(self, self._ascent.args, first_step, tags, facts, **metadata)
 
 
 def _load_model(name: str) -> PreTrainedModel:

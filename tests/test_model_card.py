@@ -154,3 +154,9 @@ def test_results_are_those_of_the_weights_that_are_saved(which, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(entry["eval_loss"], rel=1e-4)
     trainer.create_model_card()
     assert "Last evaluation" in ModelCard.load(tmp_path / "README.md").text
+
+
+def test_card_lists_the_facts_that_it_is_given(tmp_path):
+    facts = {"Images": "64 for training, 32 for the test", "Steps": "2 of 16 images"}
+    text = card(tmp_path, write=lambda trainer: trainer.create_model_card(facts=facts))[0].text
+    assert "- Images: 64 for training, 32 for the test\n- Steps: 2 of 16 images\n" in text

@@ -114,13 +114,13 @@ def check_logits_follow_weights(
         for module in around:
             module.training = not isinstance(module, _NormBase)
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(run().sum(), [p], materialize_grads=True)
+            (gradient,) = _gradients(run().sum(), [p])
         model.eval()
         return float(gradient.norm())
 
     with torch.enable_grad():
         base = projected()
-        gradients = torch.autograd.grad(base.sum(), parameters, materialize_grads=True)
+        gradients = _gradients(base.sum(), parameters)
     base = base.detach()
     noise = 1e-5 * float(base.norm())
     visible = 1e-6 * max(float(gradient.norm()) for gradient in gradients)
@@ -141,6 +141,12 @@ def check_logits_follow_weights(
                 "derives that anew."
             )
     return True
+
+
+def _gradients(value: torch.Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[torch.Tensor]:
+    if not value.requires_grad:  # derived from the weights without a graph, all of it
+        return [torch.zeros_like(p) for p in parameters]
+    return torch.autograd.grad(value, parameters, materialize_grads=True)
 
 
 def _may_keep_derived_state(model: nn.Module, state: dict[int, int]) -> bool:

@@ -105,7 +105,7 @@ def run(argv: list[str]) -> int:
     evaluate = shlex.join(["hf-aace", "evaluate", "--model_name_or_path", training_args.output_dir])
     with if_interrupted(f"The trained model is saved. To measure it on the test images:\n{evaluate}"):
         metrics = _evaluate(trainer, dataset, data_args)
-    card = _card(model_args, data_args)
+    card = {**_card(model_args, data_args), "facts": facts}
     trainer.create_model_card(**card)
     if training_args.push_to_hub:
         _push(trainer, card)

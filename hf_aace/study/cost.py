@@ -101,7 +101,7 @@ def measure(
         warmup (`int`):
             The number of rounds before that.
         peers (`bool`, *optional*, defaults to `False`):
-            Whether to measure pytorch_optimizer's SAM too, in the loop that its documentation recommends.
+            Measure pytorch_optimizer's SAM too, in the loop that its documentation recommends.
 
     Returns:
         `list[Measurement]`: A measurement for each method, then one for each peer.

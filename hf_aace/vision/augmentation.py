@@ -168,7 +168,7 @@ class AugmentedTrainer(Trainer):
         augmentation (`Callable[[dict, int], dict]`, *optional*):
             Makes, from a batch and a seed, the batch to train on, such as an [`Augmentation`]. By default, batches are not changed.
         *args, **kwargs:
-            What [`~transformers.Trainer`] takes.
+            Everything else that [`~transformers.Trainer`] takes.
     """
 
     def __init__(

@@ -146,7 +146,7 @@ def load_classifier(
     """
     if model_name_or_path in BUILTIN_MODELS:
         raise ValueError(
-            f"`model_name_or_path` is {model_name_or_path!r}, a built-in model that is not trained yet: give the folder of a "
+            f"`model_name_or_path` is {model_name_or_path!r}, a model to train that knows nothing yet: give the folder of a "
             "run of `hf-aace train`."
         )
     if Path(model_name_or_path, "adapter_config.json").is_file():

@@ -44,7 +44,7 @@ class WeightedCrossEntropy:
 
         Args:
             outputs (`ModelOutput`, `tuple` or `torch.Tensor`):
-                What the model returned: with `logits` of shape `(batch, classes)`, a tuple that begins with them, or the
+                The outputs of the model: with `logits` of shape `(batch, classes)`, a tuple that begins with them, or the
                 logits themselves.
             labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`):
                 Class indices, where -100 does not count, or probabilities of the classes.

@@ -156,6 +156,20 @@ class ModulePutInPlace(Scaled):
         return self.fused(x)
 
 
+class ExportedByEval(Scaled):
+    """Answers in evaluation mode by a copy that `eval()` makes of the whole network."""
+
+    def train(self, mode=True):
+        self.kept = None if mode else {name: p.detach().clone() for name, p in self.named_parameters()}
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.kept is None:
+            return super().forward(x)
+        hidden = F.linear(x, self.kept["first.weight"], self.kept["first.bias"])
+        return F.linear(F.gelu(hidden) * self.kept["v"].exp(), self.kept["head.weight"], self.kept["head.bias"])
+
+
 def evaluated(model):
     """Bring a model into the state after an evaluation. Returns its answers."""
     with torch.no_grad():
@@ -193,7 +207,8 @@ def test_what_train_drops_is_derived_from_the_moved_weights(model, reference, be
 
 
 @pytest.mark.parametrize(
-    "model", [KeptUntilTrain, KeptByDevice, FusedInEval, DerivedByEval, InBuffer, Merged, ModulePutInPlace]
+    "model",
+    [KeptUntilTrain, KeptByDevice, FusedInEval, DerivedByEval, ExportedByEval, InBuffer, Merged, ModulePutInPlace],
 )
 def test_afterwards_the_model_answers_as_before_and_keeps_what_it_kept(model):
     model = model()
@@ -238,6 +253,7 @@ def test_levit_is_measured_with_the_biases_of_the_moved_weights(name):
     ("model", "parameter"),
     [
         (DerivedByEval, "'v' of DerivedByEval"),
+        (ExportedByEval, "'v' of ExportedByEval"),
         (DroppedByForward, "'v' of DroppedByForward"),
         (InBuffer, "'v' of InBuffer"),
         (Merged, "'a' of Merged"),
