@@ -65,14 +65,15 @@ def test_the_folder_of_an_adapter_as_model_trains_the_head_alone(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
 def test_lora_on_swiftformer_trains_every_layer_called_norm():
-    """Its head has a BatchNorm of that name, and peft matches what it saves whole by the ends of the names."""
+    """They are BatchNorms, whose statistics training changes: all of these are saved with the adapters."""
     pytest.importorskip("peft")
     model = image_classifier("SwiftFormerForImageClassification")
     called_norm = {name for name, _ in model.named_modules() if name.split(".")[-1] == "norm"}
+    with_statistics = {name for name, module in model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
     adapted = add_lora(model, rank=2)
     whole = {
         name.removeprefix("base_model.model.").split(".modules_to_save")[0]
         for name, p in adapted.named_parameters()
         if p.requires_grad and "lora_" not in name
     }
-    assert whole == called_norm | {"head", "dist_head"} and len(called_norm) > 1
+    assert whole == with_statistics | {"head", "dist_head"} and called_norm < whole

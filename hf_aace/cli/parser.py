@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from transformers import HfArgumentParser
@@ -83,7 +83,7 @@ class OptionParser(HfArgumentParser):
             kwargs |= {"nargs": "?", "const": True, "metavar": "true|false"}
         elif kind in (int, float, str):
             kwargs.setdefault("metavar", {int: "N", float: "X", str: "TEXT"}[kind])
-        elif kind is dict:
+        elif get_origin(kind) is dict:
             kwargs |= {"type": json.loads, "metavar": "JSON"}
         title = self._titles.get(kwargs.get("dest", flags[0].lstrip("-")))
         if title is not None:

@@ -215,6 +215,11 @@ def test_an_option_that_cannot_be_followed_is_refused_before_training(name, word
     assert expected in train(words)
 
 
+def fork_workers():
+    """Those that load images, as in a user's process; here they would be started as the process itself was."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
 @pytest.mark.slow
 def test_every_option_works_or_is_refused_in_one_sentence(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -222,8 +227,7 @@ def test_every_option_works_or_is_refused_in_one_sentence(monkeypatch):
     context = multiprocessing.get_context("forkserver")  # each in a process of its own: some change global settings
     context.set_forkserver_preload(["hf_aace.cli.train"])
     wrong = {}
-    begin = (multiprocessing.set_start_method, ("fork", True))  # for the workers that load images, as a user has it
-    with ProcessPoolExecutor(1, context, *begin, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(1, context, fork_workers, max_tasks_per_child=1) as pool:
         futures = {words: (pool.submit(train, words), expected) for _, words, expected in CASES}
         for words, (future, expected) in futures.items():
             try:
