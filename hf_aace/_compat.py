@@ -115,18 +115,3 @@ def _without_input_embeddings(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model.get_input_embeddings
-
-
-# evaluate 0.4.6 looks for `transformers.TFPreTrainedModel`, which transformers 5 no longer has, unless it gets a model to make
-# a pipeline of. Use `evaluate.evaluator("image-classification")` when the oldest supported evaluate does without.
-
-
-def image_classification_evaluator():
-    """Make the evaluator for image classification, which takes pipelines only."""
-    from evaluate.evaluator import ImageClassificationEvaluator  # slow to import, and the trainer does without
-
-    class OfPipelines(ImageClassificationEvaluator):
-        def prepare_pipeline(self, model_or_pipeline, *args, **kwargs):
-            return model_or_pipeline
-
-    return OfPipelines()

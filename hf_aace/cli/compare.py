@@ -19,8 +19,10 @@ from ..study.plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_b
 from ..study.runner import Runner, run_options
 from ..study.statistics import Candidate, candidates_of, choose, rho_values, short_name, summarize
 from . import main
-from .options import DataArguments, ModelArguments, config_as_options, last_part
+from .checks import check_training
+from .options import DataArguments, ModelArguments, last_part
 from .output import HelpFormatter, table, write_report
+from .parser import config_as_options
 from .train import train_parser
 
 
@@ -168,7 +170,8 @@ class Study:
         self.searched = {method for method, count in Counter(each.method for each in candidates).items() if count > 1}
         for candidate in candidates:
             # Bad options are to be told before the first run, not by the last one.
-            model, data, _ = train_arguments(run_options(self.folder, self._options, candidate, self.seeds[0]))
+            model, data, training = train_arguments(run_options(self.folder, self._options, candidate, self.seeds[0]))
+            check_training(model, data, training)
             if candidate.method in self.searched and data.validation_size == 0:
                 raise ValueError("`validation_size` is 0, but it takes validation images to choose between settings.")
             if "accuracy" not in data.metrics:
@@ -196,9 +199,7 @@ class Study:
 
 def train_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, AACEConfig]:
     """Read options of `hf-aace train`, with their defaults."""
-    model, data, _, training, *_ = train_parser(argv).parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    model, data, _, training = train_parser(argv).read(argv)
     return model, data, training
 
 

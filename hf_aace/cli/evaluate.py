@@ -28,7 +28,7 @@ from .runs import in_the_classes_of
 
 @dataclass
 class EvaluationArguments(ImagesArguments):
-    """Which images to evaluate on, and what to measure."""
+    """The images to evaluate on, and what to measure."""
 
     dataset_name: str | None = option(
         None,

@@ -22,7 +22,7 @@ _LAUNCHED = "HF_AACE_LAUNCHED"
 
 @dataclass
 class LaunchArguments:
-    """Which processes to train in, as for `accelerate launch`."""
+    """The processes to train in, as for `accelerate launch`."""
 
     accelerate_config: str | None = option(
         None,

@@ -19,7 +19,7 @@ TRAIN_OPTIONS_NAME = "train_options.json"
 
 @dataclass
 class PretrainedArguments:
-    """Which model to load."""
+    """The model to load."""
 
     model_name_or_path: str | None = option(None, "The model: a local folder, or a model id on the Hub. Needed.")
     model_revision: str = option("main", "Branch, tag or commit of a model on the Hub, to pin what is loaded.")
@@ -31,7 +31,7 @@ class PretrainedArguments:
 
 @dataclass
 class ModelArguments(PretrainedArguments):
-    """Which model to train, and which part of it."""
+    """The model to train, and which part of it."""
 
     model_name_or_path: str = option(
         "convnext-tiny-digits",
@@ -65,7 +65,7 @@ class ModelArguments(PretrainedArguments):
 
 @dataclass
 class ImagesArguments:
-    """Which labelled images."""
+    """The labeled images."""
 
     dataset_name: str = option(
         "digits",
@@ -93,7 +93,7 @@ class ImagesArguments:
 
 @dataclass
 class DataArguments(ImagesArguments):
-    """Which images to train on, and what to measure."""
+    """The images to train on, and what to measure."""
 
     streaming: bool = option(
         False,

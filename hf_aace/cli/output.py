@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands print and write: help, tables for a terminal, numbers as JSON."""
+"""Help, tables for a terminal, and numbers as JSON, as the commands print and write them."""
 
 import argparse
 import json

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets.utils import tqdm
 
-from ..vision.datasets import files_in
+from ..vision.folders import files_in
 from ..vision.images import IMAGE_SUFFIXES
 from ..vision.inference import classify
 from .checks import check_folder
@@ -22,7 +22,7 @@ from .parser import command_parser, option
 
 @dataclass
 class PredictionArguments:
-    """Which images to classify."""
+    """The images to classify."""
 
     images: str | None = option(None, "A folder, whose images are taken at any depth, or a single image. Needed.")
     output_file: str = option(

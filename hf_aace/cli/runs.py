@@ -150,7 +150,7 @@ class Run:
             `ValueError`: If neither the run nor the arguments say which data to use, or the model does not know the classes
                 of the data.
         """
-        others = ("validation_size", "image_column_name", "label_column_name", "skip_corrupt_images")
+        others = ("validation_size", "image_column_name", "label_column_name", "skip_corrupt_images", "image_range")
         options = {name: self.options[name] for name in others if name in self.options}
         for name in ("dataset_name", "train_size", "label_noise"):
             options[name] = self.options.get(name) if getattr(args, name) is None else getattr(args, name)
@@ -170,7 +170,8 @@ class Run:
         dataset = in_the_classes_of(AutoConfig.from_pretrained(self.folder).id2label, dataset)
         if len(dataset) > args.max_samples:
             dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
-        dataset = dataset.with_transform(image_transform(AutoImageProcessor.from_pretrained(self.folder)))
+        processor = AutoImageProcessor.from_pretrained(self.folder)
+        dataset = dataset.with_transform(image_transform(processor, image_range=self.options.get("image_range")))
         parts = [dataset[start : start + args.batch_size] for start in range(0, len(dataset), args.batch_size)]
         return [{**part, "labels": torch.tensor(part["labels"])} for part in parts]
 

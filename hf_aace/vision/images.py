@@ -4,6 +4,7 @@
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -176,27 +177,33 @@ def image_transform(
         `pixel_values`, and more for some models. Images may be decoded, or encoded in a column cast to `Image(decode=False)`;
         [`decode_image`] converts them, and raises a `ValueError` with the name of a file that cannot be decoded.
     """
-    min_size = _sufficient_size(processor)
-    skipped = []
+    # Not a local function, which worker processes that are not forked could not be sent.
+    skipped = [] if skip_corrupt_images else None
+    return partial(_transform, processor, _sufficient_size(processor), image_range, skipped)
 
-    # On the fly rather than mapped beforehand, which serves datasets that do not fit into memory too. A digit takes about
-    # 0.1 ms, an epoch of the digits 0.2 s.
-    def transform(batch: dict[str, list]) -> dict[str, Any]:
-        images, labels = [], []
-        for image, label in zip(batch["image"], batch["label"], strict=True):
-            try:
-                images.append(decode_image(image, min_size, image_range))
-            except ValueError as error:
-                if not skip_corrupt_images:
-                    raise
-                skipped.append(error)
-                logger.warning(f"{error}: left out, number {len(skipped)} of this process.")
-            else:
-                labels.append(label)
-        inputs = processor(images, return_tensors="pt") if images else {"pixel_values": []}
-        return {**inputs, "labels": labels}
 
-    return transform
+# On the fly rather than mapped beforehand, which serves datasets that do not fit into memory too. A digit takes about 0.1 ms, an
+# epoch of the digits 0.2 s.
+def _transform(
+    processor: BaseImageProcessor,
+    min_size: int | None,
+    image_range: Sequence[float] | None,
+    skipped: list[ValueError] | None,
+    batch: dict[str, list],
+) -> dict[str, Any]:
+    images, labels = [], []
+    for image, label in zip(batch["image"], batch["label"], strict=True):
+        try:
+            images.append(decode_image(image, min_size, image_range))
+        except ValueError as error:
+            if skipped is None:
+                raise
+            skipped.append(error)
+            logger.warning(f"{error}: left out, number {len(skipped)} of this process.")
+        else:
+            labels.append(label)
+    inputs = processor(images, return_tensors="pt") if images else {"pixel_values": []}
+    return {**inputs, "labels": labels}
 
 
 def _sufficient_size(processor: BaseImageProcessor) -> int | None:

@@ -2,6 +2,7 @@
 """Images of every mode and size come out as the picture that a person sees; what cannot be decoded is named."""
 
 import io
+import pickle
 import struct
 import zlib
 
@@ -381,3 +382,11 @@ def test_the_command_skips_corrupt_images(folder, tmp_path, monkeypatch, capsys)
     assert "2 of the 20 images of 'pets' cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*argv, "--skip_corrupt_images", "true"]) == 0
+
+
+def test_the_transform_can_be_sent_to_worker_processes():
+    """As it must be where they are not forked: on macOS, on Windows, and everywhere from Python 3.14 on."""
+    transform = image_transform(ViTImageProcessorPil(size={"height": 8, "width": 8}))
+    batch = {"image": [PIL.Image.new("RGB", (16, 16), "red")], "label": [3]}
+    sent = pickle.loads(pickle.dumps(transform))(batch)
+    assert sent["pixel_values"].equal(transform(batch)["pixel_values"]) and sent["labels"] == [3]
