@@ -155,7 +155,9 @@ def make_trainer(
     if data_args.class_weights == "balanced":
         weights = balanced_class_weights(dataset["train"]["label"][:], len(id2label))
     compute_loss_func = None  # the model's own
-    if weights is not None or (augmentation is not None and augmentation.soft_labels):
+    # Most models leave out the division by micro-batches and processes that Trainer leaves to them (transformers#47688).
+    shared = training_args.gradient_accumulation_steps > 1 or training_args.world_size > 1
+    if weights is not None or (augmentation is not None and augmentation.soft_labels) or shared:
         compute_loss_func = WeightedCrossEntropy(weights, training_args.label_smoothing_factor)
     if data_args.streaming:
         dataset = transform_stream(dataset, processor, data_args.skip_corrupt_images, data_args.image_range)

@@ -186,6 +186,19 @@ def test_a_run_whose_checkpoints_trainer_deletes_at_once_ends_well():
     assert Path("here/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("model", ["resnet-tiny-digits", "convnext-tiny-digits"])
+@pytest.mark.parametrize("rho", ["0.05", "0"])
+def test_the_loss_is_the_mean_over_the_images_under_accumulation(model, rho):
+    """ResNet leaves out the division that Trainer leaves to it: loss and gradient were four times as large."""
+    cut = ["--gradient_accumulation_steps", "4", "--per_device_train_batch_size", "8"]
+    options = ["--train_size", "96", "--num_train_epochs", "1", "--logging_strategy", "steps", "--logging_steps", "1"]
+    assert main(["train", "--model_name_or_path", model, "--rho", rho, "--output_dir", "run", *options, *cut]) == 0
+    first = json.loads(Path("run/trainer_state.json").read_text(encoding="utf-8"))["log_history"][0]
+    assert 1.5 < first["loss"] < 4, "about log(10) before anything is learned"
+    if rho != "0":
+        assert first["loss"] == pytest.approx(first["clean_loss"] + first["sharpness"], abs=1e-4)
+
+
 def test_with_validation_images_the_test_images_are_for_the_end(tmp_path, capsys):
     assert main([*TINY, "--validation_size", "0.1", "--output_dir", "here"]) == 0
     results = json.loads(Path("here/all_results.json").read_text())
