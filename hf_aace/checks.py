@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.training_args import ParallelMode
@@ -55,6 +56,7 @@ def check_trainer(trainer: Trainer, args: AACEArguments, parameters: list[nn.Par
         logger.warning_once(
             "`fp16=True` has no effect on a CPU: Transformers trains in 32 bits there. Use `bf16=True`."
         )
+    _warn_of_lost_statistics(trainer)
     config = getattr(trainer.model, "config", None)  # any `nn.Module` may be trained
     problem_type, num_labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
     if problem_type in ("regression", "multi_label_classification") or num_labels == 1:
@@ -64,6 +66,23 @@ def check_trainer(trainer: Trainer, args: AACEArguments, parameters: list[nn.Par
             "with one score for each class."
         )
     check_precision(parameters)
+
+
+def _warn_of_lost_statistics(trainer: Trainer) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if unwrap_peft_model(model) is model:
+        return
+    lost = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.track_running_stats and "modules_to_save" not in name
+    ]
+    if lost:
+        logger.warning_once(
+            f"Training changes the running statistics of {len(lost)} layers such as {lost[0]!r}, which no checkpoint of the adapters "
+            "holds: a resumed run and the adapters have other ones. Name these layers in `modules_to_save` of the configuration "
+            "of peft."
+        )
 
 
 def _check_processes(trainer: Trainer) -> None:

@@ -29,13 +29,13 @@ class HookWatch(TrainerCallback):
         self._trainer = trainer
         self._expected = False  # the step that began is to be perturbed
         self._called = False  # `training_step` was called since
-        self._window: list[Any] = []
+        self._micro_batches = 0  # in the present optimizer step
 
     def training_step(self) -> None:
         """Note that `training_step` was called."""
         self._called = True
         # Trainer has this number from what its `get_batch_samples` returned. With one micro-batch nothing depends on it.
-        if self._expected and 1 < self._trainer.current_gradient_accumulation_steps != len(self._window):
+        if self._expected and 1 < self._trainer.current_gradient_accumulation_steps != self._micro_batches:
             self._raise("get_batch_samples", "does not know the micro-batches of the optimizer step")
 
     def begin_window(self, batches: list[Any]) -> None:
@@ -44,12 +44,12 @@ class HookWatch(TrainerCallback):
         within_a_step = (
             self._called and not trainer.accelerator.sync_gradients and not trainer.control.should_epoch_stop
         )
-        if self._expected and within_a_step and len(self._window) == 1 < steps:
+        if self._expected and within_a_step and self._micro_batches == 1 < steps:
             self._raise("get_batch_samples", f"was called for one micro-batch of {steps}, not for all of them")
-        self._window = batches
+        self._micro_batches = len(batches)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._expected, self._called, self._window = False, False, []
+        self._expected, self._called, self._micro_batches = False, False, 0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._expected, self._called = _perturbs(args, state.global_step), False

@@ -38,7 +38,8 @@ class LossMeter:
 
     def reset(self) -> None:
         """Begin anew, as when training begins."""
-        self._measurable, self._compared, self._told, self._outputs = True, False, False, None
+        self._measurable, self._first_step, self._told = True, True, False
+        self._outputs, self._forwards, self._sums = None, 0, 0.0
 
     def loss(self, outputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
@@ -72,8 +73,9 @@ class LossMeter:
 
         def keep(module: nn.Module, args: tuple, outputs: Any) -> None:
             self._outputs = recursively_apply(lambda tensor: tensor.detach().clone(), outputs)
+            self._forwards += 1
 
-        self._outputs = None
+        self._outputs, self._forwards = None, 0
         handle = model.register_forward_hook(keep)
         try:
             yield
@@ -89,8 +91,8 @@ class LossMeter:
         num_items: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """
-        Measure the training loss at the perturbed weights, summed over the samples of the ascent. The first time this compares
-        it with the loss that is trained on, and waits for the device.
+        Measure the training loss at the perturbed weights, summed over the samples of the ascent. It is compared with the loss that
+        is trained on, in the first step, which waits for the device, and at each log.
 
         Args:
             loss (`torch.Tensor`): The loss that the training step returned.
@@ -101,46 +103,66 @@ class LossMeter:
         """
         outputs, self._outputs = self._outputs, None
         try:
+            if self._forwards > 1:
+                raise ValueError(f"the model was called {self._forwards} times")
             if isinstance(outputs, tuple) and outputs[0] is not None and outputs[0].dim() == 0:
                 outputs = outputs[1:]  # without the loss
             logits = self._trainer.ascent_logits(outputs)
             total = self.loss(outputs, logits, labels)
         except Exception as error:
-            self._leave_out(f"the outputs of the training step have no logits ({type(error).__name__}: {error}).")
+            self._leave_out(f"the training step does not give the logits of its batch ({error}).")
             return torch.full((), math.nan, device=loss.device)
-        count = count_labels(labels)
-        if not self._compared:
-            self._compare(loss.item(), (total / count).item(), count, micro_batches, num_items)
+        mean = total / count_labels(labels)
+        # The loss that is trained on, and the measured one as Trainer divides it: by the micro-batches, or by
+        # `num_items_in_batch`, of this process or of all; and as it is if the model leaves out the division.
+        processes = self._trainer.args.world_size
+        share = mean / micro_batches if num_items is None else total / num_items
+        losses = [loss.detach(), mean / micro_batches, share, share * processes, mean, mean * processes]
+        self._sums = self._sums + torch.stack([value.float() for value in losses])
+        if self._first_step:
+            self._compare(micro_batches)
         if used == len(labels):
             return total
         batch = len(labels)
         outputs = recursively_apply(lambda x: x[:used] if x.dim() > 0 and len(x) == batch else x, outputs)
         return self.loss(outputs, logits[:used], labels[:used])
 
-    def _compare(self, trained: float, measured: float, samples: Any, micro_batches: int, num_items: Any) -> None:
+    def _compare(self, micro_batches: int = 1) -> None:
         """Check that the loss that is trained on equals the measured one, possibly scaled; warn otherwise."""
-        if not (math.isfinite(trained) and math.isfinite(measured)):
+        if not isinstance(self._sums, torch.Tensor) or not self._measurable:
             return
-        self._compared = True
-        processes = self._trainer.args.world_size
-        # As Trainer divides: by the micro-batches, or by `num_items_in_batch`, of this process or of all.
-        right = [measured / micro_batches]
-        if num_items is not None:
-            share = measured * float(samples) / float(num_items)
-            right += [share, share * processes]
-        if any(math.isclose(trained, value, rel_tol=0.02, abs_tol=1e-6) for value in right):
+        trained, *right, unscaled, unscaled_in_all = self._sums.tolist()
+        self._sums = 0.0
+        if not (math.isfinite(trained) and math.isfinite(right[0])):
             return
-        if any(math.isclose(trained, measured * factor, rel_tol=0.02) for factor in (1, processes)):
-            logger.warning(
-                f"{type(self._trainer.model).__name__} ignores `num_items_in_batch`, by which Trainer leaves the division by "
-                f"{micro_batches} micro-batches and {processes} processes to the model: its `loss`, and so the gradient, is "
-                f"{trained / right[0]:.3g} times the mean over the batch (huggingface/transformers#47688). Pass "
-                "`compute_loss_func=WeightedCrossEntropy()` of hf_aace.vision.weighted_loss, which divides by it."
-            )
+        first, self._first_step = self._first_step, False
+        if any(math.isclose(trained, value, rel_tol=0.01, abs_tol=1e-6) for value in right):
+            return
+        if any(math.isclose(trained, value, rel_tol=0.01) for value in (unscaled, unscaled_in_all)):
+            if first and self._trainer.is_world_process_zero():
+                self._warn_of_scale(trained / right[0], micro_batches)
             return
         self._leave_out(
             f"the loss that is trained on ({trained:.4g}) is not the cross-entropy of the model's logits ({right[0]:.4g}). "
             "Give your loss as `compute_loss_func` instead of overriding `compute_loss` to have them."
+        )
+
+    def _warn_of_scale(self, factor: float, micro_batches: int) -> None:
+        trainer, cure = self._trainer, "Divide the sum of the losses by it."
+        if trainer.compute_loss_func is not None:
+            source = "Your `compute_loss_func`"
+        elif type(trainer).compute_loss is not Trainer.compute_loss:
+            source = f"`compute_loss` of {type(trainer).__name__}"
+        else:
+            source = type(trainer.model).__name__
+            cure = (
+                "Pass `compute_loss_func=WeightedCrossEntropy()` of hf_aace.vision.weighted_loss, which divides by it "
+                "(huggingface/transformers#47688)."
+            )
+        logger.warning(
+            f"{source} ignores `num_items_in_batch`, by which Trainer leaves the division by {micro_batches} micro-batches and "
+            f"{trainer.args.world_size} processes to the loss: `loss`, and so the gradient, is {factor:.3g} times the mean over "
+            f"the batch. {cure}"
         )
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
@@ -151,6 +173,7 @@ class LossMeter:
         Args:
             metrics (`dict[str, float]`): The averages for the log.
         """
+        self._compare()
         if not self._measurable:
             return {name: value for name, value in metrics.items() if name not in ("clean_loss", "sharpness")}
         if "sharpness" in metrics and not self._told and self._trainer.is_world_process_zero():

@@ -336,3 +336,51 @@ def test_sharpness_of_a_part_of_the_batch_with_a_loss_of_ones_own(tmp_path):
     }
     trainer = train(AACETrainer, AACEConfig, convnext(), tmp_path, steps=2, logging_steps=1, rho=VANISHING, **settings)
     assert [log["sharpness"] for log in trainer.state.log_history[:2]] == [0, 0]
+
+
+def smoothed(model, inputs):
+    return F.cross_entropy(model(**inputs).logits, inputs["labels"], label_smoothing=0.3)
+
+
+def of_two_views(model, inputs):
+    """As losses for consistency between two views of an image do."""
+    noisy = {**inputs, "pixel_values": inputs["pixel_values"] + 0.5}
+    return (model(**inputs).loss + model(**noisy).loss) / 2
+
+
+@pytest.mark.parametrize("loss", [smoothed, of_two_views])
+def test_a_loss_that_looks_alike_before_anything_is_learned_is_told_at_a_later_log(loss, tmp_path, monkeypatch):
+    """At a new head nearly every kind of cross-entropy is about the logarithm of the number of classes."""
+    said = warnings_of(monkeypatch)
+
+    class Mine(AACETrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return loss(model, inputs)
+
+    model = vit()
+    torch.nn.init.zeros_(model.classifier.weight)
+    settings = {"rho": 1e-7, "method": "sam", "learning_rate": 1e-2, "rows": digits(32)}
+    trainer = train(Mine, AACEConfig, model, tmp_path, steps=60, logging_steps=20, **settings)
+    last = [log for log in trainer.state.log_history if "loss" in log][-1]
+    assert "clean_loss" not in last and "sharpness" not in last
+    assert len([warning for warning in said if "are not logged" in warning]) == 1
+
+
+@pytest.mark.parametrize("how", ["compute_loss_func", "compute_loss"])
+def test_a_loss_of_ones_own_that_drops_num_items_is_named(how, tmp_path, monkeypatch):
+    """Not the model, which is innocent."""
+    said = warnings_of(monkeypatch)
+
+    class Mine(AACETrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return F.cross_entropy(model(**inputs).logits, inputs["labels"])
+
+    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, "rho": 0.1}
+    if how == "compute_loss_func":
+        own = lambda outputs, labels, num_items_in_batch: F.cross_entropy(outputs.logits, labels)  # noqa: E731
+        train(AACETrainer, AACEConfig, vit(), tmp_path, steps=1, compute_loss_func=own, **settings)
+    else:
+        train(Mine, AACEConfig, vit(), tmp_path, steps=1, **settings)
+    assert (
+        f"`{how}`" in said[0] and "ignores `num_items_in_batch`" in said[0] and "WeightedCrossEntropy" not in said[0]
+    )

@@ -52,8 +52,6 @@ def check_training(model_args: ModelArguments, data_args: DataArguments, args: A
     for name in ("fp16_full_eval", "bf16_full_eval"):
         if getattr(args, name) and not _is_mixed(args):
             raise ValueError(f"`{name}` needs `bf16` (or on a GPU `fp16`) too, as the images are of 32 bits.")
-    if args.fp16 and not _is_mixed(args):
-        logger.warning("`fp16` has no effect on a CPU: this run trains in 32 bits. On a CPU, `bf16` works.")
     if model_args.lora and model_args.freeze_backbone:
         raise ValueError("`lora` freezes the backbone itself: leave out `freeze_backbone`.")
     _check_dtype(model_args, args)

@@ -91,11 +91,13 @@ def _classes(names: list[str], counts: np.ndarray) -> str:
 
 def _pixels(images: Dataset) -> str:
     """Tell the size of the first image, and the size that the model sees."""
-    height, width = images[0]["pixel_values"].shape[-2:]
     encoded = images.with_format(None)[0]["image"]
     with PIL.Image.open(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"])) as image:
         size = image.size
-    told = f"{size[0]}x{size[1]} (the first image)"
+    told, seen = f"{size[0]}x{size[1]} (the first image)", images[0].get("pixel_values")
+    if seen is None or seen.dim() != 3:  # ImageGPT takes colors by number, SigLIP 2 flattened patches
+        return told
+    height, width = seen.shape[-2:]
     if size == (width, height):
         return told
     if min(size) >= 2 * min(height, width) and min(height, width) < _SMALL:

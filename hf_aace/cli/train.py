@@ -139,6 +139,11 @@ def _train_and_save(
                 f"The learning-rate schedule cannot be made of `lr_scheduler_type={trainer.args.lr_scheduler_type}` and "
                 f"`lr_scheduler_kwargs={trainer.args.lr_scheduler_kwargs}`: {error}."
             ) from error
+        if model_args.lora and isinstance(error, AttributeError):
+            raise ValueError(
+                f"`lora_target_modules` is {model_args.lora_target_modules}, which {model_args.model_name_or_path} cannot be trained "
+                f"with, as its code looks into these layers ({first_line(error)}). Name other layers."
+            ) from error
         if "pickle" in str(error) and trainer.args.dataloader_num_workers > 0:
             raise ValueError(
                 "`dataloader_num_workers` needs processes that are forked here, as the images cannot be sent to others: give "

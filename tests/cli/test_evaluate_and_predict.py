@@ -139,7 +139,7 @@ def test_a_perfect_model_has_no_mistakes_to_draw(monkeypatch):
     save_images("images")
     truth = {name: index for index, name in enumerate(COLOURS)}
 
-    def perfect(model, processor, images, batch_size):
+    def perfect(model, processor, images, **options):
         for image in images:
             yield np.eye(3)[truth[Path(image["path"]).parent.name]]
 
