@@ -221,6 +221,8 @@ def _unread_images(folder: Path, builder: str | None, read: set[str]) -> dict[st
             return "hidden, as a name in their path begins with `.` or `__`"
         if builder != "imagefolder":
             return "beside the files that hold the dataset"
+        if file.suffix.lower() in (*_BUILDERS, ".npy"):
+            return "in files beside the folders of images"
         if file.suffix.lower() not in ImageFolder.EXTENSIONS:
             return f"of a kind that is not read, {file.suffix or 'without an ending'}"
         if splits and not any(file.is_relative_to(path) for path in splits.values()):
@@ -231,7 +233,8 @@ def _unread_images(folder: Path, builder: str | None, read: set[str]) -> dict[st
 
     reasons = {}
     for file in sorted(files_in(folder)):
-        if os.path.abspath(file) not in read and _is_image(file):
+        holds_images = builder == "imagefolder" and file.suffix.lower() in (*_BUILDERS, ".npy")
+        if os.path.abspath(file) not in read and file.name not in _METADATA and (holds_images or _is_image(file)):
             reasons.setdefault(reason(file), []).append(str(file.relative_to(folder)))
     return reasons
 

@@ -49,7 +49,8 @@ def check_image_range(
                 continue  # is named when the image is used
             found.setdefault(depth, []).extend(values)
     for depth, values in found.items():
-        problem = _problem(depth, min(values), max(values), image_range)
+        problem = _unlike(depth, values[1::2]) if image_range is None else None
+        problem = problem or _problem(depth, min(values), max(values), image_range)
         if problem:
             logger.warning(
                 f"The images of {depth} in {name!r} hold values from {min(values):g} to {max(values):g}{problem}"
@@ -62,6 +63,17 @@ def _sample(split: Dataset | IterableDataset) -> list:
         return [row["image"] for row in split.take(_IMAGES_OF_EACH_SPLIT)]
     rows = np.unique(np.linspace(0, len(split) - 1, _IMAGES_OF_EACH_SPLIT).astype(int))
     return split.select(rows).cast_column("image", Image(decode=False))["image"][:]
+
+
+def _unlike(depth: str, highest: list[float]) -> str | None:
+    """Tell of images of 16 bits of which some fill the range and others a small part of it only."""
+    narrow = [value for value in highest if value < max(highest) / 8]
+    if depth == "8 bits" or depth == "32 bits" or max(highest) < 32768 or len(narrow) < len(highest) / 4:
+        return None
+    return (
+        f", but {len(narrow)} of the {len(highest)} images that were looked at only up to {max(narrow):g}: these become dark "
+        "beside the others. Convert them to one range."
+    )
 
 
 def _problem(depth: str, low: float, high: float, image_range: Sequence[float] | None) -> str | None:

@@ -390,3 +390,17 @@ def test_the_transform_can_be_sent_to_worker_processes():
     batch = {"image": [PIL.Image.new("RGB", (16, 16), "red")], "label": [3]}
     sent = pickle.loads(pickle.dumps(transform))(batch)
     assert sent["pixel_values"].equal(transform(batch)["pixel_values"]) and sent["labels"] == [3]
+
+
+@pytest.mark.parametrize("narrow", ["a class", "some of each class"])
+def test_images_of_12_and_of_16_bits_in_one_dataset_are_told(narrow, tmp_path, warnings):
+    """The lowest and highest value of all would hide the dark ones; a class could be told by its brightness."""
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for index in range(8):
+            highest = 4096 if (name == "cat" if narrow == "a class" else index % 2) else 65536
+            pixels = generator.integers(0, highest, (16, 16), dtype=np.uint16)
+            PIL.Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    load_image_dataset(str(tmp_path), seed=0)
+    assert any("images that were looked at only up to 4" in text and "one range" in text for text in warnings)

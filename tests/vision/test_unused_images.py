@@ -272,3 +272,12 @@ def test_a_metadata_file_for_the_training_images_alone_is_named(tmp_path):
         ValueError, match=r'"test" corresponds to no data.* The columns come from .*train/metadata.csv'
     ):
         load_image_dataset(str(tmp_path), seed=0)
+
+
+@pytest.mark.parametrize("file", ["train.parquet", "shard-0.tar", "cat/more.parquet", "dog/0.npy"])
+def test_files_with_images_beside_the_folders_of_images_are_told(file, tmp_path, warnings):
+    """What they hold is not read; metadata, which describes the images that are, is no such file."""
+    classes(tmp_path, "cat", "dog")
+    (tmp_path / file).write_bytes(b"what they hold is not looked at")
+    count, text, used = unused(tmp_path, warnings)
+    assert (count, used) == (1, 10) and f"1 in files beside the folders of images ({file})" in text
