@@ -368,3 +368,11 @@ def test_help_and_usage_errors(capsys, command):
         main([command, "--model_name_or_paht", "x"])
     assert stop.value.code == 2
     assert "Did you mean --model_name_or_path?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["./runs/nothing", "runs/nothing"])
+def test_a_mistyped_folder_of_a_model_is_named(path, capsys):
+    """Not the dataset, which the folder would have said."""
+    assert main(["evaluate", "--model_name_or_path", path]) == 1
+    error = capsys.readouterr().err
+    assert "there is no" in error and path in error
