@@ -222,9 +222,8 @@ class Ascent(TrainerCallback):
     def pop_metrics(self) -> dict[str, float]:
         """Average the metrics since the last call over steps and processes. This waits for the device."""
         metrics = self.metrics.pop()
-        if (
-            self.in_sync and "skipped_perturbations" in metrics
-        ):  # each process counted those that they skipped together
+        # Each process counted those that they skipped together.
+        if self.in_sync and "skipped_perturbations" in metrics:
             metrics["skipped_perturbations"] //= self.trainer.args.world_size
         return self.meter.finish(metrics)
 

@@ -75,7 +75,9 @@ def _warn_of_lost_statistics(trainer: Trainer) -> None:
     lost = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, _NormBase) and module.track_running_stats and "modules_to_save" not in name
+        if isinstance(module, _NormBase) and module.track_running_stats
+        # peft's copy that is trained and saved, and the one that it stands for, which is not run any more
+        if "modules_to_save" not in name and "original_module" not in name
     ]
     if lost:
         logger.warning_once(

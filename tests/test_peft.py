@@ -6,6 +6,7 @@ import torch
 from comparison import check_goes_on_working
 from tiny import (
     batch,
+    resnet,
     trainer_for_single_steps,
     training_arguments,
     vit,
@@ -77,3 +78,17 @@ def test_lora_on_swiftformer_trains_every_layer_called_norm():
         if p.requires_grad and "lora_" not in name
     }
     assert whole == with_statistics | {"head", "dist_head"} and called_norm < whole
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
+@pytest.mark.parametrize("saved", [["classifier"], ["classifier", "normalization"]])
+def test_statistics_that_the_adapters_do_not_hold_are_told(saved, tmp_path, monkeypatch):
+    """Training changes them, and a resumed run would have other ones."""
+    from peft import LoraConfig, get_peft_model
+
+    said = []
+    monkeypatch.setattr("hf_aace.checks.logger.warning_once", said.append)
+    config = LoraConfig(r=2, target_modules=["convolution"], modules_to_save=saved)
+    AACETrainer(get_peft_model(resnet(), config), training_arguments(AACEConfig, tmp_path, rho=0.1))
+    told = [text for text in said if "running statistics" in text and "modules_to_save" in text]
+    assert bool(told) == ("normalization" not in saved)

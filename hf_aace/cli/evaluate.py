@@ -72,7 +72,6 @@ def run(argv: list[str]) -> int:
     )
     source, options = parser.read(argv)
     name = required("model_name_or_path", source.model_name_or_path)
-    check_exists("model_name_or_path", name)
     which = name if Path(name).exists() else f"there is no folder {name!r} here, and a model of the Hub"
     dataset_name = required(
         "dataset_name", options.dataset_name, f"{which} does not say which images it was trained on"

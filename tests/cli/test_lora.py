@@ -108,3 +108,13 @@ def test_the_best_model_is_that_of_its_checkpoint(argv, monkeypatch):
         "running_mean" in name and not torch.equal(last[name], tensor)
         for name, tensor in from_adapter("out/checkpoint-1").items()
     )
+
+
+def test_layers_whose_model_looks_into_them_are_refused_in_a_sentence(capsys):
+    """MobileNetV2 reads the stride of its convolutions, which peft's wrappers do not have."""
+    image_classifier("MobileNetV2ForImageClassification").save_pretrained("base")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained("base")
+    assert main([*TINY, *LORA, "--lora_target_modules", "reduce_1x1.convolution"]) == 1
+    error = capsys.readouterr().err
+    assert "`lora_target_modules` is ['reduce_1x1.convolution']" in error and "Name other layers" in error
+    assert "Traceback" not in error
