@@ -2,15 +2,17 @@
 """Checks of trainers, batches and labels: each refuses what cannot be trained, before any weight moves, and names the fix."""
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.training_args import ParallelMode
@@ -178,22 +180,142 @@ def check_backward_hooks(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def check_reentrant(trainer: Trainer, error: RuntimeError, used_backward: bool) -> None:
+def check_reentrant(trainer: Trainer, loss: torch.Tensor) -> bool:
     """
-    Look at an error of the ascent's backward pass: reentrant activation checkpointing says only there that it cannot serve
-    `autograd.grad`.
+    Tell if a loss was computed with reentrant activation checkpointing: `autograd.grad` then takes no gradients of what is inside,
+    often without an error, while `backward()` does.
 
     Raises:
-        `ValueError`: If that is the reason and `backward()` cannot serve instead.
-        `RuntimeError`: The error itself, if it has another reason.
+        `ValueError`: If it was, and `backward()` cannot serve instead.
     """
-    if used_backward or "use_reentrant=True" not in str(error):
-        raise error
+    seen, nodes = set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            break
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+    else:
+        return False
     if trainer.args.ddp_static_graph:
         raise ValueError(
             "Reentrant activation checkpointing with `ddp_static_graph` does not go with sharpness-aware training: "
             'DDP would count the ascent pass too. Set `activation_checkpointing_kwargs={"use_reentrant": False}`.'
-        ) from error
+        )
+    return True
+
+
+def check_one_pass(
+    trainer: Trainer, model: nn.Module, parameters: list[nn.Parameter], layers: list[nn.Module]
+) -> None:
+    """
+    Check that the ascent gradient of these parameters can be read off the descent (`one_pass`).
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+        model (`nn.Module`): Its model.
+        parameters (`list[nn.Parameter]`): The parameters to perturb.
+        layers (`list[nn.Module]`): The normalization layers of the model.
+
+    Raises:
+        `ValueError`: If it cannot.
+    """
+    reason = None
+    if trainer.args.torch_compile:
+        reason = "does not go with `torch_compile`, which hides the normalization layers: set `torch_compile=False`"
+    elif trainer.accelerator.is_fsdp2:
+        reason = "does not go with FSDP2, which shards the gradients that it reads: use DDP"
+    held = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    others = [name for name, p in model.named_parameters() if id(p) not in held and any(p is q for q in parameters)]
+    if reason is None and others:
+        reason = (
+            f"perturbs parameters of normalization layers only, but `perturb_modules` chooses {others[:3]} "
+            f"({len(others)} others): leave `perturb_modules` out"
+        )
+    if reason is not None:
+        raise ValueError(f"`one_pass=True` {reason}, or `one_pass` out.")
+
+
+def check_readable_layer(name: str, layer: nn.Module, readable: bool = True) -> None:
+    """
+    Check that the gradient of a normalization layer can be summed sample by sample.
+
+    Args:
+        name (`str`): The name of the layer in the model.
+        layer (`nn.Module`): The layer.
+        readable (`bool`, *optional*, defaults to `True`): False if its inputs are found not to begin with the batch.
+
+    Raises:
+        `ValueError`: If it cannot: the layer has no single input that begins with the samples, or statistics other than BatchNorm's.
+    """
+    synchronized = isinstance(layer, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1
+    plain = isinstance(layer, _BatchNorm) and layer.running_mean is not None and not synchronized
+    if not readable or (layer.training and not plain and any(True for _ in layer.buffers())) or synchronized:
+        raise ValueError(
+            f"`one_pass=True` cannot read the layer {name!r} ({type(layer).__name__}): "
+            + (
+                "it keeps statistics"
+                if readable
+                else "it has no single input that begins with the samples of the batch"
+            )
+            + ". Leave `one_pass` out, or this layer by a regular expression in `perturb_modules`."
+        )
+
+
+def check_descent_read(calls: int, arrived: bool) -> None:
+    """
+    Check that a training step called the model once and took its loss of the logits (`one_pass`).
+
+    Raises:
+        `ValueError`: If not.
+    """
+    if calls != 1 or not arrived:
+        found = f"called it {calls} times" if calls != 1 else "has a loss that does not depend on these logits"
+        raise ValueError(
+            "`one_pass=True` needs a training step that calls the model once and takes the loss of the logits that "
+            f"`ascent_logits` returns. This one {found}. Leave `one_pass` out."
+        )
+
+
+def check_read_gradient(
+    names: list[str],
+    values: list[torch.Tensor | None],
+    exact: list[torch.Tensor | None],
+    scale: torch.Tensor | None,
+) -> bool:
+    """
+    Check a gradient that was read off the descent (`one_pass`) by that of an ascent pass at the same weights. Waits for the device.
+
+    Args:
+        names (`list[str]`): The names of the parameters.
+        values (`list[torch.Tensor | None]`): The gradients that were read.
+        exact (`list[torch.Tensor | None]`): The gradients of the ascent pass.
+        scale (`torch.Tensor`, *optional*): The factor by which `exact` is too large (the loss scale of fp16).
+
+    Returns:
+        `bool`: True if they could be compared: not if `exact` is zero or not finite.
+
+    Raises:
+        `ValueError`: If a gradient is missing.
+    """
+    pairs = [(name, v, e) for name, v, e in zip(names, values, exact, strict=True) if e is not None]
+    if missing := [name for name, v, e in pairs if v is None and e.any()]:
+        raise ValueError(
+            f"`one_pass=True` found no gradient for {missing[:3]} ({len(missing)} parameters): their layer is used without being "
+            "called. Leave `one_pass` out, or these parameters by a regular expression in `perturb_modules`."
+        )
+    value = torch.cat([v.flatten() for _, v, _ in pairs if v is not None])
+    right = torch.cat([e.flatten() for _, v, e in pairs if v is not None]) / (1 if scale is None else scale)
+    deviation = float((value - right).norm() / right.norm())
+    if deviation > 0.05:
+        cosine = float(nn.functional.cosine_similarity(value, right, dim=0))
+        logger.warning(
+            f"`one_pass=True` approximates the ascent gradient here: the cosine with the exact one is {cosine:.2f} in the first step. "
+            "BatchNorm is a reason, as the samples of a batch depend on each other in it, and so is a loss other than cross-entropy."
+        )
+    return math.isfinite(deviation)
 
 
 def check_window(inputs: Any, window: list[Any]) -> None:

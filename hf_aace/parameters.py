@@ -12,6 +12,11 @@ from .checks import check_parameters
 _NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 
 
+def is_norm_layer(module: nn.Module) -> bool:
+    """Tell if a module is a normalization layer: one of torch's, or with "norm" in the name of its class."""
+    return isinstance(module, _NORM_LAYERS) or "norm" in type(module).__name__.lower()
+
+
 def parameters_to_perturb(model: nn.Module, perturb_modules: str | None) -> list[nn.Parameter]:
     """
     List the trainable parameters that `perturb_modules` chooses.
@@ -36,7 +41,7 @@ def parameters_to_perturb(model: nn.Module, perturb_modules: str | None) -> list
         norm = {
             id(p)
             for module in model.modules()
-            if isinstance(module, _NORM_LAYERS) or "norm" in type(module).__name__.lower()
+            if is_norm_layer(module)
             for name, p in module.named_parameters(recurse=False)
             # A convolution that normalizes its own weights may have "norm" in its name: its weights have several dimensions.
             if name in ("weight", "bias") and sum(size > 1 for size in p.shape) <= 1

@@ -96,9 +96,10 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         """
         perturbation = self._ascent.prepare_perturbation(model, inputs)
         if perturbation is None:
-            yield None
+            with self._ascent.reading(model, inputs):
+                yield None
         else:
-            with perturbation, no_optimizer_steps(self), self._ascent.descent(model):
+            with perturbation, no_optimizer_steps(self), self._ascent.descent(model, inputs):
                 yield perturbation
 
     def forget_ascent(self) -> None:

@@ -22,7 +22,7 @@ def definition(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @st.composite
 def classifications(draw):
-    batch, classes = draw(st.integers(1, 6)), draw(st.integers(2, 12))
+    batch, classes = draw(st.integers(1, 6)), draw(st.integers(2, 12) | st.just(1000))
     scale = draw(st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e3, 1e4]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     logits = torch.randn(batch, classes, generator=generator, dtype=torch.float64) * scale
@@ -55,6 +55,27 @@ def test_gradient_is_p_minus_t_and_finite(data):
     (gradient,) = torch.autograd.grad(aace_loss(logits, labels, reduction="sum"), logits)
     t = logits.scatter(1, labels.unsqueeze(1), -torch.inf).softmax(dim=1)
     torch.testing.assert_close(gradient, logits.softmax(dim=1) - t, rtol=1e-7, atol=1e-12)
+
+
+@given(classifications())
+@settings(deadline=None, max_examples=200)
+def test_gradient_is_that_of_cross_entropy_times_the_odds_of_the_label(data):
+    """
+    Up to the sign, `p_y / (1 - p_y)`: the ascent of AACE is SAM's with each sample weighted. Where the label is all but certain the
+    gradient of cross-entropy is written in its stable form, `-(1 - p_y) (onehot(y) - t)`: as `p - onehot(y)` it has lost its bits.
+    """
+    logits, labels = data
+    logits, index = logits.double().requires_grad_(), labels.unsqueeze(1)
+    (gradient,) = torch.autograd.grad(aace_loss(logits, labels, reduction="sum"), logits)
+    with torch.no_grad():
+        margins = logits.gather(1, index) - logits.scatter(1, index, -torch.inf).logsumexp(dim=1, keepdim=True)
+        others = logits.scatter(1, index, -torch.inf).softmax(dim=1)
+        of_cross_entropy = -torch.sigmoid(-margins) * (torch.zeros_like(logits).scatter(1, index, 1.0) - others)
+        tame = margins.abs().squeeze(1) < 700  # beyond, the odds are no finite number
+        weighted = -margins[tame].exp() * of_cross_entropy[tame]
+        torch.testing.assert_close(gradient[tame], weighted, rtol=1e-7, atol=1e-12)
+    (plain,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), logits)
+    torch.testing.assert_close(plain, of_cross_entropy, rtol=1e-7, atol=1e-12)
 
 
 @given(classifications(), st.integers(0, 2**31))

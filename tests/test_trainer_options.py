@@ -29,6 +29,17 @@ def test_activation_checkpointing_keeps_working(use_reentrant, tmp_path):
     )
 
 
+@pytest.mark.parametrize("modules", ["norm", "layers"])
+def test_reentrant_checkpointing_perturbs_what_is_inside(modules, tmp_path):
+    """Of parameters inside, `autograd.grad` takes no gradient, without an error if others are outside."""
+    norms = []
+    for options in ({}, activation_checkpointing(use_reentrant=True)):
+        settings = {"rho": 0.5, "perturb_modules": modules, "logging_steps": 1, "steps": 2}
+        trainer = train(AACETrainer, AACEConfig, vit(), tmp_path, **settings, **options)
+        norms.append([log["ascent_grad_norm"] for log in trainer.state.log_history[:2]])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("which", ["ascent", "descent"])
 @pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
 def test_auto_find_batch_size_retries_from_unperturbed_weights(scope, which, tmp_path):
