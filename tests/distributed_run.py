@@ -333,7 +333,7 @@ JOINT = {
 COLLECTIVES = {"plain": {"rho": 0}, "local": {}, "synced": {"sync_ascent": True}, "one pass": {"one_pass": True}}
 
 # The gradient that perturbs is read off the descent, which FSDP2 rules out.
-ONE_PASS = {"name": "convnext", "one_pass": True, "rho": 3.0, "max_steps": 5, "gradient_accumulation_steps": 2}
+ONE_PASS = {"one_pass": True, "rho": 3.0, "max_steps": 5, "gradient_accumulation_steps": 2}
 
 
 def scenarios(folder):

@@ -26,7 +26,7 @@ def default_methods(
     fractions: Sequence[float], ascent_every: Sequence[int] = (1,), perturb_modules: str | None = None
 ) -> dict[str, AACEArguments]:
     """
-    Name the settings of plain training, AACE with the whole batch and with parts of it, and SAM.
+    Name the settings of plain training, AACE with the whole batch and with parts of it, AACE in one pass, and SAM.
 
     Args:
         fractions (`Sequence[float]`):
@@ -45,6 +45,9 @@ def default_methods(
         name += f", {fraction:.3g} of the batch" if fraction < 1 else ""
         name += f", every {every} steps" if every > 1 else ""
         methods[name] = AACEArguments(ascent_fraction=fraction, ascent_every=every, perturb_modules=modules)
+    for fraction in [1.0, *fractions]:
+        name = f"AACE, one pass, {fraction:.3g} of the batch" if fraction < 1 else "AACE, one pass"
+        methods[name] = AACEArguments(one_pass=True, ascent_fraction=fraction)
     return methods | {"SAM": AACEArguments(method="sam")}
 
 
@@ -111,7 +114,7 @@ def measure(
     args = replace(
         args,
         per_device_train_batch_size=len(samples),
-        max_steps=sum(settings.ascent_every for settings in methods.values()) * (warmup + rounds + 1),
+        max_steps=sum(map(_steps, methods.values())) * (warmup + rounds + 1),
         report_to=[],
         disable_tqdm=True,
         dataloader_drop_last=True,
@@ -126,10 +129,16 @@ def measure(
     return stopwatch.measurements
 
 
+def _steps(settings: AACEArguments) -> int:
+    """The number of steps in a turn: as many as share an ascent pass; or one that reads the gradient and one that uses it."""
+    return 2 if settings.one_pass else settings.ascent_every
+
+
 class _Stopwatch(TrainerCallback):
     """
-    Give each step its method and time it. In each round every method has a turn: one step, or as many as share an ascent pass. A
-    last round is profiled: memory, and the time of the perturbation.
+    Give each step its method and time it. In each round every method has a turn: one step, or as many as share an ascent pass. Of
+    one pass the second step counts, as the first takes an ascent pass. A last round is profiled: memory, and the time of the
+    perturbation.
     """
 
     def __init__(
@@ -144,15 +153,17 @@ class _Stopwatch(TrainerCallback):
         # Each round begins with another method, as one may leave caches in a state that the next one feels.
         self._turns = ((i // count, (i + i // count) % count, i % count == count - 1) for i in itertools.count())
         self._remaining = 0  # steps of the present method
+        self._seconds = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self._remaining == 0:
             self._round, self._index, self._is_last = next(self._turns)
             settings = self._settings[self._index]
-            self._remaining = settings.ascent_every
+            self._remaining = _steps(settings)
             for name, value in vars(settings).items():
                 setattr(args, name, value)
             self._trainer.forget_ascent()  # the gradient of another method
+        if self._remaining == self._settings[self._index].ascent_every:  # the first step of one pass does not count
             self._begin()
         self._start()
 
