@@ -264,18 +264,24 @@ def check_readable_layer(name: str, layer: nn.Module, readable: bool = True) -> 
         )
 
 
-def check_descent_read(calls: int, arrived: bool) -> None:
+def check_descent_read(calls: int, arrivals: int) -> None:
     """
-    Check that a training step called the model once and took its loss of the logits (`one_pass`).
+    Check that a training step called the model once and ran backward once through its logits (`one_pass`).
+
+    Args:
+        calls (`int`): The number of calls of the model.
+        arrivals (`int`): The number of gradients that arrived at the logits.
 
     Raises:
         `ValueError`: If not.
     """
-    if calls != 1 or not arrived:
-        found = f"called it {calls} times" if calls != 1 else "has a loss that does not depend on these logits"
+    if calls != 1 or arrivals != 1:
+        found = (
+            f"calls the model {calls} times" if calls != 1 else f"ran backward {arrivals} times through these logits"
+        )
         raise ValueError(
-            "`one_pass=True` needs a training step that calls the model once and takes the loss of the logits that "
-            f"`ascent_logits` returns. This one {found}. Leave `one_pass` out."
+            "`one_pass=True` needs a training step that calls the model once and runs backward once, from a loss of the logits "
+            f"that `ascent_logits` returns. This one {found}. Leave `one_pass` out."
         )
 
 
@@ -303,8 +309,8 @@ def check_read_gradient(
     pairs = [(name, v, e) for name, v, e in zip(names, values, exact, strict=True) if e is not None]
     if missing := [name for name, v, e in pairs if v is None and e.any()]:
         raise ValueError(
-            f"`one_pass=True` found no gradient for {missing[:3]} ({len(missing)} parameters): their layer is used without being "
-            "called. Leave `one_pass` out, or these parameters by a regular expression in `perturb_modules`."
+            f"`one_pass=True` found no gradient for {missing[:3]} ({len(missing)} parameters): their layer is compiled, or used "
+            "without being called. Leave `one_pass` out, or these parameters by a regular expression in `perturb_modules`."
         )
     value = torch.cat([v.flatten() for _, v, _ in pairs if v is not None])
     right = torch.cat([e.flatten() for _, v, e in pairs if v is not None]) / (1 if scale is None else scale)

@@ -55,11 +55,12 @@ def method_title(args: "AACEArguments") -> str:
     """
     if args.rho == 0:
         return "Trainer"
+    one_pass = ["one pass"] * args.one_pass
     if args.perturbation_loss == "aace":
         changes = ["adaptive"] * args.adaptive_perturbation + ["normalized"] * args.normalize_perturbation
-        return ", ".join(["AACE", *changes])
+        return ", ".join(["AACE", *changes, *one_pass])
     name = "ASAM" if args.adaptive_perturbation else "SAM"
-    return name if args.normalize_perturbation else f"{name}, not normalized"
+    return ", ".join([name, *["not normalized"] * (not args.normalize_perturbation), *one_pass])
 
 
 @dataclass

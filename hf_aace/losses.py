@@ -49,7 +49,9 @@ def aace_loss(
 
     With the adaptive target `t = softmax(logits without the true class)` it has the closed form `softplus(d)`, where
     `d = logit of the true class - logsumexp(the other logits)`: finite for all finite logits, and growing as the
-    model grows confident. Half-precision logits are computed in 32 bits.
+    model grows confident. Its gradient in the logits is that of cross-entropy times `-p_y / (1 - p_y)`, sample by sample, with
+    `p_y` the probability of the true class: the ascent is that of SAM, not normalized, with every sample weighted by the odds of
+    its label. Half-precision logits are computed in 32 bits.
 
     Args:
         logits (`torch.Tensor` of shape `(batch, classes)`):

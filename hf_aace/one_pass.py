@@ -72,7 +72,7 @@ class DescentReader:
                 depend on its logits.
         """
         self._labels, self._used, self._batch = labels[:used], used, len(labels)
-        self._factors, self._calls = None, 0
+        self._factors, self._calls, self._arrivals = None, 0, 0
         chosen, handles = set(parameters), [model.register_forward_hook(self._at_logits)]
         for name, module in model.named_modules():
             own = [p for p in module.parameters(recurse=False) if p in chosen]
@@ -86,7 +86,7 @@ class DescentReader:
         finally:
             for handle in handles:
                 handle.remove()
-        check_descent_read(self._calls, self._factors is not None)
+        check_descent_read(self._calls, self._arrivals)
         self.parameters, self.count = parameters, self.count + count_labels(self._labels)
 
     def _at_logits(self, model: nn.Module, args: tuple, outputs: Any) -> None:
@@ -107,6 +107,7 @@ class DescentReader:
     def _set_factors(self, slopes: torch.Tensor, index: int, grads: tuple[torch.Tensor | None, ...]) -> None:
         if grads[index] is None:
             return
+        self._arrivals += 1
         arrived = grads[index][: self._used].to(slopes.dtype)
         size = arrived.abs().amax(dim=1, keepdim=True)
         unit = torch.where(size > 0, arrived / size, 0.0)  # its square cannot underflow
@@ -120,11 +121,14 @@ class DescentReader:
         if len(values) != 1 or len(values[0]) % self._batch or values[0].shape[:1] != output.shape[:1]:
             check_readable_layer(name, module, readable=False)
         if output.requires_grad:  # reentrant checkpointing runs it without gradients first
-            output.register_hook(functools.partial(self._add, own, module, values[0].detach()))
+            output.register_hook(functools.partial(self._add, own, module, [values[0].detach()]))
 
-    def _add(self, own: list[nn.Parameter], module: nn.Module, inputs: torch.Tensor, arrived: torch.Tensor) -> None:
-        if self._factors is None:
+    def _add(
+        self, own: list[nn.Parameter], module: nn.Module, held: list[torch.Tensor], arrived: torch.Tensor
+    ) -> None:
+        if self._factors is None or self._arrivals > 1:
             return
+        inputs = held.pop()  # or this hook would hold it until the end of the backward pass
         rows = len(inputs) // self._batch  # windows may be folded into the first dimension, sample by sample
         factors = self._factors.repeat_interleave(rows).view(-1, *[1] * (arrived.dim() - 1))
         with torch.enable_grad():

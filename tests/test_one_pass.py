@@ -377,6 +377,13 @@ class FeaturesFirst(Functional):
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
+def compiled_by_its_owner():
+    """Hooks that come later are not seen inside."""
+    model = vit()
+    model.compile(backend="eager")
+    return model
+
+
 class TwoCalls(AACETrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         model(inputs["pixel_values"])
@@ -398,10 +405,11 @@ class OtherLogits(AACETrainer):
         (AACETrainer, vit, {"perturb_modules": "norm|classifier"}, "classifier.weight"),
         (AACETrainer, vit, {"ascent_every": 4}, "ascent_every=4"),
         (AACETrainer, vit, {"aace_target": "uniform"}, "aace_target='uniform'"),
+        (AACETrainer, compiled_by_its_owner, {}, "layernorm_before.* is compiled"),
         (AACETrainer, Functional, {}, r"norm\.weight.*without being called"),
         (AACETrainer, FeaturesFirst, {}, "'norm' .*begins with the samples"),
-        (TwoCalls, vit, {}, "called it 2 times"),
-        (OtherLogits, vit, {}, "does not depend on these logits"),
+        (TwoCalls, vit, {}, "calls the model 2 times"),
+        (OtherLogits, vit, {}, "backward 0 times"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name_before_any_weight_moves(

@@ -26,7 +26,8 @@ def default_methods(
     fractions: Sequence[float], ascent_every: Sequence[int] = (1,), perturb_modules: str | None = None
 ) -> dict[str, AACEArguments]:
     """
-    Name the settings of plain training, AACE with the whole batch and with parts of it, AACE in one pass, and SAM.
+    Name the settings of plain training, AACE with the whole batch and with parts of it, AACE in one pass with the least of them,
+    and SAM.
 
     Args:
         fractions (`Sequence[float]`):
@@ -45,10 +46,9 @@ def default_methods(
         name += f", {fraction:.3g} of the batch" if fraction < 1 else ""
         name += f", every {every} steps" if every > 1 else ""
         methods[name] = AACEArguments(ascent_fraction=fraction, ascent_every=every, perturb_modules=modules)
-    for fraction in [1.0, *fractions]:
-        name = f"AACE, one pass, {fraction:.3g} of the batch" if fraction < 1 else "AACE, one pass"
-        methods[name] = AACEArguments(one_pass=True, ascent_fraction=fraction)
-    return methods | {"SAM": AACEArguments(method="sam")}
+    least = min([1.0, *fractions])
+    name = "AACE, one pass" + (f", {least:.3g} of the batch" if least < 1 else "")
+    return methods | {name: AACEArguments(one_pass=True, ascent_fraction=least), "SAM": AACEArguments(method="sam")}
 
 
 @dataclass
