@@ -202,12 +202,11 @@ class Ascent(TrainerCallback):
             inputs (`dict[str, torch.Tensor | Any]`): The micro-batch that the training step got. Not modified.
         """
         try:
-            ascended, one_pass = self._last_step == self.trainer.state.global_step, self.args.one_pass
+            measured = self._last_step == self.trainer.state.global_step and not self.args.one_pass
             with (
                 self.reading(model, inputs),
-                # Without an ascent pass the statistics come from the descent.
-                frozen_running_statistics(model) if ascended or not one_pass else nullcontext(),
-                self.meter.watch(model) if ascended and not one_pass else nullcontext(),
+                frozen_running_statistics(model),
+                self.meter.watch(model) if measured else nullcontext(),
             ):
                 yield
         except BaseException:
@@ -390,8 +389,7 @@ class Ascent(TrainerCallback):
             labels = (labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels).long()
         batch = labels.shape[:1].numel()
         # BatchNorm takes its running statistics from these samples, and cannot train on one.
-        trains = any(isinstance(m, _BatchNorm) and m.training for m in self.trainer.model.modules())
-        least = 12 if trains and not args.one_pass else 2
+        least = 12 if any(isinstance(m, _BatchNorm) and m.training for m in self.trainer.model.modules()) else 2
         return labels, batch if args.ascent_fraction == 1 else min(
             batch, max(least, round(args.ascent_fraction * batch))
         )

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -238,29 +237,40 @@ def check_one_pass(
         raise ValueError(f"`one_pass=True` {reason}, or `one_pass` out.")
 
 
-def check_readable_layer(name: str, layer: nn.Module, readable: bool = True) -> None:
+def check_layers_keep_no_statistics(model: nn.Module) -> None:
     """
-    Check that the gradient of a normalization layer can be summed sample by sample.
+    Check that no layer that trains takes running statistics from the descent (`one_pass`).
+
+    Raises:
+        `ValueError`: If one does.
+    """
+    for name, layer in model.named_modules():
+        if layer.training and (isinstance(layer, _BatchNorm) or getattr(layer, "running_mean", None) is not None):
+            raise ValueError(
+                f"`one_pass=True` does not go with the statistics of {name!r} ({type(layer).__name__}): without an ascent pass they "
+                "would be those of the perturbed weights, with which the model cannot be evaluated. Set "
+                '`perturb_modules="norm", ascent_fraction=0.125` instead.'
+            )
+
+
+def check_readable_layer(name: str, layer: nn.Module, inputs: list[Any], output: Any, batch: int) -> None:
+    """
+    Check that the gradient of a normalization layer can be summed sample by sample (`one_pass`).
 
     Args:
         name (`str`): The name of the layer in the model.
         layer (`nn.Module`): The layer.
-        readable (`bool`, *optional*, defaults to `True`): False if its inputs are found not to begin with the batch.
+        inputs (`list[Any]`): What it is called with.
+        output (`Any`): What it returns.
+        batch (`int`): The number of samples.
 
     Raises:
-        `ValueError`: If it cannot: the layer has no single input that begins with the samples, or statistics other than BatchNorm's.
+        `ValueError`: If there is no single input that begins with the samples.
     """
-    synchronized = isinstance(layer, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1
-    plain = isinstance(layer, _BatchNorm) and layer.running_mean is not None and not synchronized
-    if not readable or (layer.training and not plain and any(True for _ in layer.buffers())) or synchronized:
+    if len(inputs) != 1 or len(inputs[0]) % batch or inputs[0].shape[:1] != output.shape[:1]:
         raise ValueError(
-            f"`one_pass=True` cannot read the layer {name!r} ({type(layer).__name__}): "
-            + (
-                "it keeps statistics"
-                if readable
-                else "it has no single input that begins with the samples of the batch"
-            )
-            + ". Leave `one_pass` out, or this layer by a regular expression in `perturb_modules`."
+            f"`one_pass=True` cannot read the layer {name!r} ({type(layer).__name__}): it has no single input that begins with the "
+            "samples of the batch. Leave `one_pass` out, or this layer by a regular expression in `perturb_modules`."
         )
 
 
@@ -319,7 +329,7 @@ def check_read_gradient(
         cosine = float(nn.functional.cosine_similarity(value, right, dim=0))
         logger.warning(
             f"`one_pass=True` approximates the ascent gradient here: the cosine with the exact one is {cosine:.2f} in the first step. "
-            "BatchNorm is a reason, as the samples of a batch depend on each other in it, and so is a loss other than cross-entropy."
+            "A reason is a loss other than cross-entropy, such as one with label smoothing."
         )
     return math.isfinite(deviation)
 

@@ -315,8 +315,7 @@ class AACEConfig(AACEArguments, TrainingArguments):
             gradient of the ascent loss in the normalization layers, and the next step perturbs by it: a gradient that is one
             step old, of another batch, taken at `w'`. Implies `perturb_modules="norm"`. Under accumulation it is the sum over
             the whole step before, whatever `ascent_scope` says. The first step of a run, and the first after a save, take an ascent pass of their own.
-            BatchNorm updates its running statistics at `w'`, and its gradient is an approximation, as the samples
-            of a batch depend on each other in it. Not with `torch_compile` or FSDP2.
+            Not with BatchNorm, whose running statistics would be those of `w'`, with `torch_compile`, or with FSDP2.
 
     Raises:
         `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.

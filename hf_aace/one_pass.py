@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .checks import check_descent_read, check_readable_layer
+from .checks import check_descent_read, check_layers_keep_no_statistics, check_readable_layer
 from .loss_meter import without_loss
 from .losses import count_labels
 
@@ -23,8 +22,7 @@ class DescentReader:
     cross-entropy: `dA/dz_i = f_i * dL/dz_i`. If the samples do not depend on each other, the same factor `f_i` holds at
     every layer. So the gradient of `A` in the parameters `v` of a layer with outputs `y_i` is `sum_i f_i * (dL/dy_i) (dy_i/dv)`: what
     arrives at the layer, each sample times its factor. A scale of `L` (accumulation, fp16, weights of samples) cancels in
-    `f_i`. If the two are not parallel (label smoothing), `f_i` projects the one on the other; where samples depend on each other
-    (BatchNorm), the result is an approximation.
+    `f_i`. If the two are not parallel (label smoothing), `f_i` projects the one on the other, and the result is an approximation.
 
     Args:
         loss (`Callable`): The ascent loss, summed over the samples, of logits of shape `(batch, classes)` and labels.
@@ -68,8 +66,8 @@ class DescentReader:
             parameters (`list[nn.Parameter]`): The parameters, all held by normalization layers.
 
         Raises:
-            `ValueError`: If a layer is of a kind that cannot be read, the model is not called exactly once, or the loss does not
-                depend on its logits.
+            `ValueError`: If a layer is of a kind that cannot be read, BatchNorm among them, or if the model is not called and run
+                backward through its logits exactly once.
         """
         self._labels, self._used, self._batch = labels[:used], used, len(labels)
         self._factors, self._calls, self._arrivals = None, 0, 0
@@ -77,7 +75,6 @@ class DescentReader:
         for name, module in model.named_modules():
             own = [p for p in module.parameters(recurse=False) if p in chosen]
             if own:
-                check_readable_layer(name, module)
                 handles.append(
                     module.register_forward_hook(functools.partial(self._at_layer, name, own), with_kwargs=True)
                 )
@@ -91,6 +88,7 @@ class DescentReader:
 
     def _at_logits(self, model: nn.Module, args: tuple, outputs: Any) -> None:
         self._calls += 1
+        check_layers_keep_no_statistics(model)  # now that the modules are in the modes of the descent
         logits = self._find_logits(without_loss(outputs))
         with torch.enable_grad():
             values = (
@@ -118,8 +116,7 @@ class DescentReader:
         self, name: str, own: list[nn.Parameter], module: nn.Module, args: tuple, kwargs: dict, output: Any
     ) -> None:
         values = [*args, *kwargs.values()]
-        if len(values) != 1 or len(values[0]) % self._batch or values[0].shape[:1] != output.shape[:1]:
-            check_readable_layer(name, module, readable=False)
+        check_readable_layer(name, module, values, output, self._batch)
         if output.requires_grad:  # reentrant checkpointing runs it without gradients first
             output.register_hook(functools.partial(self._add, own, module, [values[0].detach()]))
 
@@ -132,26 +129,9 @@ class DescentReader:
         rows = len(inputs) // self._batch  # windows may be folded into the first dimension, sample by sample
         factors = self._factors.repeat_interleave(rows).view(-1, *[1] * (arrived.dim() - 1))
         with torch.enable_grad():
-            outputs = _run_again(module, inputs.to(own[0].dtype), self._used * rows)
+            outputs = module.forward(inputs[: self._used * rows].to(own[0].dtype))
         gradients = torch.autograd.grad(
             outputs, own, arrived[: len(outputs)].to(outputs.dtype) * factors.to(outputs.dtype)
         )
         for p, gradient in zip(own, gradients, strict=True):
             self._sums[p] = self._sums[p] + gradient if p in self._sums else gradient
-
-
-def _run_again(module: nn.Module, inputs: torch.Tensor, rows: int) -> torch.Tensor:
-    """Run a normalization layer on the first rows of its inputs."""
-    if not (isinstance(module, _BatchNorm) and module.training):
-        return module.forward(inputs[:rows])
-    # In evaluation mode, with the statistics of the whole batch for the running ones, it computes what it computed in training.
-    running, modes = (module.running_mean, module.running_var), [(part, part.training) for part in module.modules()]
-    variance, mean = torch.var_mean(inputs, [d for d in range(inputs.dim()) if d != 1], correction=0)
-    try:
-        module.running_mean, module.running_var = mean, variance
-        module.eval()
-        return module.forward(inputs[:rows])
-    finally:
-        module.running_mean, module.running_var = running
-        for part, training in modes:
-            part.training = training

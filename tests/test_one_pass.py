@@ -16,6 +16,7 @@ from tiny import (
     digits,
     identical,
     record_ascents,
+    resnet,
     training_arguments,
     vit,
     weights,
@@ -40,6 +41,8 @@ def both_gradients(model, columns, labels, used=None, scale=1.0, loss_of=aace_lo
     used = len(labels) if used is None else used
     parameters = parameters_to_perturb(model, "norm")
     model.train()
+    for layer in batch_norms(model):
+        layer.eval()  # frozen: in training it is refused
     with replayed_rng(set()):
         loss = loss_of(logits_of(model(**columns))[:used], labels[:used])
         exact = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -60,8 +63,8 @@ def in_64_bits(columns) -> dict:
     return {key: value.double() if value.is_floating_point() else value for key, value in columns.items()}
 
 
-def samples_are_independent(model) -> bool:
-    return not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+def batch_norms(model) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 WITHOUT_NORM = ["ShieldGemma2ForImageClassification"]
@@ -69,29 +72,14 @@ WITHOUT_NORM = ["ShieldGemma2ForImageClassification"]
 
 @pytest.mark.parametrize("name", [name for name in IMAGE_CLASSIFIERS if name not in WITHOUT_NORM])
 def test_equals_autograd_for_every_image_classifier(name):
-    """In both precisions, whatever the layout of the layer's input; but for BatchNorm, which mixes the samples."""
+    """In both precisions, whatever the layout of the layer's input; BatchNorm is frozen."""
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         model = image_classifier(name).to(dtype)
         torch.manual_seed(1)
         columns = inputs(name, 6) if dtype == torch.float32 else in_64_bits(inputs(name, 6))
         labels = torch.arange(6) % model.config.num_labels
         exact, read = both_gradients(model, columns, labels, used=5, scale=100.0)
-        if samples_are_independent(model):
-            assert deviation(exact, read) < tolerance
-        else:
-            assert exact.shape == read.shape and read.isfinite().all()
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_is_exact_for_the_loss_that_is_trained_on_even_with_batch_norm(name):
-    """All factors are one, as those of SAM are, and what the layer computed from the whole batch is computed again."""
-
-    def sam(logits, labels, reduction="mean"):
-        return F.cross_entropy(logits, labels, reduction=reduction)
-
-    columns = batch(16, dtype=torch.float64)
-    exact, read = both_gradients(MODELS[name]().double(), columns, columns["labels"], loss_of=sam)
-    assert deviation(exact, read) < 1e-10
+        assert deviation(exact, read) < tolerance
 
 
 def by_hand(model, batches, rho, steps, learning_rate, loss_func, normalize=False, adaptive=False):
@@ -257,8 +245,8 @@ def test_rho_zero_is_plain_trainer_bit_for_bit(plain_run, tmp_path):
 
 
 def test_a_vanishing_step_leaves_no_trace_of_what_is_read(plain_run, tmp_path):
-    """Random numbers, BatchNorm statistics and modes are those of plain training; the first steps take ascent passes, too."""
-    for name in MODELS:
+    """Random numbers and modes are those of plain training; the first step takes two ascent passes, too."""
+    for name in ("convnext", "vit"):
         plain = plain_run(name, 0.2)
         ours = run(AACETrainer, AACEConfig, lambda name=name: MODELS[name](0.2), tmp_path, rho=1e-50, one_pass=True)
         assert identical(weights(plain.trainer.model), weights(ours.model)), name
@@ -335,19 +323,10 @@ def test_bf16_autocast_reads_nearly_the_same(tmp_path):
         assert first["ascent_grad_norm"] == pytest.approx(second["ascent_grad_norm"], rel=0.05)
 
 
-@pytest.mark.parametrize("change", ["smoothing", "batch norm"])
-def test_an_approximation_is_told_with_its_cosine(change, tmp_path, caplog, monkeypatch):
+def test_an_approximation_is_told_with_its_cosine(tmp_path, caplog, monkeypatch):
     logging.set_verbosity_warning()
     monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
-    kwargs = {"label_smoothing_factor": 0.5} if change == "smoothing" else {}
-    train(
-        AACETrainer,
-        AACEConfig,
-        MODELS["resnet" if change == "batch norm" else "vit"](),
-        tmp_path,
-        one_pass=True,
-        **kwargs,
-    )
+    train(AACETrainer, AACEConfig, vit(), tmp_path, one_pass=True, label_smoothing_factor=0.5)
     assert "approximates the ascent gradient" in caplog.text
     caplog.clear()
     train(AACETrainer, AACEConfig, vit(), tmp_path, one_pass=True)
@@ -405,6 +384,7 @@ class OtherLogits(AACETrainer):
         (AACETrainer, vit, {"perturb_modules": "norm|classifier"}, "classifier.weight"),
         (AACETrainer, vit, {"ascent_every": 4}, "ascent_every=4"),
         (AACETrainer, vit, {"aace_target": "uniform"}, "aace_target='uniform'"),
+        (AACETrainer, resnet, {}, r"statistics of 'resnet\..*BatchNorm2d.*ascent_fraction=0\.125"),
         (AACETrainer, compiled_by_its_owner, {}, "layernorm_before.* is compiled"),
         (AACETrainer, Functional, {}, r"norm\.weight.*without being called"),
         (AACETrainer, FeaturesFirst, {}, "'norm' .*begins with the samples"),

@@ -155,12 +155,11 @@ def test_memory_over_plain_is_at_most_a_copy_of_what_is_perturbed(make_model, pa
     [
         ("vit", {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2, "patch_size": 8}),
         ("convnext", {"hidden_sizes": [8, 16, 32, 64], "depths": [2, 2, 6, 2]}),
-        ("resnet", {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [2, 2, 6, 2]}),
     ],
 )
 def test_one_pass_needs_next_to_no_memory(name, sizes, tmp_path):
     """The inputs of the layers are there for the backward pass anyway; of models as deep as real ones a layer is a small part."""
-    model = model_from_architecture(name, sizes | ({"image_size": 32} if name != "resnet" else {}))
+    model = model_from_architecture(name, {**sizes, "image_size": 32})
     methods = {"plain": AACEArguments(rho=0), "one pass": AACEArguments(one_pass=True, ascent_fraction=0.25)}
     inputs = random_batch(model, 16, 32)
     plain, one_pass = measure(model, inputs, training_arguments(AACEConfig, tmp_path), methods, rounds=2, warmup=1)
