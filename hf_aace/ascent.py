@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import recursively_apply
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerCallback
 
 from . import checks
+from ._compat import BATCH_NORM
 from .callbacks import PerturbationCallback
 from .config import AACEArguments
 from .distributed import average_gradients, mean_over_processes, outside_ddp, reshard
@@ -315,7 +315,7 @@ class Ascent(TrainerCallback):
             return inputs, labels, labels
         batch = len(labels)
         # BatchNorm takes its running statistics from these samples, and cannot train on one.
-        least = 12 if any(isinstance(m, _BatchNorm) and m.training for m in self.trainer.model.modules()) else 2
+        least = 12 if any(isinstance(m, BATCH_NORM) and m.training for m in self.trainer.model.modules()) else 2
         used = min(batch, max(least, round(fraction * batch)))
         return {key: _first(value, used, batch) for key, value in inputs.items()}, labels[:used], labels
 

@@ -10,12 +10,12 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from ._compat import BATCH_OR_INSTANCE_NORM
 from .config import AACEArguments
 
 
@@ -75,7 +75,7 @@ def _warn_of_lost_statistics(trainer: Trainer) -> None:
     lost = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, _NormBase) and module.track_running_stats
+        if isinstance(module, BATCH_OR_INSTANCE_NORM) and module.track_running_stats
         # peft's copy that is trained and saved, and the one that it stands for, which is not run any more
         if "modules_to_save" not in name and "original_module" not in name
     ]

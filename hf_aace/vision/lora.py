@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
 
+from .._compat import BATCH_OR_INSTANCE_NORM
 from .models import _head_and_last_layer, _trainable_in_32_bits
 
 
@@ -103,4 +103,4 @@ def _why_not_mergeable(layer: nn.Module) -> str | None:
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase) and module.running_mean is not None
+    return isinstance(module, BATCH_OR_INSTANCE_NORM) and module.running_mean is not None
