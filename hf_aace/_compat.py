@@ -1,5 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work-arounds for defects of other libraries, each with the condition for its removal."""
+"""
+Work-arounds for defects of other libraries, each with the condition for its removal; and all that hf_aace uses of other libraries
+though they promise nothing about it, for want of a public name. If one goes, the tests fail or the run stops; then:
+
+- `_fused_sgd_` (torch; perturbation.py): let `_step_` take its other branch for all parameters.
+- `_foreach_copy_`, `_foreach_mul` (torch; perturbation.py, isolation.py): loop over the tensors. It is only slower.
+- `_version` (torch; isolation.py, analysis/derived_state.py): compare values with a copy. `unchanged_buffers` may restore all buffers.
+- `_post_accumulate_grad_hooks` (torch; checks.py): leave the check out. `HookWatch` still refuses optimizers that step too early.
+- `_parameters`, `_buffers`, `_modules` (torch; analysis/derived_state.py): the names of the attributes that hold a module's state.
+- `_orig_mod` (torch; distributed.py, parameters.py): what a compiled module holds, and what compilation puts into names.
+- `_checkpoint_wrapped_module` (torch; parameters.py): what FSDP2's activation checkpointing puts into names.
+- `_prepare_inputs` (transformers; ascent.py, vision/augmentation.py): move the batch by `accelerate.utils.send_to_device`.
+- `_prepare_for_training`, `_load_from_checkpoint`, `_load_best_model` (transformers; here): see at each which defect it serves.
+- `core_model_loading.revert_weight_conversion` (transformers; here): load by `from_pretrained`, as the other branch does.
+- `ToCopyBackward0`, `CheckpointFunctionBackward` (torch; one_pass.py, checks.py): how autograd calls its steps for a change of dtype and
+  for reentrant checkpointing.
+- `_get_help_string` (argparse; cli/output.py): give each option its help with the default.
+
+These are public by name, in modules without documentation: `transformers.modelcard`, `transformers.hf_argparser`,
+`transformers.trainer_utils.unwrap_peft_model`, `accelerate.commands.launch`, `torch.distributed.elastic.multiprocessing.api`,
+`datasets.data_files`, `datasets.packaged_modules`.
+"""
 
 import json
 from collections.abc import Iterator
@@ -13,6 +34,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+# The base classes of these have no public names. Lazy layers become one of them in their first forward pass.
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_OR_INSTANCE_NORM = (*BATCH_NORM, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 class TrainerWorkarounds:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import recursively_apply
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerCallback
 
 from . import checks
+from ._compat import BATCH_NORM
 from .callbacks import PerturbationCallback
 from .config import AACEArguments
 from .distributed import average_gradients, mean_over_processes, outside_ddp, reshard
@@ -389,7 +389,7 @@ class Ascent(TrainerCallback):
             labels = (labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels).long()
         batch = labels.shape[:1].numel()
         # BatchNorm takes its running statistics from these samples, and cannot train on one.
-        least = 12 if any(isinstance(m, _BatchNorm) and m.training for m in self.trainer.model.modules()) else 2
+        least = 12 if any(isinstance(m, BATCH_NORM) and m.training for m in self.trainer.model.modules()) else 2
         return labels, batch if args.ascent_fraction == 1 else min(
             batch, max(least, round(args.ascent_fraction * batch))
         )

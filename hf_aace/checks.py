@@ -11,12 +11,12 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from ._compat import BATCH_NORM, BATCH_OR_INSTANCE_NORM
 from .config import AACEArguments
 
 
@@ -76,7 +76,7 @@ def _warn_of_lost_statistics(trainer: Trainer) -> None:
     lost = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, _NormBase) and module.track_running_stats
+        if isinstance(module, BATCH_OR_INSTANCE_NORM) and module.track_running_stats
         # peft's copy that is trained and saved, and the one that it stands for, which is not run any more
         if "modules_to_save" not in name and "original_module" not in name
     ]
@@ -245,7 +245,10 @@ def check_layers_keep_no_statistics(model: nn.Module) -> None:
         `ValueError`: If one does.
     """
     for name, layer in model.named_modules():
-        if layer.training and (isinstance(layer, _BatchNorm) or getattr(layer, "running_mean", None) is not None):
+        keeps = isinstance(layer, BATCH_OR_INSTANCE_NORM) and (
+            layer.track_running_stats or isinstance(layer, BATCH_NORM)
+        )
+        if layer.training and keeps:
             raise ValueError(
                 f"`one_pass=True` does not go with the statistics of {name!r} ({type(layer).__name__}): without an ascent pass they "
                 "would be those of the perturbed weights, with which the model cannot be evaluated. Set "

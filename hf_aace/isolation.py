@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm  # the one base of all BatchNorm layers, SyncBatchNorm's too
+
+from ._compat import BATCH_NORM
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
         model (`nn.Module`): The model whose BatchNorm layers (`SyncBatchNorm` too) are frozen.
     """
     # Not `momentum = 0`, the usual trick: that still counts the batch, and breaks layers with `momentum=None`.
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    layers = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.track_running_stats]
     try:
         for layer in layers:
             layer.track_running_stats = False
@@ -47,7 +48,7 @@ def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.
     kept, layers, buffers = [], [], []
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BATCH_NORM):
                 layers.append(module)
                 buffers.append(buffer)
             else:

@@ -4,12 +4,12 @@
 import re
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase  # the one base of all BatchNorm and InstanceNorm layers
 
+from ._compat import BATCH_OR_INSTANCE_NORM
 from .checks import check_parameters
 
 
-_NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+_NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *BATCH_OR_INSTANCE_NORM)
 
 
 def is_norm_layer(module: nn.Module) -> bool:

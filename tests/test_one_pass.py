@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_aace import AACEConfig, AACETrainer, aace_loss
+from hf_aace._compat import BATCH_NORM
 from hf_aace.isolation import replayed_rng
 from hf_aace.one_pass import DescentReader
 from hf_aace.parameters import parameters_to_perturb
@@ -64,7 +65,7 @@ def in_64_bits(columns) -> dict:
 
 
 def batch_norms(model) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [module for module in model.modules() if isinstance(module, BATCH_NORM)]
 
 
 WITHOUT_NORM = ["ShieldGemma2ForImageClassification"]

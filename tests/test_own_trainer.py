@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
 from comparison import Linear, check_goes_on_working, train, weighted_cross_entropy
 from tiny import (
     batch,
@@ -19,6 +20,7 @@ from tiny import (
     vit,
     weights,
 )
+from torch.utils.data import DataLoader, SubsetRandomSampler
 from transformers import (
     Trainer,
     TrainingArguments,
@@ -271,3 +273,17 @@ def test_a_loss_logged_within_a_step_is_no_error(tmp_path):
     logged = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logged) == 2 * (2 + 1)
     assert all(log["skipped_perturbations"] == 0 for log in logged if "perturbation_norm" in log)
+
+
+def test_a_sampler_of_ones_own_is_in_step_without_use_seedable_sampler_alone():
+    """With the option, which Trainer sets, accelerate leaves such a sampler's generator to each process."""
+
+    def loader(process, seedable):
+        torch.manual_seed(0)
+        torch.rand(process)  # the second process has drawn one number more
+        data = DataLoader(range(64), batch_size=8, sampler=SubsetRandomSampler(range(64)))
+        return prepare_data_loader(data, num_processes=2, process_index=process, use_seedable_sampler=seedable)
+
+    assert TrainingArguments().accelerator_config.use_seedable_sampler
+    assert len(torch.cat([*loader(0, True), *loader(1, True)]).unique()) < 64
+    assert loader(0, False).synchronized_generator is not None

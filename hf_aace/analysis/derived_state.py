@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from .._compat import BATCH_OR_INSTANCE_NORM
 from ..perturbation import perturbed
 
 
@@ -112,7 +112,7 @@ def check_logits_follow_weights(
         around = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
         derive_anew(switching)
         for module in around:
-            module.training = not isinstance(module, _NormBase)
+            module.training = not isinstance(module, BATCH_OR_INSTANCE_NORM)
         with torch.enable_grad():
             (gradient,) = _gradients(run().sum(), [p])
         model.eval()
@@ -156,7 +156,7 @@ def _may_keep_derived_state(model: nn.Module, state: dict[int, int]) -> bool:
     """
     for module in model.modules():
         held = _tensors([value for name, value in vars(module).items() if name not in _NO_STATE])
-        buffers = not isinstance(module, _NormBase) and any(
+        buffers = not isinstance(module, BATCH_OR_INSTANCE_NORM) and any(
             b.is_floating_point() for b in module.buffers(recurse=False)
         )
         if (

@@ -17,8 +17,10 @@ import torch
 from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
+from .._compat import BATCH_NORM
 from ..analysis.plots import plot_costs
 from ..config import AACEConfig
+from ..parameters import is_norm_layer
 from ..study.cost import default_methods, measure, random_batch, summarize
 from ..vision.models import model_from_architecture
 from .options import last_part, pick_device
@@ -67,7 +69,8 @@ def run(argv: list[str]) -> int:
     parser = HfArgumentParser(
         BenchmarkArguments,
         prog="hf-aace benchmark",
-        description="Measures what a training step costs: plain, AACE on all and on parts of the batch, and SAM.",
+        description="Measures what a training step costs: plain, AACE on all and on parts of the batch, AACE in one "
+        "pass, and SAM.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -85,10 +88,16 @@ def run(argv: list[str]) -> int:
     if not isinstance(overrides, dict):
         raise ValueError(f"`config_overrides` must be a JSON object, got {options.config_overrides!r}.")
     fractions = [fraction for fraction in dict.fromkeys(options.fractions) if fraction != 1]  # that is measured anyway
-    methods = default_methods(fractions, list(dict.fromkeys(options.ascent_every)), options.perturb_modules)
-
     set_seed(0)
     model = model_from_architecture(options.model_name_or_path, overrides)
+    layers = [module for module in model.modules() if is_norm_layer(module)]
+    readable = bool(layers) and not any(isinstance(layer, BATCH_NORM) for layer in layers)
+    methods = default_methods(
+        fractions,
+        list(dict.fromkeys(options.ascent_every)),
+        options.perturb_modules,
+        one_pass=readable and not options.torch_compile,
+    )
     precision = {"bf16": options.bf16, "torch_compile": options.torch_compile}
     args = AACEConfig(options.output_dir, use_cpu=not on_gpu, dataloader_pin_memory=on_gpu, **precision)
     batch = random_batch(model, options.batch_size, options.image_size)

@@ -23,7 +23,10 @@ from ..trainer import AACETrainer
 
 
 def default_methods(
-    fractions: Sequence[float], ascent_every: Sequence[int] = (1,), perturb_modules: str | None = None
+    fractions: Sequence[float],
+    ascent_every: Sequence[int] = (1,),
+    perturb_modules: str | None = None,
+    one_pass: bool = True,
 ) -> dict[str, AACEArguments]:
     """
     Name the settings of plain training, AACE with the whole batch and with parts of it, AACE in one pass with the least of them,
@@ -36,6 +39,8 @@ def default_methods(
             Values of `ascent_every`, for the whole batch and for each part.
         perturb_modules (`str`, *optional*):
             If given, each AACE method comes once more with this value of `perturb_modules`.
+        one_pass (`bool`, *optional*, defaults to `True`):
+            Whether to have AACE in one pass, which does not go with BatchNorm.
     """
     methods = {"plain Trainer": AACEArguments(rho=0.0)}
     for modules, every, fraction in itertools.product(
@@ -46,9 +51,11 @@ def default_methods(
         name += f", {fraction:.3g} of the batch" if fraction < 1 else ""
         name += f", every {every} steps" if every > 1 else ""
         methods[name] = AACEArguments(ascent_fraction=fraction, ascent_every=every, perturb_modules=modules)
-    least = min([1.0, *fractions])
-    name = "AACE, one pass" + (f", {least:.3g} of the batch" if least < 1 else "")
-    return methods | {name: AACEArguments(one_pass=True, ascent_fraction=least), "SAM": AACEArguments(method="sam")}
+    if one_pass:
+        least = min([1.0, *fractions])
+        name = "AACE, one pass" + (f", {least:.3g} of the batch" if least < 1 else "")
+        methods[name] = AACEArguments(one_pass=True, ascent_fraction=least)
+    return methods | {"SAM": AACEArguments(method="sam")}
 
 
 @dataclass

@@ -52,6 +52,7 @@ def decode_image(
         image_range (`Sequence[float]`, *optional*):
             Two values, which become 0 (black) and 255; others are clipped. `(0, 4095)` is for 12 bits in files of 16. Images
             of 8 bits are scaled only if the second value is at most 255. Of color in 16 bits Pillow reads the upper 8 only.
+            Gray of 12 bits in JPEG 2000 Pillow scales to 16 by itself: leave the range out.
 
     Returns:
         `PIL.Image.Image`: The image, of mode `RGB`.

@@ -3,10 +3,11 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
 
+from .._compat import BATCH_OR_INSTANCE_NORM
 from .models import _head_and_last_layer, _trainable_in_32_bits
 
 
@@ -32,12 +33,13 @@ def add_lora(
 
     Raises:
         `ImportError`: If peft is not installed.
-        `ValueError`: If the model has no such layers, or the rank is not positive.
+        `ValueError`: If the model has no such layers, their adapters could not be merged, or the rank is not positive.
     """
     if rank < 1:
         raise ValueError(f"`lora_rank` must be at least 1, got {rank}.")
     try:
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
     except ImportError as error:
         raise ImportError("`lora` needs the package peft: pip install 'hf-aace[peft]'.") from error
     head = {name.rpartition(".")[0] for name in _head_and_last_layer(model)} - {""}
@@ -61,6 +63,13 @@ def add_lora(
     for module in adapted.modules():
         if _keeps_statistics(module):
             module.float()  # the statistics too: small updates of a running mean would be rounded away
+    for name, layer in adapted.named_modules():
+        # Now, since merging comes after hours of training.
+        if isinstance(layer, LoraLayer) and (problem := _why_not_mergeable(layer)):
+            raise ValueError(
+                f"`lora_target_modules` is {list(target_modules)}, and the adapter of {name.removeprefix('base_model.model.')!r}, of "
+                f"the class {type(layer.get_base_layer()).__name__}, could not be merged into it: {problem}. Name other layers."
+            )
     return adapted
 
 
@@ -77,5 +86,21 @@ def merge_lora(model: nn.Module) -> PreTrainedModel:
     return model.float().merge_and_unload()
 
 
+def _why_not_mergeable(layer: nn.Module) -> str | None:
+    """Tell what makes an adapted layer with its adapter merged another function than the two beside each other, if anything."""
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        return "peft does not merge convolutions with several groups"
+    (down,) = layer.lora_A.values()  # of the class of the adapted layer, if that is a convolution
+    if not isinstance(down, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return None
+    with torch.no_grad():
+        ramp = torch.linspace(-1, 1, down.weight[0].numel(), device=down.weight.device).view_as(down.weight[:1])
+        once = down(ramp)
+        down.weight *= 2
+        twice = down(ramp)
+        down.weight /= 2
+    return None if torch.allclose(twice, 2 * once) else "it normalizes its weights at each call"
+
+
 def _keeps_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase) and module.running_mean is not None
+    return isinstance(module, BATCH_OR_INSTANCE_NORM) and module.running_mean is not None

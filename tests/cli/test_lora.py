@@ -10,6 +10,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessorPil, 
 
 from hf_aace import AACETrainer
 from hf_aace.cli import main
+from hf_aace.vision.lora import add_lora
 from hf_aace.vision.models import load_model_and_processor
 
 
@@ -118,3 +119,13 @@ def test_layers_whose_model_looks_into_them_are_refused_in_a_sentence(capsys):
     error = capsys.readouterr().err
     assert "`lora_target_modules` is ['reduce_1x1.convolution']" in error and "Name other layers" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "reason"),
+    [("RegNet", "convolution", "several groups"), ("Bit", "conv1", "normalizes its weights")],
+)
+def test_layers_whose_adapters_could_not_be_merged_are_refused_before_training(name, target, reason):
+    """peft would say nothing and merge into another function, or raise once the training is over."""
+    with pytest.raises(ValueError, match=f"could not be merged into it: .*{reason}.*Name other layers"):
+        add_lora(image_classifier(f"{name}ForImageClassification"), target_modules=[target])

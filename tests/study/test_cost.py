@@ -56,7 +56,7 @@ def test_steps_that_share_an_ascent_pass_are_measured_together(tmp_path):
     """A time for each round, the mean over the step with an ascent pass and those without; no gradient of an earlier round."""
     model, passes = vit(), []
     model.register_forward_hook(lambda module, inputs, outputs: passes.append(len(outputs.logits)))
-    methods = dict(list(default_methods([0.25], [1, 3, 4]).items())[:7])  # without one pass and SAM
+    methods = dict(list(default_methods([0.25], [1, 3, 4], one_pass=False).items())[:7])  # without SAM
     result = measure(model, batch(16), training_arguments(AACEConfig, tmp_path), methods, rounds=2, warmup=1)
     assert [measurement.name for measurement in result] == [
         "plain Trainer",
@@ -202,6 +202,13 @@ def test_command_leaves_numbers_and_a_picture(tmp_path, capsys):
     assert all(name in screen for name in names)
     assert (tmp_path / "cost" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert not list(Path(tmp_path / "cost").glob("checkpoint-*"))
+
+
+def test_command_measures_a_model_with_batch_norm_without_one_pass(tmp_path, capsys):
+    argv = "benchmark --model_name_or_path resnet-tiny-digits --batch_size 4 --rounds 2 --warmup 0 --device cpu"
+    assert main([*argv.split(), "--output_dir", str(tmp_path)]) == 0
+    screen = capsys.readouterr().out
+    assert "AACE, 0.25 of the batch" in screen and "one pass" not in screen
 
 
 def test_a_peer_makes_two_passes_the_second_at_perturbed_weights(tmp_path):
