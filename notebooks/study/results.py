@@ -331,6 +331,35 @@ def candidates() -> pd.DataFrame:
     return beside_plain({"ConvNeXt": "convnext-noisy-candidates"}).loc[list(CANDIDATES)].rename(CANDIDATES)
 
 
+ONE_PASS = {"ConvNeXt": "convnext-noisy-one-pass", "ViT": "vit-noisy-one-pass"}
+
+
+def one_pass() -> pd.DataFrame:
+    """The gradient read off the descent before, beside ascent passes over small parts of the batch: each setting that was run."""
+    rows = []
+    for title, name in ONE_PASS.items():
+        runs = RUNS[RUNS["study"].isin([name, f"{name}-more", f"{name}-variants"])]
+        runs = runs.drop_duplicates(["options", "seed"]).set_index("seed")
+        plain = runs.loc[runs["method"] == "trainer", "test_accuracy"]
+        for options, own in runs[runs["method"] != "trainer"].groupby("options", sort=False):
+            settings, gain = settings_of(options), (own["test_accuracy"] - plain).dropna()
+            share = float(settings.get("ascent_fraction", 1))
+            ascent = "one pass" if "one_pass" in settings else "ascent pass"
+            rows.append(
+                {
+                    "model": title,
+                    "ascent": f"{ascent}, {settings['variant'].replace('_', ' ')}" if "variant" in settings else ascent,
+                    "share": "all" if share == 1 else f"1/{round(1 / share)}",
+                    "every": settings.get("ascent_every", ""),
+                    "rho": settings["rho"],
+                    "seeds": len(gain),
+                    "validation": f"{100 * own['validation_accuracy'].mean():.1f}",
+                    "gain": percent(gain.mean(), gain.sem(), "+"),
+                }
+            )
+    return pd.DataFrame(rows).set_index("model")
+
+
 CHEAP = {"ConvNeXt": "convnext-noisy-cheap", "ViT, 1e-3": "vit-noisy-1e-3-cheap", "ViT, 3e-4": "vit-noisy-cheap"}
 CHEAP_NORM = {title: f"{name}-norm" for title, name in CHEAP.items()}
 WHEN = {"ConvNeXt": "convnext-noisy-when", "ViT": "vit-noisy-when", "ViT, clean labels": "vit-clean-long-when"}
@@ -349,6 +378,7 @@ def published() -> dict[str, pd.DataFrame]:
         "find-rho, normalization layers": advice(of_norm_layers=True),
         "overfitting": overfitting(),
         "candidates": candidates(),
+        "one pass": one_pass(),
     }
 
 

@@ -205,7 +205,7 @@ def test_command_leaves_numbers_and_a_picture(tmp_path, capsys):
 
 
 def test_command_measures_a_model_with_batch_norm_without_one_pass(tmp_path, capsys):
-    argv = "benchmark --model_name_or_path resnet-tiny-digits --batch_size 4 --rounds 2 --warmup 0 --device cpu"
+    argv = "benchmark --model_name_or_path resnet-tiny-digits --batch_size 4 --rounds 2 --warmup 0 --device cpu --image_size 8"
     assert main([*argv.split(), "--output_dir", str(tmp_path)]) == 0
     screen = capsys.readouterr().out
     assert "AACE, 0.25 of the batch" in screen and "one pass" not in screen
