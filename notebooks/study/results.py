@@ -334,8 +334,8 @@ def candidates() -> pd.DataFrame:
 ONE_PASS = {"ConvNeXt": "convnext-noisy-one-pass", "ViT": "vit-noisy-one-pass"}
 
 
-def one_pass() -> pd.DataFrame:
-    """The gradient read off the descent before, beside ascent passes over small parts of the batch: each setting that was run."""
+def _ascents_beside_plain() -> pd.DataFrame:
+    """The gradient read off the descent before, and ascent passes over small parts of the batch: each setting that was run."""
     rows = []
     for title, name in ONE_PASS.items():
         runs = RUNS[RUNS["study"].isin([name, f"{name}-more", f"{name}-variants"])]
@@ -343,21 +343,40 @@ def one_pass() -> pd.DataFrame:
         plain = runs.loc[runs["method"] == "trainer", "test_accuracy"]
         for options, own in runs[runs["method"] != "trainer"].groupby("options", sort=False):
             settings, gain = settings_of(options), (own["test_accuracy"] - plain).dropna()
-            share = float(settings.get("ascent_fraction", 1))
-            ascent = "one pass" if "one_pass" in settings else "ascent pass"
+            kind = "one pass" if "one_pass" in settings else "norm"
+            share, variant = float(settings.get("ascent_fraction", 1)), settings.get("variant")
+            name_of_share = "all" if share == 1 else f"1/{round(1 / share)}"
+            every = f", every {settings['ascent_every']} steps" if "ascent_every" in settings else ""
             rows.append(
                 {
                     "model": title,
-                    "ascent": f"{ascent}, {settings['variant'].replace('_', ' ')}" if "variant" in settings else ascent,
-                    "share": "all" if share == 1 else f"1/{round(1 / share)}",
-                    "every": settings.get("ascent_every", ""),
+                    "ascent": f"{kind}, {name_of_share}{every}"
+                    + (f", {variant.replace('_', ' ')}" if variant else ""),
                     "rho": settings["rho"],
                     "seeds": len(gain),
-                    "validation": f"{100 * own['validation_accuracy'].mean():.1f}",
-                    "gain": percent(gain.mean(), gain.sem(), "+"),
+                    "validation": own["validation_accuracy"].mean(),
+                    "gain": gain.mean(),
+                    "error": gain.sem(),
                 }
             )
-    return pd.DataFrame(rows).set_index("model")
+    return pd.DataFrame(rows)
+
+
+def one_pass() -> pd.DataFrame:
+    """The table of `_ascents_beside_plain`."""
+    table = _ascents_beside_plain()
+    table["gain"] = [percent(*pair, "+") for pair in zip(table["gain"], table.pop("error"), strict=True)]
+    table["validation"] = table["validation"].map(lambda share: f"{_rounded(share):.1f}")
+    return table.set_index("model")
+
+
+def frontier() -> pd.DataFrame:
+    """What each ascent costs, relative to plain training, and what it gains at the rho that is best on the validation images."""
+    table = _ascents_beside_plain()
+    table = table.loc[table.groupby(["model", "ascent"], sort=False)["validation"].idxmax()]
+    costs = pd.read_csv(HERE / "cost-of-ascents.csv").rename(columns={"method": "ascent"})
+    costs["model"] = costs["model"].str.removesuffix(", 64 pixels")
+    return table.merge(costs, on=["model", "ascent"])
 
 
 CHEAP = {"ConvNeXt": "convnext-noisy-cheap", "ViT, 1e-3": "vit-noisy-1e-3-cheap", "ViT, 3e-4": "vit-noisy-cheap"}

@@ -5,10 +5,11 @@ Make the studies of `studies.yaml` again. Without a name, list them.
     python notebooks/study/studies.py                                  # the list
     python notebooks/study/studies.py convnext-noisy-tuned             # one: minutes to hours on two CPU cores
     python notebooks/study/studies.py --collect convnext-noisy-tuned   # put its runs into runs.parquet
-    python notebooks/study/studies.py cost                             # the cost of a step: a quarter of an hour
+    python notebooks/study/studies.py cost                             # the cost of a step by size: a quarter of an hour
+    python notebooks/study/studies.py cost-of-ascents                  # ... by the kind of ascent: ten minutes
 
 A study that was stopped goes on where it was. Its tables and pictures are in runs/study/NAME. Fine-tuning starts from two models
-that are trained first. `cost` leaves runs/study/cost.csv.
+that are trained first. `cost` leaves runs/study/cost.csv, `cost-of-ascents` runs/study/cost-of-ascents.csv.
 """
 
 import argparse
@@ -22,8 +23,12 @@ from pathlib import Path
 import pandas as pd
 import yaml
 from datasets import ClassLabel, DatasetDict, Features, Image
+from transformers import set_seed
 
+from hf_aace import AACEArguments, AACEConfig
+from hf_aace.study.cost import measure, random_batch, summarize
 from hf_aace.vision.datasets import load_image_dataset
+from hf_aace.vision.models import model_from_architecture
 
 
 HERE = Path(__file__).parent
@@ -98,6 +103,36 @@ def cost() -> None:
     pd.DataFrame(rows).to_csv(FOLDER / "cost.csv", index=False, float_format="%.4g")
 
 
+def cost_of_ascents() -> None:
+    """Measure the cost of a step by the kind of ascent, on models of 5.4 M parameters in batches of 64."""
+
+    def norm(share):
+        return AACEArguments(perturb_modules="norm", ascent_fraction=share)
+
+    methods = {"plain Trainer": AACEArguments(rho=0.0), "AACE": AACEArguments()}
+    methods["AACE, 1/4"] = AACEArguments(ascent_fraction=0.25)
+    methods |= {f"norm, 1/{part}": norm(1 / part) for part in (4, 8, 16, 32)}
+    methods["one pass, 1/8"] = AACEArguments(one_pass=True, ascent_fraction=0.125)
+    vit = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "image_size": 64, "patch_size": 8}
+    convnext = {"hidden_sizes": [48, 96, 192, 384], "depths": [2, 2, 8, 2]}
+    rows = []
+    for title, name, sizes, pixels in (
+        ("ViT, 64 pixels", "vit", vit, 64),
+        ("ConvNeXt, 64 pixels", "convnext", convnext, 64),
+        ("ConvNeXt, 128 pixels", "convnext", convnext, 128),
+    ):
+        set_seed(0)
+        model = model_from_architecture(name, sizes)
+        args = AACEConfig(FOLDER / "cost-of-ascents", use_cpu=True, dataloader_pin_memory=False)
+        measured = measure(model, random_batch(model, 64, pixels), args, methods, rounds=16, warmup=1)
+        for row in summarize(measured, 64):
+            low, high = row["ratio_quartiles"]
+            memory = row["extra_peak_bytes"] / measured[0].peak_bytes
+            quartiles = {"lower_quartile": low, "upper_quartile": high}
+            rows.append({"model": title, "method": row["name"], "ratio": row["ratio"], **quartiles, "memory": memory})
+        pd.DataFrame(rows).to_csv(FOLDER / "cost-of-ascents.csv", index=False, float_format="%.4g")
+
+
 def collect(names: list[str]) -> None:
     """Replace the runs of studies in runs.parquet by those in runs/study."""
     runs = pd.read_parquet(HERE / "runs.parquet")
@@ -106,13 +141,16 @@ def collect(names: list[str]) -> None:
     runs.to_parquet(HERE / "runs.parquet", index=False, compression="zstd")
 
 
+COSTS = {"cost": cost, "cost-of-ascents": cost_of_ascents}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="Names of studies.")
     parser.add_argument("--collect", action="store_true", help="Put their runs into runs.parquet.")
     options = parser.parse_args()
     studies = commands()
-    if unknown := [name for name in options.names if name not in (*studies, "cost")]:
+    if unknown := [name for name in options.names if name not in (*studies, *COSTS)]:
         parser.error(f"There is no study {unknown[0]!r}. Without a name this command lists them.")
     if not options.names:
         print("\n".join(f"{name}: {shlex.join(command)}" for name, command in studies.items()))
@@ -120,8 +158,9 @@ def main() -> None:
         collect(options.names)
         return
     for name in options.names:
-        if name == "cost":
-            cost()
+        if name in COSTS:
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            COSTS[name]()
             continue
         os.environ["OMP_NUM_THREADS"] = "1"  # as for runs.parquet: with more, sums have other last bits
         if "finetune" in name:
