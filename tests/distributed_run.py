@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What test_distributed.py runs on several processes: `torchrun --nproc_per_node 2 distributed_run.py FOLDER SCENARIO ...`
-Each process leaves what a scenario returns in FOLDER/SCENARIO-RANK.pt, and what it is at in FOLDER/running-RANK.txt.
+What test_distributed.py runs on several processes: `distributed_run.py FOLDER PROCESSES GROUPS`, where GROUPS are lists of names
+of scenarios as JSON. Each group has processes of its own, forked, so that everything is imported once. Each process leaves what a
+scenario returns in FOLDER/SCENARIO-RANK.pt, and what it is at in FOLDER/running-RANK.txt. The last line tells how each group has
+ended, as JSON: null, or the error.
 """
 
 import copy
 import gc
+import json
 import os
 import signal
 import sys
@@ -19,7 +22,9 @@ from accelerate import PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from tiny import MODELS, VANISHING, InOrder, activation_checkpointing, digits, learning_curve, training_arguments
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 from transformers import TrainerCallback
 
 from hf_aace import AACEConfig, AACETrainer, perturbed
@@ -157,7 +162,7 @@ def run(
         AACEConfig,
         output_dir,
         **{
-            "max_steps": 20,
+            "max_steps": 6,
             "rho": 0.05,
             # Without a preconditioner, which would blow up differences by rounding.
             "optim": "sgd",
@@ -194,7 +199,7 @@ def uneven_rows():
 
 def against_plain(*mixins, base=InOrder, **kwargs):
     """A plain run, one whose ascent pass must leave no trace, and a real one."""
-    kwargs = {"max_steps": 6, "dropout": 0.1, **kwargs}
+    kwargs = {"max_steps": 4, "logging_steps": 2, "dropout": 0.1, **kwargs}
     return {
         "plain": run(*mixins, base=base, **{**kwargs, "rho": 0}),
         "vanishing": run(*mixins, base=base, **{**kwargs, "rho": VANISHING}),
@@ -267,10 +272,10 @@ def step_on_replicated_shards():
 
 
 class Kill(TrainerCallback):
-    """SIGKILL on the eleventh step, in the middle of an accumulation."""
+    """SIGKILL on the seventh step, in the middle of an accumulation."""
 
     def on_substep_end(self, args, state, control, **kwargs):
-        if state.global_step == 10:
+        if state.global_step == 6:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -300,6 +305,8 @@ RESUMABLE = {
     "gradient_accumulation_steps": 3,
     "save_strategy": "steps",
     "save_steps": 4,
+    "max_steps": 8,
+    "logging_steps": 4,
     "ascent_every": 3,
 }
 
@@ -342,7 +349,7 @@ def scenarios(folder):
     # As the ascent pass asks for anyway: plain Trainer, left alone, adds the gradients up in another order.
     sync_each_batch = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-    not_finite = {"max_steps": 10, "logging_steps": 10}
+    not_finite = {"logging_steps": 6}
     synced_modes = {mode: kwargs for mode, kwargs in MODES.items() if mode.startswith("synced")}
     return {
         "ddp modes": {mode: partial(run, **kwargs) for mode, kwargs in MODES.items()},
@@ -381,7 +388,9 @@ def scenarios(folder):
         "ddp uninterrupted": partial(run, output_dir=folder / "ddp uninterrupted", **RESUMABLE),
         "ddp killed": partial(run, output_dir=folder / "ddp killed", callbacks=[Kill()], **RESUMABLE),
         "ddp resumed": partial(run, output_dir=folder / "ddp killed", resume=True, **RESUMABLE),
-        "ddp fails": partial(run, Fails, output_dir=folder / "ddp fails", save_strategy="steps", save_steps=4),
+        "ddp fails": partial(
+            run, Fails, max_steps=8, output_dir=folder / "ddp fails", save_strategy="steps", save_steps=4
+        ),
         "ddp hangs": {"at once": partial(run, max_steps=1), "in the second step": partial(run, Hangs)},
         "fsdp2 joint": {case: partial(run, Fsdp2OnCpu, max_steps=5, **kwargs) for case, kwargs in JOINT.items()},
         "fsdp2 on GPUs": {
@@ -409,7 +418,11 @@ def scenarios(folder):
     }
 
 
-def main(folder, names):
+def work(local_rank, processes, port, folder, names):
+    """Run scenarios as one of several processes."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(local_rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(processes))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     if not ON_GPU:  # else accelerate makes the group, with `ddp_timeout`, which it leaves out on the CPU
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=WAIT))
 
@@ -425,10 +438,22 @@ def main(folder, names):
             result = result_of(scenario, name)
         torch.save(result, folder / f"{name}-{rank()}.pt")
     (folder / f"running-{rank()}.txt").unlink()
+    torch.distributed.destroy_process_group()
+
+
+def main(folder, processes, groups):
+    torch.set_num_threads(1)
+    gc.freeze()  # or the `gc.collect()` in each `train()` visits all of Transformers
+    ends = []
+    for names in groups:
+        arguments = (processes, get_free_port(), folder, names)
+        try:
+            start_processes(work, arguments, processes, start_method="spawn" if ON_GPU else "fork")
+            ends.append(None)
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            ends.append(str(error))
+    print("\n" + json.dumps(ends))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()  # or the `gc.collect()` in each `train()` visits all of Transformers
-    main(Path(sys.argv[1]), sys.argv[2:])
-    torch.distributed.destroy_process_group()
+    main(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from comparison import train
+from comparison import Linear, train
 from functorch.compile import make_boxed_func
 from tiny import (
     digits,
@@ -87,10 +87,10 @@ def backend_whose_gradients_do_not_last():
 def test_nothing_is_kept_in_memory_that_cuda_graphs_use_again(switch, tmp_path):
     """As with `torch_compile_mode="reduce-overhead"`, which needs a GPU."""
     torch._dynamo.reset()
-    model = vit()
+    model = Linear()
     model.forward = torch.compile(model.forward, backend=backend_whose_gradients_do_not_last())
     kwargs = {"rho": 0.2, "rows": digits(256), "logging_steps": 2, **switch}
-    eager, compiled = (train(AACETrainer, AACEConfig, m, tmp_path, **kwargs) for m in (vit(), model))
+    eager, compiled = (train(AACETrainer, AACEConfig, m, tmp_path, **kwargs) for m in (Linear(), model))
     for name, value in weights(eager.model).items():
         torch.testing.assert_close(weights(compiled.model)[name], value, rtol=1e-4, atol=1e-5)
     logs = [[log for log in t.state.log_history if "perturbation_norm" in log] for t in (eager, compiled)]

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes, really started (gloo, on the CPU): DDP and FSDP2 train as one process does."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -30,37 +33,33 @@ class Launch:
     # Seconds. Not reached on any machine, however busy: a process that waits for another one gives up after `wait` seconds.
     limit = 3600
 
-    def __init__(self, folder, processes=2, on_gpu=False, wait=600):
+    def __init__(self, folder, *groups, processes=2, on_gpu=False, wait=600, fails=()):
+        """Each group of scenarios has processes of its own. The last of each that is in `fails` ends them with an error."""
         self.folder, self.processes = folder, processes
-        self.environment = {
-            "OMP_NUM_THREADS": "1",
-            "DISTRIBUTED_RUN_ON_GPU": str(int(on_gpu)),
-            "DISTRIBUTED_RUN_WAIT": str(wait),
-        }
-
-    def __call__(self, *names, ends_in=None):
-        """Runs scenarios, and at last `ends_in`, which is expected to end the processes with an error."""
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={self.processes}", "--standalone"]
         script = Path(__file__).with_name("distributed_run.py")
-        process = subprocess.Popen(
-            [*command, script, self.folder, *names, *([ends_in] if ends_in else [])],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **self.environment},
-            cwd=self.folder,
-        )
         try:
-            output, _ = process.communicate(timeout=self.limit)
-        except BaseException as error:
-            process.terminate()  # the launcher ends the others
-            output, _ = process.communicate()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            raise AssertionError(f"Not done after {self.limit} s. {self.running()}\n{output[-5000:]}") from None
-        assert (process.returncode != 0) == (ends_in is not None), f"{self.running()}\n{output[-10000:]}"
-        assert all((self.folder / f"{name}-0.pt").exists() for name in names), f"{self.running()}\n{output[-10000:]}"
-        return output
+            done = subprocess.run(
+                [sys.executable, script, folder, str(processes), json.dumps(groups)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=self.limit,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "DISTRIBUTED_RUN_ON_GPU": str(int(on_gpu)),
+                    "DISTRIBUTED_RUN_WAIT": str(wait),
+                },
+                cwd=folder,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"Not done after {self.limit} s. {self.running()}\n{error.output[-5000:]}") from None
+        told = f"{self.running()}\n{done.stdout[-10000:]}"
+        assert done.returncode == 0, told
+        self.ends = dict(zip((group[-1] for group in groups), json.loads(done.stdout.splitlines()[-1]), strict=True))
+        assert all((error is not None) == (last in fails) for last, error in self.ends.items()), told
+        ran = [name for group in groups for name in group if name not in fails]
+        assert all((folder / f"{name}-0.pt").exists() for name in ran), told
 
     def running(self) -> str:
         """Tells the case that each process was at."""
@@ -71,51 +70,44 @@ class Launch:
         return [torch.load(self.folder / f"{name}-{rank}.pt") for rank in range(self.processes)]
 
 
-# As few pairs of processes as there can be, since each takes seconds to import everything. Each ends in a failure, after which
-# the next one goes on in the same folder.
-
-
 @pytest.fixture(scope="module")
-def first_pair(tmp_path_factory):
-    launch = Launch(tmp_path_factory.mktemp("distributed"))
-    launch(
-        "ddp modes",
-        "ddp not finite",
-        "ddp joint",
-        "ddp one pass",
-        "ddp collectives",
-        "ddp collectives, accumulated",
-        "ddp switches",
-        "ddp interrupted",
-        "ddp uninterrupted",
-        ends_in="ddp killed",
+def pair(tmp_path_factory):
+    """All that two processes do, in as few pairs as can be: each of these ends in a failure, after which the next one goes on."""
+    return Launch(
+        tmp_path_factory.mktemp("distributed"),
+        [
+            "ddp modes",
+            "ddp not finite",
+            "ddp joint",
+            "ddp one pass",
+            "ddp collectives",
+            "ddp collectives, accumulated",
+            "ddp switches",
+            "ddp interrupted",
+            "ddp uninterrupted",
+            "ddp killed",
+        ],
+        [
+            "ddp resumed",
+            "fsdp2 joint",
+            "fsdp2 not finite",
+            "fsdp2 switches",
+            "fsdp2 BatchNorm",
+            "fsdp2 replicated",
+            "fsdp2 interrupted",
+            "fsdp2 uninterrupted",
+            "fsdp2 killed",
+        ],
+        ["fsdp2 resumed", "ddp fails"],
+        fails=("ddp killed", "fsdp2 killed", "ddp fails"),
     )
-    return launch
 
 
-@pytest.fixture(scope="module")
-def second_pair(first_pair):
-    first_pair(
-        "ddp resumed",
-        "fsdp2 joint",
-        "fsdp2 not finite",
-        "fsdp2 switches",
-        "fsdp2 BatchNorm",
-        "fsdp2 replicated",
-        "fsdp2 interrupted",
-        "fsdp2 uninterrupted",
-        ends_in="fsdp2 killed",
-    )
-    return first_pair
-
-
-@pytest.fixture(scope="module")
-def third_pair(second_pair):
-    second_pair.output_of_failure = second_pair("fsdp2 resumed", ends_in="ddp fails")
-    return second_pair
-
-
-PAIR_OF = {"ddp": "first_pair", "fsdp2": "second_pair"}
+@functools.cache
+def one_process(case):
+    """What one process makes of the joint batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run(output_dir=folder, max_steps=5, **JOINT[case])
 
 
 def check_equal_on_all(results):
@@ -136,8 +128,8 @@ def skipped(result):
     return sum(log["skipped_perturbations"] for log in result["logs"])
 
 
-def check_equals_one_process(results, case, output_dir, atol=1e-6):
-    one = run(output_dir=output_dir, max_steps=5, **JOINT[case])
+def check_equals_one_process(results, case, atol=1e-6):
+    one = one_process(case)
     results = [result[case] for result in results]
     check_equal_on_all(results)
     assert "FSDP" in results[0]["wrapper"] or results[0]["wrapper"] == "DistributedDataParallel"
@@ -156,44 +148,42 @@ def check_equals_one_process(results, case, output_dir, atol=1e-6):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ddp_processes_end_with_equal_weights(first_pair, mode):
+def test_ddp_processes_end_with_equal_weights(pair, mode):
     """Each perturbs by its own gradient, or all by one; what the optimizer gets is one gradient, on clean weights."""
-    results = [result[mode] for result in first_pair.results("ddp modes")]
+    results = [result[mode] for result in pair.results("ddp modes")]
     assert results[0]["wrapper"] == "DistributedDataParallel"
     check_equal_on_all(results)
     assert skipped(results[0]) == 0
-    others = [
-        result[other]["weights"] for result in first_pair.results("ddp modes")[:1] for other in MODES if other != mode
-    ]
+    others = [result[other]["weights"] for result in pair.results("ddp modes")[:1] for other in MODES if other != mode]
     assert not any(identical(results[0]["weights"], other) for other in others)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ddp_counts_what_one_process_skips(first_pair, mode):
+def test_ddp_counts_what_one_process_skips(pair, mode):
     """
     Two bad steps of one process: locally that one alone skips, synced all do, together. With micro-batches that perturb
     by themselves, each counts.
     """
-    results = [result[mode] for result in first_pair.results("ddp not finite")]
+    results = [result[mode] for result in pair.results("ddp not finite")]
     check_equal_on_all(results)
     assert all(value.isfinite().all() for value in results[0]["weights"].values())
     micro_batches = 1 if "full batch" in mode else MODES[mode].get("gradient_accumulation_steps", 1)
     assert skipped(results[0]) == 2 * micro_batches
-    clean = first_pair.results("ddp modes")[0][mode]
+    clean = pair.results("ddp modes")[0][mode]
     assert not identical(results[0]["weights"], clean["weights"])
 
 
 @pytest.mark.parametrize("case", JOINT)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_synced_processes_equal_one_process_on_the_joint_batch(kind, case, request, tmp_path):
+def test_synced_processes_equal_one_process_on_the_joint_batch(kind, case, pair):
     """Also where the processes have unequal numbers of samples that count."""
-    check_equals_one_process(request.getfixturevalue(PAIR_OF[kind]).results(f"{kind} joint"), case, tmp_path)
+    check_equals_one_process(pair.results(f"{kind} joint"), case)
 
 
 @pytest.mark.parametrize("name", ["ddp collectives", "ddp collectives, accumulated"])
-def test_local_ascent_takes_no_collective(first_pair, name):
+def test_local_ascent_takes_no_collective(pair, name):
     """As many as plain Trainer, by the profiler; a synced one averages the gradient and the number of samples."""
-    for counts in first_pair.results(name):
+    for counts in pair.results(name):
         micro_batches = 2 if "accumulated" in name else 1
         assert counts["plain"]
         assert counts["local"] == counts["one pass"] == counts["plain"]
@@ -203,9 +193,9 @@ def test_local_ascent_takes_no_collective(first_pair, name):
 
 
 @pytest.mark.parametrize("case", ["synced", "synced, uneven"])
-def test_synced_one_pass_equals_one_process_on_the_joint_batch(first_pair, case, tmp_path):
+def test_synced_one_pass_equals_one_process_on_the_joint_batch(pair, case, tmp_path):
     """By itself each process perturbs along its own gradient, and all end with equal weights."""
-    results = first_pair.results("ddp one pass")
+    results = pair.results("ddp one pass")
     one = run(output_dir=tmp_path, **ONE_PASS, rows=uneven_rows() if "uneven" in case else None)
     for other in ("local", case):
         check_equal_on_all([result[other] for result in results])
@@ -249,16 +239,16 @@ def check_against_plain(results):
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_ddp_goes_on_working(first_pair, switch):
-    check_against_plain([result[switch] for result in first_pair.results("ddp switches")])
+def test_ddp_goes_on_working(pair, switch):
+    check_against_plain([result[switch] for result in pair.results("ddp switches")])
 
 
 # ---- FSDP2 ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode.startswith("synced")])
-def test_fsdp2_skips_together(second_pair, mode):
-    results = [result[mode] for result in second_pair.results("fsdp2 not finite")]
+def test_fsdp2_skips_together(pair, mode):
+    results = [result[mode] for result in pair.results("fsdp2 not finite")]
     check_equal_on_all(results)
     assert all(value.isfinite().all() for value in results[0]["weights"].values())
     micro_batches = 1 if "full batch" in mode else MODES[mode].get("gradient_accumulation_steps", 1)
@@ -269,21 +259,21 @@ def test_fsdp2_skips_together(second_pair, mode):
     "switch",
     ["accumulation", "full batch", "bf16", "checkpointing", "gathered until the backward pass"],
 )
-def test_fsdp2_goes_on_working(second_pair, switch):
-    check_against_plain([result[switch] for result in second_pair.results("fsdp2 switches")])
+def test_fsdp2_goes_on_working(pair, switch):
+    check_against_plain([result[switch] for result in pair.results("fsdp2 switches")])
 
 
 @pytest.mark.parametrize("rho", [0, 0.05])
-def test_fsdp2_leaves_batch_norm_statistics_to_each_process(second_pair, rho):
+def test_fsdp2_leaves_batch_norm_statistics_to_each_process(pair, rho):
     """It shards parameters and leaves buffers alone, plain training's too: a checkpoint holds those of the first process."""
-    first, second = (result[rho]["weights"] for result in second_pair.results("fsdp2 BatchNorm"))
+    first, second = (result[rho]["weights"] for result in pair.results("fsdp2 BatchNorm"))
     differ = {name for name in first if not torch.equal(first[name], second[name])}
     assert differ == {name for name in first if name.endswith(("running_mean", "running_var"))}
 
 
-def test_norm_counts_copies_of_shards_once(second_pair):
+def test_norm_counts_copies_of_shards_once(pair):
     """HSDP, in which each shard lies on several processes."""
-    for result in second_pair.results("fsdp2 replicated"):
+    for result in pair.results("fsdp2 replicated"):
         torch.testing.assert_close(result["sharded"], result["whole"])
 
 
@@ -292,38 +282,38 @@ def test_norm_counts_copies_of_shards_once(second_pair):
 
 @pytest.mark.parametrize("where", ["ascent", "descent"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_exception_leaves_the_weights(kind, where, request):
+def test_exception_leaves_the_weights(kind, where, pair):
     """And what the modules compute afterwards: FSDP2 could go on with the perturbed weights that it gathered."""
-    for result in request.getfixturevalue(PAIR_OF[kind]).results(f"{kind} interrupted"):
+    for result in pair.results(f"{kind} interrupted"):
         assert identical(result[where]["before"], result[where]["after"])
         assert torch.equal(result[where]["logits"], result[where]["logits_after"])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_killed_and_resumed_run_ends_as_one_never_killed(kind, third_pair):
+def test_killed_and_resumed_run_ends_as_one_never_killed(kind, pair):
     for uninterrupted, resumed in zip(
-        third_pair.results(f"{kind} uninterrupted"), third_pair.results(f"{kind} resumed"), strict=True
+        pair.results(f"{kind} uninterrupted"), pair.results(f"{kind} resumed"), strict=True
     ):
         assert identical(uninterrupted["weights"], resumed["weights"])
         assert torch.equal(uninterrupted["rng"], resumed["rng"])
         assert uninterrupted["logs"][-1] == resumed["logs"][-1]
 
 
-def test_failure_of_one_process_ends_the_run(third_pair):
+def test_failure_of_one_process_ends_the_run(pair):
     """With its error on screen, not by a hang, and with the last checkpoint whole."""
-    assert "the image of rank 1 is broken" in third_pair.output_of_failure
-    checkpoint = third_pair.folder / "ddp fails" / "checkpoint-4"
+    assert "the image of rank 1 is broken" in pair.ends["ddp fails"]
+    checkpoint = pair.folder / "ddp fails" / "checkpoint-4"
     assert TrainerState.load_from_json(checkpoint / "trainer_state.json").global_step == 4
     assert all(value.isfinite().all() for value in load_file(checkpoint / "model.safetensors").values())
     assert torch.load(checkpoint / "optimizer.pt")["param_groups"]
-    assert not (third_pair.folder / "ddp fails" / "checkpoint-8").exists()
+    assert not (pair.folder / "ddp fails" / "checkpoint-8").exists()
 
 
 @pytest.mark.slow
 def test_a_hang_ends_in_a_message_that_names_the_case(tmp_path):
     """After the time that one process waits for another, which does not depend on what else is run."""
     with pytest.raises(AssertionError, match=r"Process 0 was at 'ddp hangs: in the second step'.*Process 1 was at"):
-        Launch(tmp_path, wait=5)("ddp hangs")
+        Launch(tmp_path, ["ddp hangs"], wait=5)
 
 
 # ---- More processes, and GPUs ---------------------------------------------------------------------------------------
@@ -331,9 +321,7 @@ def test_a_hang_ends_in_a_message_that_names_the_case(tmp_path):
 
 @pytest.fixture(scope="module")
 def compiled_pair(tmp_path_factory):
-    launch = Launch(tmp_path_factory.mktemp("compiled"))
-    launch("ddp compiled", "fsdp2 compiled")
-    return launch
+    return Launch(tmp_path_factory.mktemp("compiled"), ["ddp compiled", "fsdp2 compiled"])
 
 
 @pytest.mark.slow
@@ -344,13 +332,12 @@ def test_compiled_models_go_on_working(kind, compiled_pair):
 
 @pytest.mark.slow
 def test_four_processes(tmp_path):
-    launch = Launch(tmp_path, processes=4)
-    launch("ddp modes", "ddp joint", "fsdp2 joint")
+    launch = Launch(tmp_path, ["ddp modes", "ddp joint", "fsdp2 joint"], processes=4)
     for mode in MODES:
         check_equal_on_all([result[mode] for result in launch.results("ddp modes")])
     for case in JOINT:
-        check_equals_one_process(launch.results("ddp joint"), case, tmp_path)
-        check_equals_one_process(launch.results("fsdp2 joint"), case, tmp_path)
+        check_equals_one_process(launch.results("ddp joint"), case)
+        check_equals_one_process(launch.results("fsdp2 joint"), case)
 
 
 @pytest.mark.slow
@@ -399,16 +386,16 @@ def test_command_under_the_shipped_configuration_for_fsdp2(model, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus(tmp_path):
-    launch = Launch(tmp_path, on_gpu=True)
-    launch("ddp modes", "ddp SyncBatchNorm", "ddp joint", "ddp collectives", "fsdp2 on GPUs")
+    scenarios = ["ddp modes", "ddp SyncBatchNorm", "ddp joint", "ddp collectives", "fsdp2 on GPUs"]
+    launch = Launch(tmp_path, scenarios, on_gpu=True)
     for name in ("ddp modes", "ddp SyncBatchNorm"):
         for mode in launch.results(name)[0]:
             check_equal_on_all([result[mode] for result in launch.results(name)])
     for counts in launch.results("ddp collectives"):
         assert counts["local"] == counts["plain"]
     for case in JOINT:
-        check_equals_one_process(launch.results("ddp joint"), case, tmp_path, atol=1e-5)
-        check_equals_one_process(launch.results("fsdp2 on GPUs"), case, tmp_path, atol=1e-5)
+        check_equals_one_process(launch.results("ddp joint"), case, atol=1e-5)
+        check_equals_one_process(launch.results("fsdp2 on GPUs"), case, atol=1e-5)
 
 
 # ---- What is refused ------------------------------------------------------------------------------------------------

@@ -6,16 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
-
-def walk(mode, folder):
-    command = [sys.executable, Path(__file__).with_name("hub_run.py"), mode]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+from hf_aace.cli import main
+from hf_aace.vision.datasets import load_image_dataset
+from hf_aace.vision.models import load_model_and_processor
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +23,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def online(folder):
-    return walk("online", folder)
+    command = [sys.executable, Path(__file__).with_name("hub_run.py")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def failed(result):
@@ -87,8 +88,15 @@ def test_no_network_is_told(online):
     assert "could not be made on the Hub" in failed(online["no network to push"])
 
 
-def test_offline_the_cache_serves(online, folder):
-    results = walk("offline", folder)
-    assert results["model"] == {"0": "black", "1": "white"}
-    assert results["data"] == {"train": 20, "test": 6}
-    assert "`model_name_or_path` is 'someone/other'" in failed(results["unknown"])
+def test_offline_the_cache_serves(online, folder, monkeypatch, capsys):
+    """This process is offline (`conftest.py`): it gets the cache that the other one has filled."""
+    assert constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "home/hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "home/datasets"))
+    monkeypatch.chdir(folder)
+    model, _ = load_model_and_processor("someone/vit", {0: "black", 1: "white"})
+    assert model.config.id2label == {0: "black", 1: "white"}
+    data = load_image_dataset("someone/colours", seed=0)
+    assert {split: part.num_rows for split, part in data.items()} == {"train": 20, "test": 6}
+    assert main(["train", "--model_name_or_path", "someone/other"]) == 1
+    assert "`model_name_or_path` is 'someone/other'" in capsys.readouterr().err

@@ -110,18 +110,19 @@ def plot_sharpness(measures: Mapping[str, Sequence[dict[str, Any]]], paths: Path
         paths (iterable of `str` or `os.PathLike`): The files to write; their suffixes give the formats.
         width (`float`, *optional*, defaults to `3.4`): Width of the figure in inches.
     """
-    rows = {name: [_with_top_eigenvalue(run) for run in runs] for name, runs in measures.items()}
-    shown = [panel for panel in _MEASURES if all(panel[0] in run for runs in rows.values() for run in runs)]
+    shown = [panel for panel in _MEASURES if all(panel[0] in run for runs in measures.values() for run in runs)]
     figure, grid = _panels(len(shown), width)
     for axes, (key, title, unit) in zip(grid, shown, strict=True):
         axes.set(title=title, ylabel=unit, xticks=[])
-        for position, (runs, (color, _, marker)) in enumerate(zip(rows.values(), group_styles(rows), strict=True)):
+        for position, (runs, (color, _, marker)) in enumerate(
+            zip(measures.values(), group_styles(measures), strict=True)
+        ):
             values = np.array([run[key] for run in runs])
             error = sem(values) if len(values) > 1 else None
             axes.bar(position, values.mean(), yerr=error, color=color, alpha=0.35, edgecolor=color, capsize=3)
             offsets = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else 0
             axes.plot(position + offsets + 0 * values, values, ls="", marker=marker, color=color, markersize=2.5)
-    _legend_above(figure, rows)
+    _legend_above(figure, measures)
     _save(figure, paths)
 
 
@@ -295,8 +296,3 @@ def _mean_curve(runs: Sequence[list[dict[str, Any]]], key: str) -> pd.DataFrame:
         points += [point for point in curve(history, "loss" if plain else key) if math.isfinite(point[1])]
     values = pd.DataFrame(points, columns=["epoch", "value"], dtype=float).groupby("epoch")["value"]
     return values.agg(["mean", "sem"]).fillna(0)  # a single run has no standard error
-
-
-def _with_top_eigenvalue(measures: dict[str, Any]) -> dict[str, Any]:
-    values = measures.get("hessian_eigenvalues")
-    return measures if values is None else measures | {"top_eigenvalue": values[0]}

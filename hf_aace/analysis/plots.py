@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a training run, of what steps cost, and of what a classifier confuses."""
+"""Pictures of a training run, and of what a classifier confuses."""
 
 import math
 import os
@@ -102,39 +102,12 @@ def curve(log_history: list[dict[str, Any]], key: str) -> list[tuple[float, floa
     return [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
 
 
-@rc_context(SCREEN | {"axes.grid": False})
-def plot_costs(rows: list[dict[str, Any]], title: str, path: str | os.PathLike) -> None:
-    """
-    Draw the cost of a step by each method, relative to plain training, with the quartiles over the rounds.
-
-    Args:
-        rows (`list[dict]`):
-            The rows that [`~hf_aace.study.cost.summarize`] returns.
-        title (`str`):
-            The title: which model, on what.
-        path (`str` or `os.PathLike`):
-            The file to write; its suffix gives the format.
-    """
-    figure = Figure(figsize=(7.5, 1.2 + 0.42 * len(rows)))
-    axes = figure.add_subplot(xlabel="time of a step, relative to plain training\n(median and quartiles)")
-    names, ratios = [row["name"] for row in rows], np.array([row["ratio"] for row in rows])
-    low, high = np.array([row["ratio_quartiles"] for row in rows]).T
-    colors = [BLUE if name.startswith("AACE") else ORANGE if name.startswith("SAM") else "0.6" for name in names]
-    bars = axes.barh(names, ratios, xerr=[ratios - low, high - ratios], color=colors, ecolor="0.3", capsize=3)
-    axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=8)
-    axes.axvline(1, color="0.3", linewidth=0.8, linestyle="--")
-    axes.set_xlim(0, 1.15 * max(high))
-    axes.invert_yaxis()
-    # Also above the names, which are long.
-    figure.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold", fontsize="medium")
-    figure.savefig(path)
-
-
 # More classes than these leave no room for counts, or for the name of each class.
 _MAX_COUNTS, _MAX_NAMES = 20, 60
 _LONGEST_NAME = 24
 
 
+@rc_context(SCREEN | {"axes.grid": False})
 def plot_confusion_matrix(matrix: list[list[int]], classes: list[str], path: str | os.PathLike) -> None:
     """
     Draw a confusion matrix. The color is the share of the row, so that small classes show as well as large ones.
@@ -150,9 +123,8 @@ def plot_confusion_matrix(matrix: list[list[int]], classes: list[str], path: str
     counts = np.array(matrix)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = min(3.0 + 0.45 * len(classes), 16.0)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    figure = Figure(figsize=(size + 1, size))
     axes = figure.add_subplot()
-    axes.set_title("Confusion matrix", loc="left", fontweight="bold")
     display = ConfusionMatrixDisplay(shares).plot(
         ax=axes,
         cmap="Blues",
@@ -169,11 +141,12 @@ def plot_confusion_matrix(matrix: list[list[int]], classes: list[str], path: str
     ticks = {"ticks": range(0, len(names), every), "labels": names[::every], "fontsize": "small", "parse_math": False}
     axes.set_xticks(**ticks, rotation=90)
     axes.set_yticks(**ticks)
-    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set(title="Confusion matrix", xlabel="predicted class", ylabel="true class")
     figure.colorbar(display.im_, label="share of the true class", shrink=0.8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
+@rc_context(SCREEN)
 def plot_image_grid(images: list[PIL.Image.Image], captions: list[str], title: str, path: str | os.PathLike) -> None:
     """
     Draw images in a grid, each below its caption.
@@ -190,7 +163,7 @@ def plot_image_grid(images: list[PIL.Image.Image], captions: list[str], title: s
     """
     columns = min(len(images), 5)
     rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(2.4 * columns, 0.5 + 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(2.4 * columns, 0.5 + 2.8 * rows))
     figure.suptitle(title, fontweight="bold")
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         axes = figure.add_subplot(rows, columns, index + 1)
@@ -198,6 +171,6 @@ def plot_image_grid(images: list[PIL.Image.Image], captions: list[str], title: s
         shown.thumbnail((300, 300))
         axes.imshow(np.asarray(shown), interpolation="nearest")
         lines = [textwrap.fill(line, 32, max_lines=2, placeholder=" ...") for line in caption.splitlines()]
-        axes.set_title("\n".join(lines), fontsize="small", parse_math=False)
+        axes.set_title("\n".join(lines), loc="center", fontsize="small", fontweight="normal", parse_math=False)
         axes.set_axis_off()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)

@@ -289,8 +289,8 @@ def measure_sharpness(
 
     Returns:
         `dict[str, Any]`: What [`losses_and_gradient_norms`] returns, `sam_sharpness`, `adaptive_worst_case_rise`,
-        `m_sharpness`, `average_sharpness`, `hessian_eigenvalues` (a list), `hessian_trace`, `margins` (a list), and for the average
-        and the trace also their `_standard_error`. All of it can be written as JSON.
+        `m_sharpness`, `average_sharpness`, `hessian_eigenvalues` (a list), `top_eigenvalue` (the first of them), `hessian_trace`,
+        `margins` (a list), and for the average and the trace also their `_standard_error`. All of it can be written as JSON.
 
     Raises:
         `ValueError`: As the functions that it calls.
@@ -305,7 +305,7 @@ def measure_sharpness(
     measures["average_sharpness"], measures["average_sharpness_standard_error"] = average
     if eigenvalues > 0:
         values, _ = hessian_eigenvalues(model, batches, eigenvalues, seed=seed)
-        measures["hessian_eigenvalues"] = values.tolist()
+        measures["hessian_eigenvalues"], measures["top_eigenvalue"] = values.tolist(), float(values[0])
         trace = hessian_trace(model, batches, products=products, seed=seed)
         measures["hessian_trace"], measures["hessian_trace_standard_error"] = trace
     measures["margins"] = margins(model, batches).tolist()

@@ -14,79 +14,73 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
-from transformers import HfArgumentParser, set_seed
-from transformers.hf_argparser import HfArg
+from transformers import set_seed
 
 from .._compat import BATCH_NORM
-from ..analysis.plots import plot_costs
+from ..analysis.empirical_risk import check_at_least
 from ..config import AACEConfig
 from ..parameters import is_norm_layer
 from ..study.cost import default_methods, measure, random_batch, summarize
+from ..study.plots import plot_costs
 from ..vision.models import model_from_architecture
 from .options import last_part, pick_device
-from .output import HelpFormatter, table, write_report
+from .output import table, write_report
+from .parser import OptionParser, option
 
 
 @dataclass
 class BenchmarkArguments:
     """The options of the command."""
 
-    model_name_or_path: str = HfArg(
-        default="convnext-tiny-digits",
-        help="The architecture: a built-in model, a model type of Transformers in its default size (`vit` is ViT-B/16, "
+    model_name_or_path: str = option(
+        "convnext-tiny-digits",
+        "The architecture: a built-in model, a model type of Transformers in its default size (`vit` is ViT-B/16, "
         "`convnext` ConvNeXt-T, at 224 pixels), a folder, or a model id on the Hub. Its weights are random.",
     )
-    config_overrides: str | None = HfArg(
-        default=None, help="Fields of the configuration to change, in JSON: '{\"hidden_size\": 192}'."
+    config_overrides: str | None = option(
+        None, "Fields of the configuration to change, in JSON: '{\"hidden_size\": 192}'."
     )
-    batch_size: int = HfArg(default=64, help="Images in a step.")
-    image_size: int | None = HfArg(
-        default=None, help="Height and width of the images in pixels. By default those of the configuration."
+    batch_size: int = option(64, "Images in a step.")
+    image_size: int | None = option(
+        None, "Height and width of the images in pixels. By default those of the configuration."
     )
-    fractions: list[float] = HfArg(  # noqa: RUF009 (it is a field)
-        default_factory=lambda: [0.25, 0.125, 0.0625],
-        help="Values of `ascent_fraction` to measure beside the whole batch.",
+    fractions: list[float] = option(  # noqa: RUF009
+        [0.25, 0.125, 0.0625], "Values of `ascent_fraction` to measure beside the whole batch."
     )
-    ascent_every: list[int] = HfArg(  # noqa: RUF009 (it is a field)
-        default_factory=lambda: [1],
-        help="Values of `ascent_every` to measure each of them with: `1 4` for an ascent pass on every step, and on every "
-        "fourth.",
+    ascent_every: list[int] = option(  # noqa: RUF009
+        [1],
+        "Values of `ascent_every` to measure each with: `1 4` for an ascent pass on every step, and on every fourth.",
     )
-    perturb_modules: str | None = HfArg(
-        default=None, help="Measure AACE with this value of `perturb_modules` too, such as `norm`."
+    perturb_modules: str | None = option(
+        None, "Measure AACE with this value of `perturb_modules` too, such as `norm`."
     )
-    rounds: int = HfArg(default=20, help="How many times to measure each method, in turns.")
-    warmup: int = HfArg(default=3, help="Rounds before that.")
-    device: str = HfArg(default="auto", help="`cpu`, `cuda`, or `auto`: a GPU if there is one.")
-    bf16: bool = HfArg(default=False, help="Mixed precision.")
-    torch_compile: bool = HfArg(default=False, help="Compile the model.")
-    peers: bool = HfArg(default=False, help="Measure the SAM of pytorch_optimizer too (in the `dev` extra).")
-    output_dir: str = HfArg(default="runs/benchmark", help="The folder for benchmark.json and benchmark.png.")
+    rounds: int = option(20, "How many times to measure each method, in turns.")
+    warmup: int = option(3, "Rounds before that.")
+    device: str = option("auto", "`cpu`, `cuda`, or `auto`: a GPU if there is one.")
+    bf16: bool = option(False, "Mixed precision.")
+    torch_compile: bool = option(False, "Compile the model.")
+    peers: bool = option(False, "Measure the SAM of pytorch_optimizer too (in the `dev` extra).")
+    output_dir: str = option("runs/benchmark", "The folder for benchmark.json and benchmark.png.")
 
 
 def run(argv: list[str]) -> int:
     """Run the command with the arguments `argv`; return the exit code."""
-    parser = HfArgumentParser(
-        BenchmarkArguments,
+    parser = OptionParser(
+        (BenchmarkArguments,),
         prog="hf-aace benchmark",
         description="Measures what a training step costs: plain, AACE on all and on parts of the batch, AACE in one "
         "pass, and SAM.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
     (options,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    for name, least in (("batch_size", 2), ("rounds", 2), ("warmup", 0)):
-        if getattr(options, name) < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {getattr(options, name)}.")
+    check_at_least(2, batch_size=options.batch_size, rounds=options.rounds)
+    check_at_least(0, warmup=options.warmup)
     on_gpu = pick_device(options.device).type == "cuda"
     try:
-        overrides = json.loads(options.config_overrides or "{}")
-    except json.JSONDecodeError as error:
+        overrides = dict(json.loads(options.config_overrides or "{}"))
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"`config_overrides` must be a JSON object, got {options.config_overrides!r}: {error}"
+            f"`config_overrides` must be a JSON object, got {options.config_overrides!r}: {error}."
         ) from error
-    if not isinstance(overrides, dict):
-        raise ValueError(f"`config_overrides` must be a JSON object, got {options.config_overrides!r}.")
     fractions = [fraction for fraction in dict.fromkeys(options.fractions) if fraction != 1]  # that is measured anyway
     set_seed(0)
     model = model_from_architecture(options.model_name_or_path, overrides)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from ..analysis.empirical_risk import check_at_least
 from ..config import AACEArguments, AACEConfig
 from ..study.plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
 from ..study.runner import Runner, run_options
@@ -51,10 +52,7 @@ def run(argv: list[str]) -> int:
         "method, 0.01 for aace, 0.05 for sam, 0.5 for asam.",
     )
     parser.add_argument(
-        "--search_seeds",
-        type=int,
-        default=3,
-        help="Number of seeds to try the values with; the chosen one gets all.",
+        "--search_seeds", type=int, default=3, help="Number of seeds to try the values with; the chosen one gets all."
     )
     parser.add_argument("--baseline", help="The method to compare the others with. By default the first.")
     options, common = parser.parse_known_args(argv)
@@ -65,8 +63,7 @@ def run(argv: list[str]) -> int:
     baseline = methods[0] if options.baseline is None else options.baseline
     if baseline not in methods:
         raise ValueError(f"`baseline` must be one of the methods, {', '.join(methods)}, got {baseline!r}.")
-    if options.search_seeds < 1:
-        raise ValueError(f"`search_seeds` must be at least 1, got {options.search_seeds}.")
+    check_at_least(1, search_seeds=options.search_seeds)
 
     study = Study(options, common, candidates)
     seeds, tried_on = study.seeds, study.seeds[: options.search_seeds]
@@ -133,8 +130,7 @@ def study_parser(command: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--output_dir", default=f"runs/{command}", help="The folder of the runs, tables and pictures.")
     parser.add_argument(
-        "--config",
-        help="A YAML or JSON file with options of hf-aace train by name; the command line overrides it.",
+        "--config", help="A YAML or JSON file with options of hf-aace train by name; the command line overrides it."
     )
     return parser
 
@@ -153,9 +149,7 @@ class Study:
     """
 
     def __init__(self, options: argparse.Namespace, common: list[str], candidates: list[Candidate]):
-        for name in ("seeds", "jobs"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(options, name)}.")
+        check_at_least(1, seeds=options.seeds, jobs=options.jobs)
         self.folder, self._jobs = Path(options.output_dir), options.jobs
         self.seeds = list(range(options.first_seed, options.first_seed + options.seeds))
         if options.config is not None:  # read here and now: the file may be another one when the study goes on

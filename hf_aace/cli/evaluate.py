@@ -7,17 +7,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import evaluate
 import numpy as np
 from datasets import Dataset, Image, concatenate_datasets
 from datasets.utils import tqdm
 from sklearn.metrics import confusion_matrix
-from transformers import PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..analysis.empirical_risk import check_at_least
 from ..analysis.plots import plot_confusion_matrix, plot_image_grid
 from ..vision.inference import classify
-from ..vision.metrics import load_metric
+from ..vision.metrics import compute_metrics_fn
 from .checks import check_exists, check_folder
 from .loading import load_images, load_pretrained
 from .options import ImagesArguments, PretrainedArguments, last_part, pick_device, required, train_options
@@ -76,16 +76,14 @@ def run(argv: list[str]) -> int:
     dataset_name = required(
         "dataset_name", options.dataset_name, f"{which} does not say which images it was trained on"
     )
-    if options.num_mistakes < 0 or options.batch_size < 1:
-        raise ValueError(
-            f"`num_mistakes` must be at least 0 and `batch_size` 1, got {options.num_mistakes} and {options.batch_size}."
-        )
+    check_at_least(0, num_mistakes=options.num_mistakes)
+    check_at_least(1, batch_size=options.batch_size)
     device = pick_device(options.device)
     default = Path("runs") / f"evaluate-{last_part(name)}-{last_part(dataset_name)}"
     folder = Path(options.output_dir or default)
     check_folder("output_dir", folder)
     check_exists("dataset_name", dataset_name)
-    metric = evaluate.combine([load_metric(name) for name in options.metrics if name != "confusion_matrix"])
+    compute_metrics = compute_metrics_fn([name for name in options.metrics if name != "confusion_matrix"])
     model, processor = load_pretrained(source)
     splits = load_images(options, seed=0)
     data = concatenate_datasets([splits["train"], splits["test"]]) if options.split == "all" else splits[options.split]
@@ -95,7 +93,7 @@ def run(argv: list[str]) -> int:
     probabilities = _classify(model.to(device), processor, data, options)
     seconds = time.perf_counter() - started
     labels, predicted = np.array(data["label"][:]), probabilities.argmax(axis=-1)
-    scores = metric.compute(predictions=predicted, references=labels)
+    scores = compute_metrics(EvalPrediction(probabilities, labels))
     classes = list(model.config.id2label.values())
     matrix = confusion_matrix(labels, predicted, labels=range(len(classes))).tolist()
     mistakes = _worst_mistakes(data, probabilities, labels, classes, options.num_mistakes)
@@ -112,17 +110,17 @@ def run(argv: list[str]) -> int:
         "latency_in_seconds": seconds / len(data),
         "classes": classes,
         "confusion_matrix": matrix,
-        "worst_mistakes": [{key: value for key, value in row.items() if key != "row"} for row in mistakes],
+        "worst_mistakes": list(mistakes.values()),
     }
     write_report(report, folder / "evaluation.json")
     plot_confusion_matrix(matrix, classes, folder / "confusion_matrix.png")
     (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier call
     if mistakes:
         plot_image_grid(
-            [data[row["row"]]["image"] for row in mistakes],
+            [data[row]["image"] for row in mistakes],
             [
-                f"{row['label']} ({row['label_score']:.2f})\ntaken for {row['prediction']} ({row['score']:.2f})"
-                for row in mistakes
+                "{label} ({label_score:.2f})\ntaken for {prediction} ({score:.2f})".format(**m)
+                for m in mistakes.values()
             ],
             "The worst mistakes",
             folder / "mistakes.png",
@@ -151,21 +149,20 @@ def _classify(
 
 def _worst_mistakes(
     data: Dataset, probabilities: np.ndarray, labels: np.ndarray, classes: list[str], count: int
-) -> list[dict[str, Any]]:
-    """Return the wrong answers with the lowest probability of the true class, the worst first."""
+) -> dict[int, dict[str, Any]]:
+    """Return the wrong answers with the lowest probability of the true class by their rows, the worst first."""
     of_label = probabilities[np.arange(len(labels)), labels]
     predicted = probabilities.argmax(axis=-1)
     wrong = np.flatnonzero(predicted != labels)
-    rows = wrong[np.argsort(of_label[wrong], kind="stable")][:count]
+    rows = wrong[np.argsort(of_label[wrong], kind="stable")][:count].tolist()
     encoded = data.cast_column("image", Image(decode=False))
-    return [
-        {
-            "row": int(row),
-            "image": encoded[int(row)]["image"]["path"] or f"image {row}",
+    return {
+        row: {
+            "image": encoded[row]["image"]["path"] or f"image {row}",
             "label": classes[labels[row]],
             "label_score": float(of_label[row]),
             "prediction": classes[predicted[row]],
             "score": float(probabilities[row, predicted[row]]),
         }
         for row in rows
-    ]
+    }

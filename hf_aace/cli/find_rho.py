@@ -7,8 +7,8 @@ from ..config import AACEConfig, method_title
 from ..study.plots import plot_accuracy_by_rho
 from ..study.statistics import Candidate, recommend_rho, rho_values
 from .compare import Study, study_parser, train_arguments
-from .options import config_as_options
 from .output import table, write_report
+from .parser import config_as_options
 
 
 def run(argv: list[str]) -> int:

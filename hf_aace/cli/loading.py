@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load the images and the model of `hf-aace train`, and make the trainer."""
 
+from dataclasses import fields
+
 import torch
 from datasets import DatasetDict, Image, IterableDatasetDict
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
@@ -73,15 +75,8 @@ def load_images(options: ImagesArguments, seed: int, **changes) -> DatasetDict:
         `ValueError`: If the dataset cannot be used.
     """
     with naming_the_folder("dataset_name", options.dataset_name):
-        return load_image_dataset(
-            options.dataset_name,
-            seed=seed,
-            image_column_name=options.image_column_name,
-            label_column_name=options.label_column_name,
-            skip_corrupt_images=options.skip_corrupt_images,
-            image_range=options.image_range,
-            **changes,
-        )
+        images = {field.name: getattr(options, field.name) for field in fields(ImagesArguments)}
+        return load_image_dataset(images.pop("dataset_name"), seed=seed, **images, **changes)
 
 
 def load_pretrained(options: PretrainedArguments) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -97,12 +92,7 @@ def load_pretrained(options: PretrainedArguments) -> tuple[PreTrainedModel, Base
     name = options.model_name_or_path
     check_exists("model_name_or_path", name)
     with naming_the_folder("model_name_or_path", name):
-        return load_classifier(
-            name,
-            revision=options.model_revision,
-            trust_remote_code=options.trust_remote_code,
-            allow_pickle=options.allow_pickle,
-        )
+        return load_classifier(name, **options.source())
 
 
 def make_trainer(
@@ -195,12 +185,7 @@ def _load_model(
 ) -> tuple[nn.Module, BaseImageProcessor]:
     """Load the model, with the parameters to train set, and its image processor."""
     model, processor = load_model_and_processor(
-        options.model_name_or_path,
-        id2label,
-        revision=options.model_revision,
-        dtype=getattr(torch, options.dtype),
-        trust_remote_code=options.trust_remote_code,
-        allow_pickle=options.allow_pickle,
+        options.model_name_or_path, id2label, dtype=getattr(torch, options.dtype), **options.source()
     )
     if options.freeze_backbone:
         freeze_backbone(model)

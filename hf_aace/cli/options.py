@@ -11,7 +11,7 @@ import torch
 
 from ..config import AACEArguments, AACEConfig
 from ..vision.models import BUILTIN_MODELS
-from .parser import config_as_options, option  # noqa: F401 (others import both from here)
+from .parser import option
 
 
 TRAIN_OPTIONS_NAME = "train_options.json"
@@ -27,6 +27,14 @@ class PretrainedArguments:
         False, "Run Python code that comes with the model. Only for a model whose code you have read."
     )
     allow_pickle: bool = option(False, "Load weights from `pytorch_model.bin` too, not only from safetensors.")
+
+    def source(self) -> dict[str, Any]:
+        """Return how to load the model, as the functions of [`~hf_aace.vision.models`] take it."""
+        return {
+            "revision": self.model_revision,
+            "trust_remote_code": self.trust_remote_code,
+            "allow_pickle": self.allow_pickle,
+        }
 
 
 @dataclass

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_origin
 
 import yaml
@@ -58,7 +59,7 @@ class OptionParser(HfArgumentParser):
 
     Args:
         kinds (`Sequence[type]`): The dataclasses.
-        sections (`Mapping[str, Sequence[str]]`):
+        sections (`Mapping[str, Sequence[str]]`, *optional*):
             The sections of the help by their titles, in order, with the names of their options. If there are any, options
             in none of them are left out of the help.
         **kwargs: Passed on to [`~argparse.ArgumentParser`].
@@ -69,7 +70,7 @@ class OptionParser(HfArgumentParser):
             which so override them.
     """
 
-    def __init__(self, kinds: Sequence[type], sections: Mapping[str, Sequence[str]], **kwargs):
+    def __init__(self, kinds: Sequence[type], sections: Mapping[str, Sequence[str]] = MappingProxyType({}), **kwargs):
         self.config_words: list[str] = []
         self._titles = {name: title for title, names in sections.items() for name in names}
         self._groups: dict[str, Any] = {}

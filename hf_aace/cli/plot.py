@@ -8,8 +8,8 @@ from typing import Any
 
 from ..analysis.figures import plot_dynamics, plot_landscapes, plot_paths
 from ..analysis.landscape import loss_path, loss_surface
-from .parser import OptionParser, option
-from .runs import Run, RunArguments, open_runs, progress
+from .parser import option
+from .runs import Run, progress, read_runs
 from .sharpness import MEASURES_NAME, weights_key
 
 
@@ -41,21 +41,15 @@ class PlotArguments:
 
 def run(argv: list[str]) -> int:
     """Run the command with the arguments `argv`. Returns the exit code."""
-    parser = OptionParser(
-        (RunArguments, PlotArguments),
-        {},
-        prog="hf-aace plot",
-        description="Draws runs of `hf-aace train` side by side: how they trained, and the loss around the weights they found.",
+    description = (
+        "Draws runs of `hf-aace train` side by side: how they trained, and the loss around the weights they found."
     )
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="The output_dir of a run.")
-    run_args, options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    run_args.check()
+    run_args, options, groups = read_runs("plot", description, PlotArguments, argv)
     for figure in options.figures:
         if figure not in _FIGURES:
             raise ValueError(f"`figures` must be of {', '.join(_FIGURES)}, got {figure!r}.")
     if not options.width >= 2:
         raise ValueError(f"`width` must be at least 2 inches, got {options.width}.")
-    groups = open_runs(positional.run_dirs, run_args.names)
     firsts = {name: runs[0] for name, runs in groups.items()}
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

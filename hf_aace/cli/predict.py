@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from datasets.utils import tqdm
 
+from ..analysis.empirical_risk import check_at_least
 from ..vision.folders import files_in
 from ..vision.images import IMAGE_SUFFIXES
 from ..vision.inference import classify
@@ -57,8 +58,7 @@ def run(argv: list[str]) -> int:
     source, options = parser.read(argv)
     required("model_name_or_path", source.model_name_or_path)
     images = required("images", options.images)
-    if options.batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {options.batch_size}.")
+    check_at_least(1, batch_size=options.batch_size)
     device = pick_device(options.device)
     if Path(options.output_file).is_dir():
         raise ValueError(f"`output_file` is {options.output_file!r}, which is a folder. Give a file in it.")

@@ -21,7 +21,7 @@ from ..vision.datasets import load_image_dataset
 from ..vision.images import image_transform
 from ..vision.models import model_classes
 from .options import TRAIN_OPTIONS_NAME, checkpoints_in, last_part, pick_device, train_options
-from .parser import option
+from .parser import OptionParser, option
 
 
 @dataclass
@@ -91,6 +91,32 @@ def progress(model: PreTrainedModel, description: str, total: int) -> Iterator[N
             yield
         finally:
             hook.remove()
+
+
+def read_runs(
+    command: str, description: str, kind: type, argv: list[str]
+) -> tuple[RunArguments, Any, dict[str, list["Run"]]]:
+    """
+    Read the command line of a command that looks at runs.
+
+    Args:
+        command (`str`): The name of the command.
+        description (`str`): What it does, for `--help`.
+        kind (`type`): The dataclass of its own options.
+        argv (`list[str]`): The arguments of the command line.
+
+    Returns:
+        `tuple`: How to read the runs, the own options, and the runs by name, as [`open_runs`] gives them.
+
+    Raises:
+        `ValueError`: As [`RunArguments.check`] and [`open_runs`].
+    """
+    parser = OptionParser((RunArguments, kind), prog=f"hf-aace {command}", description=description)
+    folder = "The output_dir of a run, or a checkpoint in it."
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help=folder)
+    args, options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    args.check()
+    return args, options, open_runs(positional.run_dirs, args.names)
 
 
 class Run:

@@ -13,9 +13,9 @@ from scipy.stats import sem
 
 from ..analysis.figures import plot_margins, plot_minimum, plot_sharpness
 from ..analysis.sharpness import measure_sharpness
-from .output import table
-from .parser import OptionParser, option
-from .runs import Run, RunArguments, open_runs, progress
+from .output import table, write_report
+from .parser import option
+from .runs import Run, RunArguments, progress, read_runs
 
 
 # The file in the folder of each run that `hf-aace plot` reads.
@@ -58,18 +58,8 @@ class SharpnessArguments:
 
 def run(argv: list[str]) -> int:
     """Run the command with the arguments `argv`. Returns the exit code."""
-    parser = OptionParser(
-        (RunArguments, SharpnessArguments),
-        {},
-        prog="hf-aace sharpness",
-        description="Measures how sharp the minima are that runs of `hf-aace train` found, on their own data.",
-    )
-    parser.add_argument(
-        "run_dirs", nargs="+", metavar="RUN_DIR", help="The output_dir of a run, or a checkpoint in it."
-    )
-    run_args, options, positional = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    run_args.check()
-    groups = open_runs(positional.run_dirs, run_args.names)
+    description = "Measures how sharp the minima are that runs of `hf-aace train` found, on their own data."
+    run_args, options, groups = read_runs("sharpness", description, SharpnessArguments, argv)
     settings = {name: value for name, value in asdict(options).items() if name not in ("checkpoints", "output_dir")}
     settings |= {"m": options.m or None, "seed": run_args.seed}
     # What the measures depend on beside the weights: kept with them, so that they are taken again if it changes.
@@ -83,7 +73,7 @@ def run(argv: list[str]) -> int:
             for part in parts:
                 entries.append(known.get(weights_key(part)) or _measure(part, run_args, settings))
                 if each.is_writable():  # for `hf-aace plot`, and for a later call if this one is interrupted
-                    _write(each.folder / MEASURES_NAME, basis | {"measures": entries})
+                    write_report(basis | {"measures": entries}, each.folder / MEASURES_NAME)
             measured.setdefault(name, []).append(entries[-1])
             reused = sum(weights_key(part) in known for part in parts)
             before = f", {reused} of them before" if reused else ""
@@ -93,7 +83,7 @@ def run(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     print(_table(measured, settings))
     versions = {package: version(package) for package in ("hf-aace", "torch", "transformers", "scipy")}
-    _write(folder / "sharpness.json", basis | {"versions": versions, "runs": measured})
+    write_report(basis | {"versions": versions, "runs": measured}, folder / "sharpness.json")
     pictures = [folder / "sharpness.png", folder / "sharpness.svg"]
     if sum(map(len, measured.values())) == 1:
         plot_minimum(*next(iter(measured.values())), pictures)
@@ -124,8 +114,6 @@ def _measure(run: Run, args: RunArguments, settings: dict[str, Any]) -> dict[str
     model, batches = run.load_model(args), run.load_batches(args)
     with progress(model, str(run.folder), _count_batches(batches, **settings)):
         measures = measure_sharpness(model, batches, **settings)
-    if "hessian_eigenvalues" in measures:
-        measures["top_eigenvalue"] = measures["hessian_eigenvalues"][0]
     when = {}
     if (run.folder / "trainer_state.json").is_file():
         state = json.loads((run.folder / "trainer_state.json").read_text(encoding="utf-8"))
@@ -141,10 +129,6 @@ def _count_batches(batches, *, steps, m, directions, eigenvalues, products, **ot
         passes += 20 + 4 * eigenvalues + products // 3 * 3
     groups = sum(math.ceil(len(batch["labels"]) / m) * (steps + 1) for batch in batches) + len(batches) if m else 0
     return passes * len(batches) + groups
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _table(measured: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) -> str:

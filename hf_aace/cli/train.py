@@ -23,14 +23,7 @@ from .checkpoints import Attempt, KeepOptions, check_options, checkpoint_to_resu
 from .checks import check_training
 from .launch import LaunchArguments, is_one_of_several, launch
 from .loading import load_data, make_trainer
-from .options import (
-    DataArguments,
-    ModelArguments,
-    last_part,
-    options_of_run,
-    training_defaults,
-    write_train_options,
-)
+from .options import DataArguments, ModelArguments, last_part, options_of_run, training_defaults, write_train_options
 from .parser import OptionParser, command_parser
 from .summary import Summary, describe_run
 

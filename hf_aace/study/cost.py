@@ -155,7 +155,6 @@ class _Stopwatch(TrainerCallback):
         self._warmup, self._rounds = warmup, rounds
         self.measurements = [Measurement(name) for name in [*methods, *(peer.name for peer in peers)]]
 
-    def on_train_begin(self, args, state, control, **kwargs):
         count = len(self._settings)
         # Each round begins with another method, as one may leave caches in a state that the next one feels.
         self._turns = ((i // count, (i + i // count) % count, i % count == count - 1) for i in itertools.count())
@@ -195,10 +194,8 @@ class _Stopwatch(TrainerCallback):
 
     def _begin(self):
         """Prepare for the steps of a method."""
-        self._seconds = 0.0
-        self._profile = None
-        if self._round == self._warmup + self._rounds:
-            self._profile = _Profile(self._trainer.args.device)
+        is_profiled = self._round == self._warmup + self._rounds
+        self._seconds, self._profile = 0.0, _Profile(self._trainer.args.device) if is_profiled else None
 
     def _start(self):
         _synchronize(self._trainer.args.device)

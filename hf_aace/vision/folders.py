@@ -35,21 +35,8 @@ _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Files that hold many images, by their suffix, and the builder of `datasets` that reads them.
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 # Images that Pillow does not know by their suffix.
-_FOREIGN_SUFFIXES = (
-    ".heic",
-    ".heif",
-    ".jxl",
-    ".svg",
-    ".dcm",
-    ".dng",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
-    ".raf",
-    ".orf",
-    ".rw2",
-)
+_RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
+_FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".dcm", *_RAW_SUFFIXES)
 
 
 def load_splits(name: str, streaming: bool = False) -> DatasetDict | IterableDatasetDict:

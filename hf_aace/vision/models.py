@@ -113,7 +113,7 @@ def load_model_and_processor(
             **source,
         )
         processor = AutoImageProcessor.from_pretrained(model_name_or_path, **source)
-    if len(known) == len(id2label) and known != id2label and not _unnamed(known):
+    if len(known) == len(id2label) and known != id2label and model_classes(known):
         logger.warning(
             f"The classes of {model_name_or_path} differ from those of the data, or are in another order: its head is "
             "initialized anew."
@@ -191,14 +191,10 @@ def _explained(model_name_or_path: str, allow_pickle: bool) -> Iterator[None]:
         ) from error
 
 
-def _unnamed(id2label: dict[int, str]) -> bool:
-    """Tell whether the classes have only the names that Transformers gives them."""
-    return all(name == f"LABEL_{index}" for index, name in id2label.items())
-
-
 def model_classes(id2label: dict[int, str]) -> list[str] | None:
     """List the names of a classifier's classes in the order of their numbers, `None` if they have no names of their own."""
-    return None if _unnamed(id2label) else [id2label[index] for index in range(len(id2label))]
+    unnamed = all(name == f"LABEL_{index}" for index, name in id2label.items())  # as Transformers names them
+    return None if unnamed else [id2label[index] for index in range(len(id2label))]
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:

@@ -275,6 +275,7 @@ def test_all_measures_are_those_of_the_functions():
         "average_sharpness": average.value,
         "average_sharpness_standard_error": average.standard_error,
         "hessian_eigenvalues": hessian_eigenvalues(model, data, 2, seed=1)[0].tolist(),
+        "top_eigenvalue": hessian_eigenvalues(model, data, 2, seed=1)[0][0],
         "hessian_trace": trace.value,
         "hessian_trace_standard_error": trace.standard_error,
         "margins": margins(model, data).tolist(),

@@ -9,11 +9,6 @@ import pytest
 from hf_aace.cli import main
 
 
-@pytest.fixture(autouse=True)
-def _in_own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("gain", "expected"),
     [

@@ -21,12 +21,6 @@ from hf_aace.vision.models import load_model_and_processor
 COLOURS = ["black", "grey", "white"]
 
 
-@pytest.fixture(autouse=True)
-def _in_own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 def save_model(folder, classes):
     """A model that was never trained, so that it errs."""
     set_seed(1)
@@ -60,7 +54,7 @@ def table(path="predictions.csv"):
 # ---- evaluate --------------------------------------------------------------
 
 
-def test_results_are_those_of_the_model_on_the_test_images(capsys):
+def test_results_are_those_of_the_model_on_the_test_images(capsys, drawn):
     model, processor = save_model("model", [str(digit) for digit in range(10)])
     argv = ["evaluate", "--model_name_or_path", "model", "--dataset_name", "digits", "--num_mistakes", "7"]
     assert main(argv) == 0

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA on models with BatchNorm: whatever training changes is saved with the adapters."""
 
-import datasets
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -36,31 +39,29 @@ TINY = [
 LORA = ["--model_name_or_path", "base", "--lora", "true", "--lora_rank", "2", "--learning_rate", "0.01"]
 
 
-@pytest.fixture(autouse=True)
-def _in_own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(params=TARGETS)
-def argv(request):
-    """The command for a model that is saved as `base`."""
+@pytest.fixture(scope="module", params=TARGETS)
+def run(request, tmp_path_factory):
+    """The command for a model that is saved as `base`, in a folder in which it has left `whole`."""
+    folder = tmp_path_factory.mktemp(request.param)
     set_seed(0)
     if request.param == "resnet":
         model, processor = load_model_and_processor("resnet-tiny-digits", dict(enumerate("0123456789")))
     else:
         model = image_classifier(request.param)
         processor = ViTImageProcessorPil(size={"height": 64, "width": 64})
-    model.save_pretrained("base")
-    processor.save_pretrained("base")
-    return [*TINY, *LORA, *TARGETS[request.param]]
+    base = str(folder / "base")
+    model.save_pretrained(base)
+    processor.save_pretrained(base)
+    argv = [*TINY, *LORA, *TARGETS[request.param], "--model_name_or_path", base]
+    assert main([*argv, "--output_dir", str(folder / "whole")]) == 0
+    return SimpleNamespace(folder=folder, argv=argv)
 
 
-def from_adapter(folder):
+def from_adapter(base, folder):
     """The weights and statistics of the base with an adapter, as peft loads them."""
     from peft import PeftModel
 
-    model = AutoModelForImageClassification.from_pretrained("base", num_labels=10, ignore_mismatched_sizes=True)
+    model = AutoModelForImageClassification.from_pretrained(base, num_labels=10, ignore_mismatched_sizes=True)
     return PeftModel.from_pretrained(model, folder).merge_and_unload().state_dict()
 
 
@@ -70,31 +71,21 @@ def assert_same_model(state, saved):
         torch.testing.assert_close(state[name], tensor, msg=name)
 
 
-def test_a_resumed_run_ends_with_the_same_weights_and_statistics(argv, monkeypatch):
-    assert main([*argv, "--output_dir", "whole"]) == 0
-    original = AACETrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == 2:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AACETrainer, "training_step", training_step)
-        assert main([*argv, "--output_dir", "resumed"]) == 130
-    assert main([*argv, "--output_dir", "resumed", "--resume_from_checkpoint", "true"]) == 0
-    whole, resumed = (load_file(f"{folder}/model.safetensors") for folder in ("whole", "resumed"))
+def test_a_resumed_run_ends_with_the_same_weights_and_statistics(run):
+    shutil.copytree(run.folder / "whole/checkpoint-2", "resumed/checkpoint-2")
+    assert main([*run.argv, "--output_dir", "resumed", "--resume_from_checkpoint", "true"]) == 0
+    whole, resumed = (load_file(folder / "model.safetensors") for folder in (run.folder / "whole", Path("resumed")))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
-    before = load_file("base/model.safetensors")
+    before = load_file(run.folder / "base/model.safetensors")
     assert any("running_mean" in name and not torch.equal(before[name], whole[name]) for name in before)
 
 
-def test_the_adapter_folder_is_the_trained_model(argv):
-    assert main([*argv, "--output_dir", "out"]) == 0
-    assert_same_model(from_adapter("out/adapter"), load_file("out/model.safetensors"))
+def test_the_adapter_folder_is_the_trained_model(run):
+    whole = run.folder / "whole"
+    assert_same_model(from_adapter(run.folder / "base", whole / "adapter"), load_file(whole / "model.safetensors"))
 
 
-def test_the_best_model_is_that_of_its_checkpoint(argv, monkeypatch):
+def test_the_best_model_is_that_of_its_checkpoint(run, monkeypatch):
     """Not its adapters with the statistics of the last step."""
     original = AACETrainer.evaluate
 
@@ -102,13 +93,10 @@ def test_the_best_model_is_that_of_its_checkpoint(argv, monkeypatch):
         return original(self, *args, **kwargs) | {"eval_loss": float(self.state.global_step)}  # the first is the best
 
     monkeypatch.setattr(AACETrainer, "evaluate", evaluate)
-    assert main([*argv, "--load_best_model_at_end", "true", "--output_dir", "out"]) == 0
-    assert_same_model(from_adapter("out/checkpoint-1"), load_file("out/model.safetensors"))
-    last = from_adapter("out/checkpoint-3")
-    assert any(
-        "running_mean" in name and not torch.equal(last[name], tensor)
-        for name, tensor in from_adapter("out/checkpoint-1").items()
-    )
+    assert main([*run.argv, "--load_best_model_at_end", "true", "--output_dir", "out"]) == 0
+    first, last = (from_adapter(run.folder / "base", f"out/checkpoint-{step}") for step in (1, 3))
+    assert_same_model(first, load_file("out/model.safetensors"))
+    assert any("running_mean" in name and not torch.equal(last[name], tensor) for name, tensor in first.items())
 
 
 def test_layers_whose_model_looks_into_them_are_refused_in_a_sentence(capsys):

@@ -34,9 +34,13 @@ TINY = [
     "true",
     "--metrics",
     "accuracy",
+    "--eval_strategy",
+    "no",
+    "--load_best_model_at_end",
+    "false",
 ]
 SAM = ["--perturbation_loss", "cross_entropy", "--normalize_perturbation", "true"]
-QUICK = ["--steps", "2", "--directions", "2", "--m", "20", "--eigenvalues", "0"]
+QUICK = ["--steps", "1", "--directions", "2", "--m", "20", "--eigenvalues", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +64,6 @@ def measured(runs, tmp_path_factory):
     folders = [str(runs / name) for name in ("plain-0", "plain-1", "aace")]
     assert main(["sharpness", *folders, *QUICK, "--output_dir", str(out)]) == 0
     return out
-
-
-@pytest.fixture(autouse=True)
-def _in_own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def said(capsys, *argv):
@@ -121,7 +120,7 @@ def test_what_was_measured_is_not_measured_again(runs, tmp_path, capsys, monkeyp
         return measure_sharpness(*args, **kwargs)
 
     monkeypatch.setattr("hf_aace.cli.sharpness.measure_sharpness", count)
-    argv = ["sharpness", str(folder), *QUICK]
+    argv = ["sharpness", str(folder), *QUICK, "--max_samples", "10"]
     for options, expected in [([], 1), ([], 1), (["--rho", "0.1"], 2), (["--rho", "0.1", "--split", "test"], 3)]:
         assert main([*argv, *options, "--output_dir", "out"]) == 0
         assert len(calls) == expected
@@ -209,7 +208,7 @@ def test_checkpoints_are_measured_for_the_course(runs, capsys):
     assert entries[1]["sam_sharpness"] == entries[2]["sam_sharpness"], "the last checkpoint is the model"
 
 
-def test_plot_draws_runs_side_by_side_and_keeps_the_grids(runs, measured, tmp_path, capsys):
+def test_plot_draws_runs_side_by_side_and_keeps_the_grids(runs, tmp_path, capsys, drawn):
     folders = [str(runs / name) for name in ("plain-0", "plain-1", "sam", "aace")]
     options = ["--points", "2", "--formats", "png", "--max_samples", "10"]
     assert main(["plot", *folders, *options]) == 0
