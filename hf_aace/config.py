@@ -158,9 +158,8 @@ class AACEArguments:
     one_pass: bool = field(
         default=False,
         metadata={
-            "help": "Take no ascent pass: perturb the normalization layers by the gradient that the backward pass of the "
-            "step before brought for the ascent loss, for about 1.02 times the time of plain training. Implies "
-            "`perturb_modules norm`."
+            "help": "Take no ascent pass: perturb the normalization layers by a gradient that is read off the backward pass "
+            "of the step before. Implies `perturb_modules norm`. Not with BatchNorm, `torch_compile` or FSDP2."
         },
     )
 
@@ -313,9 +312,10 @@ class AACEConfig(AACEArguments, TrainingArguments):
         one_pass (`bool`, *optional*, defaults to `False`):
             Take no ascent pass. The backward pass of each descent also sums, over the first `ascent_fraction` of the samples, the
             gradient of the ascent loss in the normalization layers, and the next step perturbs by it: a gradient that is one
-            step old, of another batch, taken at `w'`. Implies `perturb_modules="norm"`. Under accumulation it is the sum over
-            the whole step before, whatever `ascent_scope` says. The first step of a run, and the first after a save, take an ascent pass of their own.
-            Not with BatchNorm, whose running statistics would be those of `w'`, with `torch_compile`, or with FSDP2.
+            step old, of another batch, taken at `w'`. Implies `perturb_modules="norm"`. Under accumulation it is that of the
+            whole step before, whatever `ascent_scope` says. The first step of a run, and the first after a save, take an
+            ascent pass of their own. Not with BatchNorm, whose running statistics would be those of `w'`, with
+            `torch_compile`, or with FSDP2.
 
     Raises:
         `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.

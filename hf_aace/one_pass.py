@@ -70,7 +70,7 @@ class DescentReader:
                 backward through its logits exactly once.
         """
         self._labels, self._used, self._batch = labels[:used], used, len(labels)
-        self._factors, self._calls, self._arrivals = None, 0, 0
+        self._factors, self._calls, self._arrivals, self._kept = None, 0, 0, []
         chosen, handles = set(parameters), [model.register_forward_hook(self._at_logits)]
         for name, module in model.named_modules():
             own = [p for p in module.parameters(recurse=False) if p in chosen]
@@ -84,6 +84,9 @@ class DescentReader:
             for handle in handles:
                 handle.remove()
         check_descent_read(self._calls, self._arrivals)
+        for kept in self._kept:  # not in the backward pass, where each would find cold caches: a third of the time
+            self._add(*kept)
+        self._kept = []
         self.parameters, self.count = parameters, self.count + count_labels(self._labels)
 
     def _at_logits(self, model: nn.Module, args: tuple, outputs: Any) -> None:
@@ -118,20 +121,23 @@ class DescentReader:
         values = [*args, *kwargs.values()]
         check_readable_layer(name, module, values, output, self._batch)
         if output.requires_grad:  # reentrant checkpointing runs it without gradients first
-            output.register_hook(functools.partial(self._add, own, module, [values[0].detach()]))
+            output.register_hook(functools.partial(self._keep, own, module, [values[0].detach()]))
 
-    def _add(
+    def _keep(
         self, own: list[nn.Parameter], module: nn.Module, held: list[torch.Tensor], arrived: torch.Tensor
     ) -> None:
-        if self._factors is None or self._arrivals > 1:
-            return
+        if not held:
+            return  # a second backward pass, which is refused when both are over
         inputs = held.pop()  # or this hook would hold it until the end of the backward pass
-        rows = len(inputs) // self._batch  # windows may be folded into the first dimension, sample by sample
-        factors = self._factors.repeat_interleave(rows).view(-1, *[1] * (arrived.dim() - 1))
+        rows = self._used * (
+            len(inputs) // self._batch
+        )  # windows may be folded into the first dimension, sample by sample
+        self._kept.append((own, module, inputs[:rows].clone(), arrived[:rows].clone()))
+
+    def _add(self, own: list[nn.Parameter], module: nn.Module, inputs: torch.Tensor, arrived: torch.Tensor) -> None:
+        factors = self._factors.repeat_interleave(len(inputs) // self._used).view(-1, *[1] * (arrived.dim() - 1))
         with torch.enable_grad():
-            outputs = module.forward(inputs[: self._used * rows].to(own[0].dtype))
-        gradients = torch.autograd.grad(
-            outputs, own, arrived[: len(outputs)].to(outputs.dtype) * factors.to(outputs.dtype)
-        )
+            outputs = module.forward(inputs.to(own[0].dtype))
+        gradients = torch.autograd.grad(outputs, own, arrived.to(outputs.dtype) * factors.to(outputs.dtype))
         for p, gradient in zip(own, gradients, strict=True):
             self._sums[p] = self._sums[p] + gradient if p in self._sums else gradient

@@ -37,7 +37,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     `AutoModelForImageClassification.from_pretrained`, in 32 bits.
 
     Besides what `MyTrainer` logs, each training log holds averages over the steps since the last log and over the processes
-    (`clean_loss`, `clean_accuracy`, `sharpness` and `ascent_loss` over the steps that took an ascent pass):
+    (`clean_loss`, `clean_accuracy`, `sharpness` and `ascent_loss` over the steps that took an ascent pass; not with `one_pass`):
 
     - `clean_loss`: the mean training loss at `w`, on the samples of the ascent: cross-entropy with the label smoothing of the
       arguments, or what `compute_loss_func` returns,

@@ -104,9 +104,10 @@ def test_studies_compare_the_methods_that_the_runs_have(results):
         own = runs.get_group(name)
         methods, seeds = (words[len(words) - words[::-1].index(option)] for option in ("--methods", "--seeds"))
         assert set(methods.split(",")) == set(own["method"])
-        assert set(own["seed"]) == set(range(int(seeds)))
+        first = int(words[words.index("--first_seed") + 1]) if "--first_seed" in words else 0
+        assert set(own["seed"]) == set(range(first, first + int(seeds)))
     of_trials = {name for name in runs.groups if name not in compared}
-    assert {re.sub(".*-", "", name) for name in of_trials} == {"when", "overfitting", "candidates"}
+    assert {re.sub(".*-", "", name) for name in of_trials} == {"when", "overfitting", "candidates", "variants"}
 
 
 def test_studies_without_a_name_are_listed_and_none_begins(tmp_path, monkeypatch, capsys):
