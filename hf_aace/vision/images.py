@@ -93,6 +93,22 @@ def value_range(image: dict[str, Any]) -> tuple[str, float, float]:
     return ("16 bits" if _fits_16_bits(pixels) else "32 bits"), low, high
 
 
+def has_more_pages(image: dict[str, Any]) -> bool:
+    """
+    Tell whether an encoded image has more pages or frames than the first, the one that [`decode_image`] takes.
+
+    Args:
+        image (`dict`): The image, with `bytes` or `path`.
+
+    Raises:
+        `ValueError`: If the image cannot be opened.
+    """
+    with _opened(image, min_size=None) as opened:
+        return (
+            opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1
+        )  # photographs of telephones, with previews
+
+
 @contextmanager
 def _opened(image: dict[str, Any] | None, min_size: int | None) -> Iterator[PIL.Image.Image]:
     """Open an encoded image, and raise a `ValueError` with its name if it cannot be decoded inside the block."""

@@ -399,6 +399,35 @@ def test_corrupt_images_are_left_out_and_counted_if_asked(folder, warnings):
     assert all(name in warnings[0] for name in broken) and "cat/2.png" not in warnings[0]
 
 
+def test_many_corrupt_images_are_told_in_one_sentence_with_the_first_names(folder, warnings):
+    path, _ = folder
+    for index in range(10):
+        (path / "cat" / f"{index}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"11 of the 20 images .*cat/0.png .*cat/4.png \([^,]*\), \.\.\.\. Replace"):
+        load_image_dataset(str(path), seed=0)
+    assert not warnings
+    with pytest.raises(ValueError, match="of one class"):
+        load_image_dataset(str(path), seed=0, skip_corrupt_images=True)
+    assert len(warnings) == 1 and "cat/9.png" not in warnings[0]
+
+
+@pytest.mark.parametrize("form", ["TIFF", "GIF"])
+def test_images_with_several_pages_are_counted_once(form, folder, warnings):
+    """A photograph of a telephone in the format MPO holds previews, and is none."""
+    path, broken = folder
+    first = PIL.Image.fromarray(COLOURS)
+    for name in broken:
+        (path / name).unlink()
+    for name in ("cat", "dog"):
+        first.save(
+            path / name / f"pages.{form.lower()}", save_all=True, append_images=[PIL.Image.new("RGB", (5, 6))] * 2
+        )
+    first.save(path / "cat" / "telephone.jpg", "MPO", save_all=True, append_images=[first])
+    load_image_dataset(str(path), seed=0)
+    assert len(warnings) == 1 and "2 of the images" in warnings[0] and "telephone" not in warnings[0]
+    assert all(f"{name}/pages.{form.lower()}" in warnings[0] for name in ("cat", "dog"))
+
+
 def test_corrupt_images_inside_parquet_are_found_too(folder, tmp_path, warnings):
     path, _ = folder
     rows = [
