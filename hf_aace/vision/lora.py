@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .models import _head_and_last_layer, _trainable_in_32_bits
+
+
+logger = logging.get_logger(__name__)
 
 
 def add_lora(
@@ -25,7 +29,8 @@ def add_lora(
         rank (`int`, *optional*, defaults to `16`): Rank of the adapters.
         alpha (`float`, *optional*, defaults to `16.0`): The adapters are scaled by `alpha / rank`.
         target_modules (`Sequence[str]`, *optional*, defaults to `("all-linear",)`):
-            The ends of the names of the layers to adapt; `"all-linear"` means every linear layer but the head.
+            The ends of the names of the layers to adapt; `"all-linear"` means every linear layer but the head. Convolutions in
+            groups get no adapters, as peft cannot merge these; a warning counts them.
 
     Returns:
         [`~peft.PeftModel`]: The model with its adapters.
@@ -42,19 +47,29 @@ def add_lora(
         raise ImportError("`lora` needs the package peft: pip install 'hf-aace[peft]'.") from error
     head = {name.rpartition(".")[0] for name in _head_and_last_layer(model)} - {""}
     with_statistics = {name for name, module in model.named_modules() if _keeps_statistics(module)}
+    grouped = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "groups", 1) > 1 and any(f".{name}".endswith(f".{end}") for end in target_modules)
+    ]
+    if grouped:
+        logger.warning(
+            f"`lora_target_modules`: {len(grouped)} convolutions in groups, such as {grouped[0]!r}, get no adapters, as peft "
+            "cannot merge these into the model."
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules="all-linear" if list(target_modules) == ["all-linear"] else list(target_modules),
-        exclude_modules=sorted(head),
+        exclude_modules=sorted(head | set(grouped)),
         modules_to_save=sorted(head | with_statistics),
     )
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(
-            f"`lora_target_modules` is {list(target_modules)}, which names no layers of {type(model).__name__} that can be "
-            "adapted. Give the ends of the names of some, as `model.named_modules()` lists them (in a ResNet, "
+            f"`lora_target_modules` is {list(target_modules)}, which names no {'other ' if grouped else ''}layers of "
+            f"{type(model).__name__} that can be adapted. Give the ends of the names of some, as `model.named_modules()` lists them (in a ResNet, "
             f"`convolution`). peft says: {str(error).strip().splitlines()[0]}"
         ) from error
     _trainable_in_32_bits(adapted)
