@@ -464,7 +464,7 @@ def test_only_the_head_is_trained_if_the_backbone_is_frozen(run):
         (["--gradient_accumulation_steps", "0"], "`gradient_accumulation_steps` must be at least 1, got 0"),
         (
             ["--metric_for_best_model", "none", "--load_best_model_at_end", "true"],
-            "`metric_for_best_model` is 'none', which this run does not measure. Give one of accuracy, loss, macro_f1",
+            "`metric_for_best_model` is 'none', which this run does not measure. Give one of accuracy, loss, macro_f1, or add",
         ),
         (["--lr_scheduler_type", "warmup_stable_decay"], "`lr_scheduler_type=SchedulerType.WARMUP_STABLE_DECAY`"),
         (["--streaming", "true"], "The digits are in memory anyway"),
