@@ -46,7 +46,7 @@ _ELSEWHERE = {
         "No option sets the size of the images: it is `size` in the preprocessor_config.json of the model."
     ),
     ("num_classes", "num_labels"): "The classes are those of the dataset.",
-    ("momentum", "nesterov"): "It is an argument of the optimizer: `optim` sgd, `optim_args` momentum=0.9.",
+    ("momentum",): "It is an argument of the optimizer: `optim` sgd, `optim_args` momentum=0.9.",
     ("cuda", "device", "gpu"): "A GPU is used if there is one, unless `use_cpu` is true.",
 }
 
@@ -180,10 +180,10 @@ def command_parser(
         config = _read_config(config_path)
         for key, value in config.items():
             if key not in names:
-                sections = " Write the options without sections." if isinstance(value, dict) else ""
-                raise ValueError(
-                    f"The configuration file {config_path} has an unknown key, {key!r}.{sections or _did_you_mean([key], names)}"
-                )
+                hint = "" if isinstance(value, dict) else _did_you_mean([key], names)
+                if not hint and (isinstance(value, dict) or not value):
+                    hint = " Write the options without sections."
+                raise ValueError(f"The configuration file {config_path} has an unknown key, {key!r}.{hint}")
         config_words = _as_words(config)
         parser.parse_args(config_words)  # refuses bad values, and several for one option
         parser.config_words = config_words

@@ -300,7 +300,8 @@ def metadata_hint(name: str) -> str:
         return ""
     return (
         f" The columns come from {first_few([str(file) for file in files])}, which hides the names of the folders: move it away "
-        "to take these for the classes, or give each image a label in it."
+        "to take these for the classes, or give each image a label in it. Its `file_name` is the path of an image from there, with "
+        "the ending; in a .csv, columns are separated by commas."
     )
 
 

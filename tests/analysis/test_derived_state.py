@@ -423,3 +423,18 @@ def test_a_table_of_constants_outside_of_modules_is_no_reason_to_refuse():
     found, expected = (measure_sharpness(model(), small_data(), **QUICK) for model in (WithTable, WithBuffer))
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_a_parameter_that_only_training_uses_is_no_reason_to_refuse():
+    """As Wav2Vec2 has one for what it masks, beside a convolution with weight normalization."""
+
+    class WithMask(Scaled):
+        def __init__(self):
+            super().__init__()
+            self.mask = nn.Parameter(torch.ones(8))
+            nn.utils.parametrizations.weight_norm(self.first)
+
+        def scale(self):
+            return super().scale() + (self.mask if self.training else 0)
+
+    assert sam_sharpness(WithMask(), small_data(), 0.5) > 0

@@ -640,6 +640,7 @@ def message(capsys, *argv):
         ("dataset: photos", "unknown key, 'dataset'. Did you mean dataset_name?"),
         ("optimizer: sgd", "unknown key, 'optimizer'. Did you mean optim?"),
         ("training:\n  rho: 1", "unknown key, 'training'. Write the options without sections."),
+        ("training:\nrho: 1", "unknown key, 'training'. Write the options without sections."),
         ("image_size: 224", "unknown key, 'image_size'. No option sets the size of the images: it is `size` in"),
         ("- rho", "must hold options as `name: value`, got ['rho']"),
         ("", "must hold options as `name: value`, got None"),
