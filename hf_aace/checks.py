@@ -165,6 +165,22 @@ def check_parameters(trainable: Mapping[str, nn.Parameter], chosen: list[nn.Para
         )
 
 
+def warn_of_unusual_norm_parameters(names: list[str]) -> None:
+    """
+    Warn, once, of parameters of normalization layers that `perturb_modules="norm"` does not take.
+
+    Args:
+        names (`list[str]`): Their names.
+    """
+    if names:
+        ends = sorted({".".join(name.split(".")[-2:]) for name in names})
+        logger.warning_once(
+            f'`perturb_modules="norm"` takes `weight` and `bias` of one dimension, which leaves out {len(names)} parameters of '
+            f"normalization layers, such as {names[:3]}. To perturb them too, choose all by a regular expression over the names: "
+            f'`perturb_modules="norm|{"|".join(ends[:8])}"`, if the names of the others hold `norm`.'
+        )
+
+
 def check_backward_hooks(parameters: Iterable[nn.Parameter]) -> None:
     """
     Check that no optimizer steps inside the backward pass, where the weights are the perturbed ones.

@@ -6,10 +6,11 @@ import re
 from torch import nn
 
 from ._compat import BATCH_OR_INSTANCE_NORM
-from .checks import check_parameters
+from .checks import check_parameters, warn_of_unusual_norm_parameters
 
 
 _NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *BATCH_OR_INSTANCE_NORM)
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_norm_layer(module: nn.Module) -> bool:
@@ -38,15 +39,17 @@ def parameters_to_perturb(model: nn.Module, perturb_modules: str | None) -> list
         if p.requires_grad
     }
     if perturb_modules == "norm":
+        layers = [module for module in model.modules() if is_norm_layer(module)]
         norm = {
             id(p)
-            for module in model.modules()
-            if is_norm_layer(module)
+            for module in layers
             for name, p in module.named_parameters(recurse=False)
             # A convolution that normalizes its own weights may have "norm" in its name: its weights have several dimensions.
             if name in ("weight", "bias") and sum(size > 1 for size in p.shape) <= 1
         }
         chosen = [p for p in trainable.values() if id(p) in norm]
+        others = {id(p) for m in layers if not isinstance(m, _LINEAR) for p in m.parameters(recurse=False)} - norm
+        warn_of_unusual_norm_parameters([name for name, p in trainable.items() if id(p) in others])
     else:
         chosen = [p for name, p in trainable.items() if perturb_modules is None or re.search(perturb_modules, name)]
     check_parameters(trainable, chosen, perturb_modules)

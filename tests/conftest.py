@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
 import gc
+import logging as python_logging
 import os
 from types import SimpleNamespace
 
@@ -49,3 +50,18 @@ def plain_run(tmp_path_factory):
         return SimpleNamespace(trainer=trainer, folder=folder, rng=rng_states())
 
     return made
+
+
+@pytest.fixture
+def warnings():
+    """The texts of all warnings of the package, from whichever of its modules."""
+    said = []
+
+    class Keep(python_logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+
+    keep = Keep(python_logging.WARNING)
+    python_logging.getLogger("hf_aace").addHandler(keep)
+    yield said
+    python_logging.getLogger("hf_aace").removeHandler(keep)

@@ -123,6 +123,48 @@ def test_layers_of_ones_own_are_told_by_their_class(tmp_path):
     assert [name for name, was_moved in moved.items() if was_moved] == ["a.weight"]
 
 
+class Unusual(nn.Module):
+    """Has normalization layers whose parameters have other names, or several dimensions, beside usual ones."""
+
+    class ChannelNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma, self.beta = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+        def forward(self, x):
+            return self.gamma * x / x.norm(dim=-1, keepdim=True) + self.beta
+
+    class NormLinear(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+    def __init__(self):
+        super().__init__()
+        self.image_norm, self.usual = nn.LayerNorm((1, 8, 8)), nn.LayerNorm(8)
+        self.first, self.own, self.head = nn.Linear(64, 8), self.ChannelNorm(), self.NormLinear(8, 10)
+
+    def forward(self, pixel_values, labels=None):
+        hidden = self.first(self.image_norm(pixel_values).flatten(1))
+        logits = self.head(self.own(self.usual(hidden)))
+        return (logits,) if labels is None else (nn.functional.cross_entropy(logits, labels), logits)
+
+
+def test_parameters_of_normalization_layers_that_are_left_out_are_named_with_an_expression(tmp_path, warnings):
+    columns = {"pixel_values": torch.stack([row["pixel_values"] for row in digits(16)])}
+    moved = perturbed_in_one_step(Unusual(), columns, tmp_path, perturb_modules="norm")
+    assert {name for name, was_moved in moved.items() if was_moved} == {"usual.weight", "usual.bias", "head.bias"}
+    (text,) = [text for text in warnings if "leaves out" in text]
+    assert "leaves out 4 parameters of normalization layers, such as ['image_norm.weight', " in text
+    assert "if the names of the others hold `norm`" in text
+    expression = text.partition('names: `perturb_modules="')[2].partition('"')[0]
+    moved = perturbed_in_one_step(Unusual(), columns, tmp_path, perturb_modules=expression)
+    named = {"image_norm.weight", "image_norm.bias", "own.gamma", "own.beta"}
+    assert {name for name, was_moved in moved.items() if was_moved} == named
+    warnings.clear()
+    perturbed_in_one_step(resnet(), columns, tmp_path, perturb_modules="norm")
+    assert not [text for text in warnings if "leaves out" in text]
+
+
 def test_frozen_normalization_layers_stay(tmp_path):
     model = resnet()
     frozen = [p for name, p in model.named_parameters() if "embedder" in name]

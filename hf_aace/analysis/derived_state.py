@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State that a model derives from its weights and keeps in evaluation mode: it must not outlive a move of the weights."""
+"""
+State that a model derives from its weights and keeps in evaluation mode: it must not outlive a move of the weights.
 
-from collections.abc import Callable, Iterator, Sequence
+Not seen are numbers and arrays of NumPy that a model keeps outside of its modules, and there also a tensor without a graph
+that it keeps in training mode too: the weight behind such a tensor is not trained either.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from .._compat import BATCH_OR_INSTANCE_NORM
@@ -16,6 +21,12 @@ from ..perturbation import perturbed
 
 # The attributes that every module has and that are not its state: hooks and the like.
 _NO_STATE = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers", "_modules"}
+
+
+_KEPT = (
+    ": the model keeps something that it derived from its weights. Its sharpness can be measured if each forward pass derives "
+    "that anew."
+)
 
 
 def switching_modules(model: nn.Module) -> list[nn.Module]:
@@ -65,28 +76,59 @@ def derive_anew(modules: Sequence[nn.Module]) -> None:
         module.eval()
 
 
+class OutsideTensors(TorchDispatchMode):
+    """
+    Context manager around a forward pass, not the first one, that finds the floating-point tensors in it from elsewhere:
+    neither of the model nor of the batch nor computed in the pass. A closure, a cache of functions or an object that is no
+    module may have kept them from an earlier pass.
+
+    Args:
+        model (`nn.Module`): The model.
+        batch (`Mapping[str, Any]`): The batch.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any]):
+        super().__init__()
+        self._found: list[torch.Tensor] = []
+        # By their memory: `p.data` and views are other tensors.
+        self._known = set(map(_memory, (*model.parameters(), *model.buffers(), *_tensors(dict(batch)))))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        if function is not torch.ops.aten.lift_fresh.default:  # of a tensor written in the code
+            read = _tensors([args, kwargs])
+            self._found += [t for t in read if t.is_floating_point() and _memory(t) not in self._known]
+        self._known.update(map(_memory, _tensors([outputs])))
+        return outputs
+
+    def are_there(self) -> bool:
+        """
+        Tell whether there are any.
+
+        Raises:
+            `ValueError`: If one has a graph, which leads back to weights of an earlier pass.
+        """
+        if kept := [tuple(tensor.shape) for tensor in self._found if tensor.grad_fn is not None]:
+            raise ValueError(f"A forward pass uses a tensor of shape {kept[0]} that an earlier one computed{_KEPT}")
+        return bool(self._found)
+
+
 def check_logits_follow_weights(
-    model: nn.Module, parameters: Sequence[nn.Parameter], run: Callable[[], torch.Tensor], state: dict[int, int]
-) -> bool:
+    model: nn.Module, parameters: Sequence[nn.Parameter], run: Callable[[], torch.Tensor]
+) -> None:
     """
     Check that the logits of a model in evaluation mode follow its weights. Each parameter is moved a little: the logits,
     projected on a random direction, must change if and only if their gradient says so. A parameter without any effect must
-    have no gradient either if its own module is in training mode. Models that keep no derived state are not checked.
+    have no gradient either if its own module is in training mode.
 
     Args:
         model (`nn.Module`): The model, after a forward pass in evaluation mode.
         parameters (sequence of `nn.Parameter`): Its trainable parameters.
         run (`Callable`): Computes the logits of a few samples, with their graph.
-        state (`dict[int, int]`): What [`versions`] returned before that pass.
-
-    Returns:
-        `bool`: `False` if there is nothing to check, so that the weights never moved.
 
     Raises:
         `ValueError`: If they do not follow. The message names the parameter and its module.
     """
-    if not _may_keep_derived_state(model, state):
-        return False
     switching = switching_modules(model)
 
     def projected() -> torch.Tensor:
@@ -119,9 +161,9 @@ def check_logits_follow_weights(
         return float(gradient.norm())
 
     with torch.enable_grad():
+        gradients = _gradients(projected().sum(), parameters)
+    with torch.no_grad():  # as below: something may be kept in this mode only
         base = projected()
-        gradients = _gradients(base.sum(), parameters)
-    base = base.detach()
     noise = 1e-5 * float(base.norm())
     visible = 1e-6 * max(float(gradient.norm()) for gradient in gradients)
     for p, gradient in zip(parameters, gradients, strict=True):
@@ -136,11 +178,8 @@ def check_logits_follow_weights(
         if stale:
             owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
             raise ValueError(
-                f"In evaluation mode, the logits do not follow the parameter {name!r} of {owner} as their gradient says: the "
-                "model keeps something that it derived from its weights. Its sharpness can be measured if each forward pass "
-                "derives that anew."
+                f"In evaluation mode, the logits do not follow the parameter {name!r} of {owner} as their gradient says{_KEPT}"
             )
-    return True
 
 
 def _gradients(value: torch.Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[torch.Tensor]:
@@ -149,20 +188,18 @@ def _gradients(value: torch.Tensor, parameters: Sequence[nn.Parameter]) -> Seque
     return torch.autograd.grad(value, parameters, materialize_grads=True)
 
 
-def _may_keep_derived_state(model: nn.Module, state: dict[int, int]) -> bool:
+def may_keep_derived_state(model: nn.Module, state: dict[int, int]) -> bool:
     """
-    Tell whether a module has a `train` method of its own, is parametrized (which has a cache), holds a tensor beside the state
-    or has written to the state, or has trainable parameters together with a buffer that may be derived from them.
+    Tell whether a module has a `train` method of its own, holds a tensor beside the state or has written to the state, or has
+    trainable parameters together with a buffer that may be derived from them.
     """
     for module in model.modules():
         held = _tensors([value for name, value in vars(module).items() if name not in _NO_STATE])
         buffers = not isinstance(module, BATCH_OR_INSTANCE_NORM) and any(
             b.is_floating_point() for b in module.buffers(recurse=False)
         )
-        if (
-            (buffers and any(p.requires_grad for p in module.parameters(recurse=False)))
-            or parametrize.is_parametrized(module)
-            or any(state.get(id(tensor)) != tensor._version for tensor in held)
+        if (buffers and any(p.requires_grad for p in module.parameters(recurse=False))) or any(
+            state.get(id(tensor)) != tensor._version for tensor in held
         ):
             return True
     return bool(switching_modules(model))
@@ -174,3 +211,7 @@ def _tensors(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
     elif depth and isinstance(value, dict | list | tuple | set):
         for entry in value.values() if isinstance(value, dict) else value:
             yield from _tensors(entry, depth - 1)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)

@@ -2,7 +2,7 @@
 """The mean loss of a classifier over a dataset as a function of its weights, which are one vector here, and its derivatives."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,15 @@ from ..checks import check_classification, check_label_values, check_precision
 from ..isolation import replayed_rng
 from ..losses import count_labels
 from ..perturbation import perturbed
-from .derived_state import check_logits_follow_weights, derive_anew, switching_modules, unchanged_state, versions
+from .derived_state import (
+    OutsideTensors,
+    check_logits_follow_weights,
+    derive_anew,
+    may_keep_derived_state,
+    switching_modules,
+    unchanged_state,
+    versions,
+)
 
 
 Batches = Iterable[Mapping[str, Any]]
@@ -47,23 +55,26 @@ class EmpiricalRisk:
         self.size = sum(self.sizes)
         self.device = self.parameters[0].device
         self._switching = switching_modules(model)
-        self._checked = False
+        self._passes = 0
         # Sums over many batches need 64 bits, which Apple's accelerator does not have.
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
 
     def logits_and_labels(self, batches: Batches | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Run the model on each batch and check what it returns."""
         for batch in self.batches if batches is None else batches:
-            state = None if self._checked else versions(self.model)
+            self._passes += 1
+            state = versions(self.model) if self._passes == 1 else None
+            outside = OutsideTensors(self.model, batch) if self._passes == 2 else None
             derive_anew(self._switching)
-            logits, labels = self._run(batch)
-            if state is not None:
-                self._checked = True
+            with outside or nullcontext():
+                logits, labels = self._run(batch)
+            if (state and may_keep_derived_state(self.model, state)) or (outside and outside.are_there()):
                 # Of a single sample, timm's LeViT has a wrong gradient (torch 2.13).
                 two = next(samples_in_groups(batch, 2))
-                if check_logits_follow_weights(self.model, self.parameters, lambda two=two: self._run(two)[0], state):
-                    derive_anew(self._switching)
-                    logits, labels = self._run(batch)  # the weights have moved meanwhile
+                check_logits_follow_weights(self.model, self.parameters, lambda two=two: self._run(two)[0])
+                self._passes = 2  # all is checked
+                derive_anew(self._switching)
+                logits, labels = self._run(batch)  # the weights have moved meanwhile
             yield logits, labels
 
     def _run(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,8 @@ from .options import DataArguments, ModelArguments
 
 logger = logging.get_logger(__name__)
 
+_TIMINGS = {"runtime", "samples_per_second", "steps_per_second"}  # Trainer adds them to the metrics
+
 
 def check_training(model_args: ModelArguments, data_args: DataArguments, args: AACEConfig) -> None:
     """
@@ -94,7 +96,7 @@ def check_metrics(compute_metrics: Callable[[EvalPrediction], dict[str, Any]], c
     Raises:
         `ValueError`: It names the option and the fix.
     """
-    known = {"loss", "runtime", "samples_per_second", "steps_per_second"}
+    known = {"loss"}
     if not args.prediction_loss_only:
         try:
             known |= set(compute_metrics(EvalPrediction(np.eye(classes, dtype=np.float32), np.arange(classes))))
@@ -107,7 +109,7 @@ def check_metrics(compute_metrics: Callable[[EvalPrediction], dict[str, Any]], c
         raise ValueError(
             "`save_strategy` best needs `metric_for_best_model`, for example `--metric_for_best_model accuracy`."
         )
-    if best is not None and args.eval_strategy != "no" and best.removeprefix("eval_") not in known:
+    if best is not None and args.eval_strategy != "no" and best.removeprefix("eval_") not in known | _TIMINGS:
         raise ValueError(
             f"`metric_for_best_model` is {best!r}, which this run does not measure. Give one of {', '.join(sorted(known))}, or "
             "add it to `metrics`."

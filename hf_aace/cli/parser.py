@@ -19,6 +19,8 @@ from .output import HelpFormatter
 
 # Options, and what people type who mean them.
 _MEANT = {
+    "augmentation": ("augment",),
+    "bf16": ("amp", "half", "mixed_precision", "precision"),
     "dataloader_num_workers": ("num_workers", "workers"),
     "dataset_name": ("data", "data_dir", "dataset", "image_folder"),
     "gradient_accumulation_steps": ("accumulation_steps", "grad_accum"),
@@ -29,14 +31,24 @@ _MEANT = {
     "max_steps": ("steps",),
     "model_name_or_path": ("arch", "model", "model_name"),
     "num_processes": ("gpus", "num_gpus"),
-    "num_train_epochs": ("epochs", "num_epochs"),
+    "num_train_epochs": ("epoch", "epochs", "n_epochs", "num_epochs"),
     "optim": ("optimizer",),
     "output_dir": ("out", "output"),
     "per_device_eval_batch_size": ("eval_batch_size",),
-    "per_device_train_batch_size": ("batch", "batch_size", "train_batch_size"),
+    "per_device_train_batch_size": ("batch", "batch_size", "batchsize", "bs", "train_batch_size"),
     "resume_from_checkpoint": ("checkpoint", "resume"),
+    "validation_size": ("val_size", "val_split", "validation_split"),
     "warmup_steps": ("warmup",),
     "weight_decay": ("wd",),
+}
+# What people type who mean something that is no option, and where it is.
+_ELSEWHERE = {
+    ("image_size", "img_size", "input_size", "resolution"): (
+        "No option sets the size of the images: it is `size` in the preprocessor_config.json of the model."
+    ),
+    ("num_classes", "num_labels"): "The classes are those of the dataset.",
+    ("momentum",): "It is an argument of the optimizer: `optim` sgd, `optim_args` momentum=0.9.",
+    ("cuda", "device", "gpu"): "A GPU is used if there is one, unless `use_cpu` is true.",
 }
 
 
@@ -167,11 +179,12 @@ def command_parser(
     config_path = parser.parse_known_args(known)[0].config
     if config_path is not None:
         config = _read_config(config_path)
-        for key in config:
+        for key, value in config.items():
             if key not in names:
-                raise ValueError(
-                    f"The configuration file {config_path} has an unknown key, {key!r}.{_did_you_mean([key], names)}"
-                )
+                hint = "" if isinstance(value, dict) else _did_you_mean([key], names)
+                if not hint and (isinstance(value, dict) or not value):
+                    hint = " Write the options without sections."
+                raise ValueError(f"The configuration file {config_path} has an unknown key, {key!r}.{hint}")
         config_words = _as_words(config)
         parser.parse_args(config_words)  # refuses bad values, and several for one option
         parser.config_words = config_words
@@ -246,8 +259,11 @@ def _typed(value: Any) -> Any:
 
 
 def _did_you_mean(typed: list[str], known: list[str], prefix: str = "") -> str:
-    meant = []
-    for name in typed:
+    meant, notes = [], []
+    for name in map(str.lower, typed):
         usual = [option for option, others in _MEANT.items() if name in others and option in known]
-        meant += usual or difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {', '.join(prefix + name for name in dict.fromkeys(meant))}?" if meant else ""
+        elsewhere = [note for names, note in _ELSEWHERE.items() if name in names and "optim" in known]
+        notes += elsewhere
+        meant += usual or ([] if elsewhere else difflib.get_close_matches(name, known, n=1, cutoff=0.72))
+    suggestion = f" Did you mean {', '.join(prefix + name for name in dict.fromkeys(meant))}?" if meant else ""
+    return " ".join((suggestion, *notes))

@@ -159,11 +159,27 @@ class Run:
             )
         return json.loads(path.read_text(encoding="utf-8"))["log_history"]
 
-    @_without_progress_bars()
-    def load_model(self, args: RunArguments) -> PreTrainedModel:
-        """Load the model, in 32 bits, on the device. Raises a `ValueError` if there is none in the folder."""
+    def check(self, args: RunArguments) -> None:
+        """Raise a `ValueError` if the folder holds no model, or nothing says which data to use."""
         if not (self.folder / "config.json").is_file():
             raise ValueError(f"The folder {str(self.folder)!r} has no config.json, so no model to look at.")
+        if args.dataset_name is not None:
+            return
+        if self.options.get("dataset_name") is None:
+            raise ValueError(
+                f"The folder {str(self.folder)!r} has no {TRAIN_OPTIONS_NAME} that says which data the run was trained on. "
+                "Give it by `--dataset_name` (and `--train_size`, `--label_noise`, `--data_seed`)."
+            )
+        if self.options.get("streaming"):
+            raise ValueError(
+                f"The run in {str(self.folder)!r} streamed its images. Say by `--dataset_name` (and `--train_size`) which to "
+                "look at."
+            )
+
+    @_without_progress_bars()
+    def load_model(self, args: RunArguments) -> PreTrainedModel:
+        """Load the model, in 32 bits, on the device. Raises a `ValueError` as [`check`]."""
+        self.check(args)
         model = AutoModelForImageClassification.from_pretrained(self.folder, dtype=torch.float32)
         return model.to(pick_device(args.device))
 
@@ -173,23 +189,13 @@ class Run:
         Load the images and labels that the arguments ask for, prepared by the run's own image processor.
 
         Raises:
-            `ValueError`: If neither the run nor the arguments say which data to use, or the model does not know the classes
-                of the data.
+            `ValueError`: As [`check`], or if the model does not know the classes of the data.
         """
+        self.check(args)
         others = ("validation_size", "image_column_name", "label_column_name", "skip_corrupt_images", "image_range")
         options = {name: self.options[name] for name in others if name in self.options}
         for name in ("dataset_name", "train_size", "label_noise"):
             options[name] = self.options.get(name) if getattr(args, name) is None else getattr(args, name)
-        if options["dataset_name"] is None:
-            raise ValueError(
-                f"The folder {str(self.folder)!r} has no {TRAIN_OPTIONS_NAME} that says which data the run was trained on. "
-                "Give it by `--dataset_name` (and `--train_size`, `--label_noise`, `--data_seed`)."
-            )
-        if self.options.get("streaming") and args.dataset_name is None:
-            raise ValueError(
-                f"The run in {str(self.folder)!r} streamed its images. Say by `--dataset_name` (and `--train_size`) which to "
-                "look at."
-            )
         seed = self.options.get("seed", 42) if args.data_seed is None else args.data_seed
         options["label_noise"] = options["label_noise"] or 0.0
         dataset = load_image_dataset(options.pop("dataset_name"), seed=seed, **options)[args.split]
@@ -253,9 +259,7 @@ def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, 
         `ValueError`: If there is no such folder, the names are not as many, or runs of one name differ in more than the seed.
     """
     if names is not None and len(names) != len(folders):
-        raise ValueError(
-            f"`names` must hold one for each of the {len(folders)} runs, got {len(names)}: {list(names)}."
-        )
+        raise ValueError(f"`names` must hold one for each run: {len(folders)}, got {len(names)}: {list(names)}.")
     groups: dict[str, list[Run]] = {}
     for index, folder in enumerate(folders):
         run = Run(folder)

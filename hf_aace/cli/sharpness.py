@@ -64,7 +64,10 @@ def run(argv: list[str]) -> int:
     settings |= {"m": options.m or None, "seed": run_args.seed}
     # What the measures depend on beside the weights: kept with them, so that they are taken again if it changes.
     basis = {"settings": settings, "data": {k: v for k, v in asdict(run_args).items() if k != "names"}}
-    print(f"Measuring {sum(map(len, groups.values()))} runs.", flush=True)
+    every = [each for runs in groups.values() for each in runs]
+    for each in every:
+        each.check(run_args)
+    print(f"Measuring {len(every)} run{'s' * (len(every) > 1)}.", flush=True)
     measured: dict[str, list[dict[str, Any]]] = {}
     for name, runs in groups.items():
         for each in runs:
@@ -85,7 +88,7 @@ def run(argv: list[str]) -> int:
     versions = {package: version(package) for package in ("hf-aace", "torch", "transformers", "scipy")}
     write_report(basis | {"versions": versions, "runs": measured}, folder / "sharpness.json")
     pictures = [folder / "sharpness.png", folder / "sharpness.svg"]
-    if sum(map(len, measured.values())) == 1:
+    if len(every) == 1:
         plot_minimum(*next(iter(measured.values())), pictures)
     else:
         plot_sharpness(measured, pictures)

@@ -135,7 +135,8 @@ def _train_and_save(
         if model_args.lora and isinstance(error, AttributeError):
             raise ValueError(
                 f"`lora_target_modules` is {model_args.lora_target_modules}, which {model_args.model_name_or_path} cannot be trained "
-                f"with, as its code looks into these layers ({first_line(error)}). Name other layers."
+                f"with, as its code looks into these layers ({first_line(error)}). Name other layers; if there are none, give "
+                "`--freeze_backbone true` instead of `lora`, or train all."
             ) from error
         if "pickle" in str(error) and trainer.args.dataloader_num_workers > 0:
             raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the images of a dataset that cannot be decoded, and leave them out or refuse them."""
+"""Find the images of a dataset that cannot be decoded, and leave them out or refuse them; tell of those with several pages."""
 
 from multiprocessing.pool import ThreadPool
 from typing import Any
@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, Image
 from datasets.utils import tqdm
 from transformers.utils import logging
 
-from .images import decode_image, first_few
+from .images import decode_image, first_few, has_more_pages
 
 
 logger = logging.get_logger(__name__)
@@ -31,18 +31,22 @@ def without_corrupt_images(name: str, splits: DatasetDict, skip: bool) -> Datase
     Raises:
         `ValueError`: If an image cannot be decoded and `skip` is false.
     """
-    corrupt = {split: _find_corrupt(dataset) for split, dataset in splits.items()}
+    paged: list[str] = []
+    corrupt = {split: _find_corrupt(dataset, paged) for split, dataset in splits.items()}
+    if paged:
+        logger.warning(
+            f"{len(paged)} of the images of {name!r} have more than one page or frame, of which the first is taken: "
+            f"{first_few(paged)}. To use the others too, save each as an image of its own."
+        )
     problems = [problem for found in corrupt.values() for problem in found.values()]
     if not problems:
         return splits
     found = f"{len(problems)} of the {sum(map(len, splits.values()))} images of {name!r} cannot be read"
     if not skip:
-        for problem in problems:
-            logger.warning(f"Unreadable: {problem}")
         raise ValueError(
             f"{found}: {first_few(problems)}. Replace or delete them, or set `skip_corrupt_images` to leave them out."
         )
-    logger.warning(f"{found} and are left out: {', '.join(problems)}.")
+    logger.warning(f"{found} and are left out: {first_few(problems)}.")
     return DatasetDict(
         {
             split: dataset.select([index for index in range(len(dataset)) if index not in corrupt[split]])
@@ -51,30 +55,37 @@ def without_corrupt_images(name: str, splits: DatasetDict, skip: bool) -> Datase
     )
 
 
-def _find_corrupt(dataset: Dataset) -> dict[int, str]:
-    """Map the index of each image that cannot be decoded to the file (or the row) and the reason."""
+def _find_corrupt(dataset: Dataset, paged: list[str]) -> dict[int, str]:
+    """
+    Map the index of each image that cannot be decoded to the file (or the row) and the reason. Adds the images with several
+    pages to `paged`.
+    """
     encoded = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
     problems = {}
     with ThreadPool() as pool, tqdm(total=len(encoded), desc="Checking the images", delay=1) as bar:
         # In batches, since the pool takes in all that it is given before the first is done.
         for batch in encoded.iter(_CHECKED_AT_ONCE):
             images = batch["image"]
-            for index, (image, problem) in enumerate(
-                zip(images, pool.map(_problem, images), strict=True), start=bar.n
+            for index, (image, (problem, more)) in enumerate(
+                zip(images, pool.map(_look, images), strict=True), start=bar.n
             ):
+                where = (image and image["path"]) or f"row {index}"
                 if problem:
-                    problems[index] = f"{(image and image['path']) or f'row {index}'} ({problem})"
+                    problems[index] = f"{where} ({problem})"
+                elif more:
+                    paged.append(where)
             bar.update(len(images))
     return problems
 
 
-def _problem(image: dict[str, Any] | None) -> str | None:
+def _look(image: dict[str, Any] | None) -> tuple[str | None, bool]:
+    """Return the reason why an image cannot be decoded, and whether it has several pages."""
     if image is None:
-        return "no image"
+        return "no image", False
     try:
         decode_image(
             image, min_size=1
         )  # reads the whole file, also of a JPEG that is decoded at an eighth of its size
+        return None, has_more_pages(image)
     except ValueError as error:
-        return str(error.__cause__) or type(error.__cause__).__name__
-    return None
+        return str(error.__cause__) or type(error.__cause__).__name__, False

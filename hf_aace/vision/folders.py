@@ -32,6 +32,8 @@ _SPLIT_WORDS = {
 }
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# Files that may hold the labels of images beside them.
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xlsx")
 # Files that hold many images, by their suffix, and the builder of `datasets` that reads them.
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 # Images that Pillow does not know by their suffix.
@@ -152,14 +154,14 @@ def _check_class_folders(name: str, splits: DatasetDict) -> None:
         raise ValueError(
             f"The folder {name!r} given as `dataset_name` must have one sub-folder for each class, at least two of "
             f"them to train on and all at the same depth, but its images lie in: {first_few(sorted(set().union(*places.values())))}."
-            + f" What is in {first_few(archives)} counts too: move it away."
-            * bool(archives)
+            + f" What is in {first_few(archives)} counts too: move it away." * bool(archives)
+            + _table_hint(Path(name))
         )
     labels = {Path(place).name for found in places.values() for place in found}
     if all(map(_names_a_split, labels)):
         raise ValueError(
             f"The classes of the folder {name!r} would be {', '.join(sorted(labels))}. Put the folders of the classes "
-            "into those of the splits, not the other way round."
+            f"into those of the splits, not the other way round.{_table_hint(Path(name))}"
         )
     for found in places.values():
         for label in sorted(labels):
@@ -171,6 +173,18 @@ def _check_class_folders(name: str, splits: DatasetDict) -> None:
                     "their folders."
                 )
                 break
+
+
+def _table_hint(folder: Path) -> str:
+    """Say, for an error, how `datasets` takes the labels from a table; "" if there is none."""
+    tables = sorted(str(file.relative_to(folder)) for file in files_in(folder) if file.suffix.lower() in _TABLES)
+    if not tables:
+        return ""
+    return (
+        f" If {first_few(tables)} holds the labels: name it metadata.csv (with commas; or metadata.jsonl), call its column of the "
+        "images `file_name`, with the ending and the path from where it lies, and that of the labels `label`. Each split needs one "
+        "of its own, in its folder."
+    )
 
 
 def warn_of_unused_images(name: str, loaded: DatasetDict | IterableDatasetDict, used: Iterable[str]) -> None:
@@ -273,7 +287,8 @@ def metadata_hint(name: str) -> str:
         return ""
     return (
         f" The columns come from {first_few([str(file) for file in files])}, which hides the names of the folders: move it away "
-        "to take these for the classes, or give each image a label in it."
+        "to take these for the classes, or give each image a label in it. Its `file_name` is the path of an image from there, with "
+        "the ending; in a .csv, columns are separated by commas."
     )
 
 

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .._compat import BATCH_OR_INSTANCE_NORM
 from .models import _head_and_last_layer, _trainable_in_32_bits
+
+
+logger = logging.get_logger(__name__)
 
 
 def add_lora(
@@ -26,7 +30,8 @@ def add_lora(
         rank (`int`, *optional*, defaults to `16`): Rank of the adapters.
         alpha (`float`, *optional*, defaults to `16.0`): The adapters are scaled by `alpha / rank`.
         target_modules (`Sequence[str]`, *optional*, defaults to `("all-linear",)`):
-            The ends of the names of the layers to adapt; `"all-linear"` means every linear layer but the head.
+            The ends of the names of the layers to adapt; `"all-linear"` means every linear layer but the head. Convolutions in
+            groups get no adapters, as peft cannot merge these; a warning counts them.
 
     Returns:
         [`~peft.PeftModel`]: The model with its adapters.
@@ -44,19 +49,29 @@ def add_lora(
         raise ImportError("`lora` needs the package peft: pip install 'hf-aace[peft]'.") from error
     head = {name.rpartition(".")[0] for name in _head_and_last_layer(model)} - {""}
     with_statistics = {name for name, module in model.named_modules() if _keeps_statistics(module)}
+    grouped = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "groups", 1) > 1 and any(f".{name}".endswith(f".{end}") for end in target_modules)
+    ]
+    if grouped:
+        logger.warning(
+            f"`lora_target_modules`: {len(grouped)} convolutions in groups, such as {grouped[0]!r}, get no adapters, as peft "
+            "cannot merge these into the model."
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules="all-linear" if list(target_modules) == ["all-linear"] else list(target_modules),
-        exclude_modules=sorted(head),
+        exclude_modules=sorted(head | set(grouped)),
         modules_to_save=sorted(head | with_statistics),
     )
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(
-            f"`lora_target_modules` is {list(target_modules)}, which names no layers of {type(model).__name__} that can be "
-            "adapted. Give the ends of the names of some, as `model.named_modules()` lists them (in a ResNet, "
+            f"`lora_target_modules` is {list(target_modules)}, which names no {'other ' if grouped else ''}layers of "
+            f"{type(model).__name__} that can be adapted. Give the ends of the names of some, as `model.named_modules()` lists them (in a ResNet, "
             f"`convolution`). peft says: {str(error).strip().splitlines()[0]}"
         ) from error
     _trainable_in_32_bits(adapted)
@@ -88,8 +103,6 @@ def merge_lora(model: nn.Module) -> PreTrainedModel:
 
 def _why_not_mergeable(layer: nn.Module) -> str | None:
     """Tell what makes an adapted layer with its adapter merged another function than the two beside each other, if anything."""
-    if getattr(layer.get_base_layer(), "groups", 1) > 1:
-        return "peft does not merge convolutions with several groups"
     (down,) = layer.lora_A.values()  # of the class of the adapted layer, if that is a convolution
     if not isinstance(down, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return None

@@ -48,12 +48,15 @@ def check_image_range(
             except ValueError:
                 continue  # is named when the image is used
             found.setdefault(depth, []).extend(values)
+    if "32 bits" in found:  # those that fit into 16 are of the same kind, such as CT images without air
+        found["32 bits"] += found.pop("16 bits", [])
     for depth, values in found.items():
         problem = _unlike(depth, values[1::2]) if image_range is None else None
         problem = problem or _problem(depth, min(values), max(values), image_range)
+        aside = "" if depth == "8 bits" else ", a few pixels of each aside,"
         if problem:
             logger.warning(
-                f"The images of {depth} in {name!r} hold values from {min(values):g} to {max(values):g}{problem}"
+                f"The images of {depth} in {name!r}{aside} hold values from {min(values):g} to {max(values):g}{problem}"
             )
 
 
@@ -78,13 +81,22 @@ def _unlike(depth: str, highest: list[float]) -> str | None:
 
 def _problem(depth: str, low: float, high: float, image_range: Sequence[float] | None) -> str | None:
     highest = 255 if depth == "8 bits" else 65535
+    lost = " Convert them to 8 bits rather, since Pillow reads the upper 8 bits only." if "color" in depth else ""
     if image_range is not None and (depth != "8 bits" or image_range[1] <= 255):
-        if image_range[0] <= low and high <= image_range[1]:
-            return None
-        return f": those outside of `image_range`, {image_range[0]:g} to {image_range[1]:g}, are clipped."
+        if not (image_range[0] <= low and high <= image_range[1]):
+            return f": those outside of `image_range`, {image_range[0]:g} to {image_range[1]:g}, are clipped."
+        levels = max(1, round((image_range[1] - image_range[0]) / 256))
+        return (
+            f": no more than {levels} levels between black and white are told apart.{lost}"
+            if lost and levels < 128
+            else None
+        )
+    if low == high:
+        return f": each of them is of one color.{lost}"
     if depth == "32 bits":
         return (
-            ". Each image is scaled from its own lowest and highest value, so that their brightness does not compare. Set "
+            ". Each image is scaled from its own lowest and highest value, so that their brightness does not compare"
+            " (unless its values fit into 16 bits). Set "
             f"`image_range` to the values of black and white, such as {low:g} {high:g}, to scale all alike."
         )
     # Photographs fill the range; of 8 bits some do not, at night.
@@ -92,7 +104,6 @@ def _problem(depth: str, low: float, high: float, image_range: Sequence[float] |
         return None
     white = 2 ** int(high).bit_length() - 1
     likely = f"{low:g} {high:g}" if low > white / 4 else f"0 {white}"
-    lost = " Convert them to 8 bits rather, since Pillow reads the upper 8 bits only." if "color" in depth else ""
     return (
         f", a small part of the range 0 to {highest} that they are scaled from, so that they become dark or dull. Set "
         f"`image_range` to the values of black and white, perhaps {likely}.{lost}"

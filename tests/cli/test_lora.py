@@ -106,14 +106,34 @@ def test_layers_whose_model_looks_into_them_are_refused_in_a_sentence(capsys):
     assert main([*TINY, *LORA, "--lora_target_modules", "reduce_1x1.convolution"]) == 1
     error = capsys.readouterr().err
     assert "`lora_target_modules` is ['reduce_1x1.convolution']" in error and "Name other layers" in error
+    assert "`--freeze_backbone true` instead of `lora`" in error
     assert "Traceback" not in error
 
 
+def base(name):
+    image_classifier(name).save_pretrained("base")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained("base")
+
+
+def test_convolutions_in_groups_get_no_adapters_which_could_not_be_merged(capsys, warnings):
+    base("RegNetForImageClassification")
+    assert main([*TINY, *LORA, "--lora_target_modules", "convolution", "--output_dir", "out"]) == 0
+    assert any("convolutions in groups, such as 'regnet." in text and "get no adapters" in text for text in warnings)
+    assert any("lora_A" in name for name in load_file("out/adapter/adapter_model.safetensors"))
+
+
 @pytest.mark.parametrize(
-    ("name", "target", "reason"),
-    [("RegNet", "convolution", "several groups"), ("Bit", "conv1", "normalizes its weights")],
+    ("name", "target"),
+    [("MobileNetV2ForImageClassification", "conv_3x3.convolution"), ("ConvNextForImageClassification", "dwconv")],
 )
-def test_layers_whose_adapters_could_not_be_merged_are_refused_before_training(name, target, reason):
-    """peft would say nothing and merge into another function, or raise once the training is over."""
-    with pytest.raises(ValueError, match=f"could not be merged into it: .*{reason}.*Name other layers"):
-        add_lora(image_classifier(f"{name}ForImageClassification"), target_modules=[target])
+def test_convolutions_in_groups_alone_are_refused(name, target, capsys):
+    base(name)
+    assert main([*TINY, *LORA, "--lora_target_modules", target]) == 1
+    assert "names no other layers of" in capsys.readouterr().err
+
+
+def test_layers_whose_adapters_could_not_be_merged_are_refused_before_training():
+    """peft would say nothing and merge into another function."""
+    message = "could not be merged into it: it normalizes its weights.*Name other layers"
+    with pytest.raises(ValueError, match=message):
+        add_lora(image_classifier("BitForImageClassification"), target_modules=["conv1"])

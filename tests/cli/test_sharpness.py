@@ -239,6 +239,15 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged_unasked(runs, t
     assert "both be called 'Trainer'" in message and "train_size" in message and "--names" in message
 
 
+def test_nothing_is_measured_before_a_folder_of_which_nothing_says_the_data(runs, tmp_path, capsys):
+    """As a script of one's own leaves it."""
+    shutil.copytree(runs / "sam", tmp_path / "script")
+    (tmp_path / "script" / "train_options.json").unlink()
+    assert main(["sharpness", str(runs / "plain-0"), str(tmp_path / "script"), *QUICK]) == 1
+    printed = capsys.readouterr()
+    assert "no train_options.json that says which data" in printed.err and "Measuring" not in printed.out
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -246,7 +255,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged_unasked(runs, t
         (["plot", "empty", "--figures", "dynamics"], "no trainer_state.json"),
         (["plot", "empty", "--figures", "dynamics"], "`trainer.save_state()`"),
         (["sharpness", "empty"], "no config.json"),
-        (["sharpness", "empty", "--names", "a", "b"], "`names` must hold one for each of the 1 runs, got 2"),
+        (["sharpness", "empty", "--names", "a", "b"], "`names` must hold one for each run: 1, got 2"),
         (["sharpness", "empty", "--split", "valid"], "`split` must be `train` or `test`, got 'valid'"),
         (["sharpness", "empty", "--max_samples", "0"], "`max_samples` must be at least 1, got 0"),
         (["sharpness", "empty", "--device", "tpu"], "`device` must be"),

@@ -194,6 +194,45 @@ def test_color_of_16_bits_of_which_pillow_reads_a_dark_part_is_told(kind, tmp_pa
     assert "Pillow reads the upper 8 bits only" in warnings[0]
 
 
+@pytest.mark.parametrize("highest", [255, 4095])
+def test_a_range_of_which_pillow_leaves_few_levels_is_told(highest, tmp_path, warnings):
+    """It reads nothing of 8 bits in 16, and 16 levels of 12 bits; no range brings the others back."""
+    name = write_images_of(tmp_path / "images", "color", highest)
+    load_image_dataset(name, seed=0, image_range=(0, highest))
+    assert len(warnings) == 1 and f"no more than {(highest + 1) // 256} levels" in warnings[0]
+    assert "Convert them to 8 bits" in warnings[0]
+    if highest == 255:
+        load_image_dataset(name, seed=0)
+        assert "each of them is of one color. Convert them to 8 bits" in warnings[1]
+        assert "image_range" not in warnings[1]
+
+
+@pytest.mark.parametrize("side", [8, 32])
+@pytest.mark.parametrize("offset", [0, 30000])
+def test_a_defect_of_the_sensor_does_not_hide_the_range(side, offset, tmp_path, warnings):
+    generator = np.random.default_rng(0)
+    for name in ("left", "right"):
+        (tmp_path / name).mkdir()
+        for index in range(8):
+            pixels = (offset + generator.integers(0, 4096, (side, side))).astype(np.uint16)
+            pixels[1, index], pixels[2, index] = 65535, 0
+            PIL.Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    load_image_dataset(str(tmp_path), seed=0)
+    assert len(warnings) == 1 and ", a few pixels of each aside, hold values from" in warnings[0]
+    assert ("perhaps 0 4095" if offset == 0 else "perhaps 300") in warnings[0]
+
+
+def test_integers_with_and_without_negative_values_are_given_one_range(tmp_path, warnings):
+    """As computed tomography has them: without air, an image has none."""
+    for name in ("left", "right"):
+        (tmp_path / name).mkdir()
+        for index in range(8):
+            values = RAMP * 3000 - (1000 if index % 2 else 0)
+            PIL.Image.fromarray(values.round().astype(np.int32)).save(tmp_path / name / f"{index}.tiff")
+    load_image_dataset(str(tmp_path), seed=0)
+    assert len(warnings) == 1 and "black and white, such as -1000 3000," in warnings[0]
+
+
 def test_values_with_an_offset_are_told(tmp_path, warnings):
     for index in range(8):
         (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
@@ -358,6 +397,35 @@ def test_corrupt_images_are_left_out_and_counted_if_asked(folder, warnings):
         assert all(np.asarray(image).size for image in split["image"])  # decodes each
     assert len(warnings) == 1 and "2 of the 20 images" in warnings[0] and "left out" in warnings[0]
     assert all(name in warnings[0] for name in broken) and "cat/2.png" not in warnings[0]
+
+
+def test_many_corrupt_images_are_told_in_one_sentence_with_the_first_names(folder, warnings):
+    path, _ = folder
+    for index in range(10):
+        (path / "cat" / f"{index}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"11 of the 20 images .*cat/0.png .*cat/4.png \([^,]*\), \.\.\.\. Replace"):
+        load_image_dataset(str(path), seed=0)
+    assert not warnings
+    with pytest.raises(ValueError, match="of one class"):
+        load_image_dataset(str(path), seed=0, skip_corrupt_images=True)
+    assert len(warnings) == 1 and "cat/9.png" not in warnings[0]
+
+
+@pytest.mark.parametrize("form", ["TIFF", "GIF"])
+def test_images_with_several_pages_are_counted_once(form, folder, warnings):
+    """A photograph of a telephone in the format MPO holds previews, and is none."""
+    path, broken = folder
+    first = PIL.Image.fromarray(COLOURS)
+    for name in broken:
+        (path / name).unlink()
+    for name in ("cat", "dog"):
+        first.save(
+            path / name / f"pages.{form.lower()}", save_all=True, append_images=[PIL.Image.new("RGB", (5, 6))] * 2
+        )
+    first.save(path / "cat" / "telephone.jpg", "MPO", save_all=True, append_images=[first])
+    load_image_dataset(str(path), seed=0)
+    assert len(warnings) == 1 and "2 of the images" in warnings[0] and "telephone" not in warnings[0]
+    assert all(f"{name}/pages.{form.lower()}" in warnings[0] for name in ("cat", "dog"))
 
 
 def test_corrupt_images_inside_parquet_are_found_too(folder, tmp_path, warnings):

@@ -281,3 +281,41 @@ def test_files_with_images_beside_the_folders_of_images_are_told(file, tmp_path,
     (tmp_path / file).write_bytes(b"what they hold is not looked at")
     count, text, used = unused(tmp_path, warnings)
     assert (count, used) == (1, 10) and f"1 in files beside the folders of images ({file})" in text
+
+
+@pytest.mark.parametrize(
+    ("images", "table"),
+    [("images/{}.png", "labels.csv"), ("{}.png", "train_labels.CSV"), ("photos/{}.png", "photos/list.jsonl")],
+)
+def test_a_table_of_labels_that_is_not_read_is_named_and_what_to_do_helps(images, table, tmp_path):
+    write(tmp_path, *(images.format(i) for i in range(10)))
+    rows = [{"image_id": i, "breed": "ab"[i % 2]} for i in range(10)]
+    table = tmp_path / table
+    write_metadata(table.with_suffix(table.suffix.lower()), rows)
+    table.with_suffix(table.suffix.lower()).rename(table)
+    with pytest.raises(ValueError, match=rf"If {table.relative_to(tmp_path)} holds the labels: name it metadata.csv"):
+        load_image_dataset(str(tmp_path), seed=0)
+    table.unlink()
+    rows = [
+        {"file_name": os.path.relpath(tmp_path / images.format(i), table.parent), "label": "ab"[i % 2]}
+        for i in range(10)
+    ]
+    write_metadata(table.parent / f"metadata{table.suffix.lower()}", rows)
+    dataset = load_image_dataset(str(tmp_path), seed=0)
+    assert dataset["train"].features["label"].names == ["a", "b"] and len(dataset["train"]) == 8
+
+
+def test_tables_of_labels_beside_the_folders_of_splits_are_named(tmp_path):
+    """As competitions lay them out; each folder alone would be a class."""
+    write(tmp_path, *(f"{split}/{i}.png" for split in ("train", "test") for i in range(10)))
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("id,label\n")
+    with pytest.raises(ValueError, match=r"If test.csv, train.csv holds the labels.* Each split needs one of its own"):
+        load_image_dataset(str(tmp_path), seed=0)
+    for split in ("train", "test"):
+        rows = [{"file_name": f"{i}.png", "label": "ab"[i % 2]} for i in range(10)]
+        write_metadata(tmp_path / split / "metadata.csv", rows)
+    assert {name: len(split) for name, split in load_image_dataset(str(tmp_path), seed=0).items()} == {
+        "train": 10,
+        "test": 10,
+    }
