@@ -28,7 +28,8 @@ if "oldest" in sys.argv:
     with open("pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
     needs = project["dependencies"] + project["optional-dependencies"]["peft"]
-    versions = dict(found.groups() for found in (re.match(r"([\w-]+)>=([\d.]+)", need) for need in needs) if found)
+    floors = dict(found.groups() for found in (re.match(r"([\w-]+)>=([\d.]+)", need) for need in needs) if found)
+    versions = {name: f"{version}.*" for name, version in floors.items()}  # the first releases may not go with each other
 versions |= dict(package.split("==") for package in sys.argv[1:] if package != "oldest")
 print("\n".join(f"{name}=={version}" for name, version in versions.items()))
 PY
