@@ -9,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from hf_aace.cli import main
@@ -87,6 +88,21 @@ def test_every_number_of_the_results_table_is_computed_from_the_runs(results):
         bold = [title for title, cell in row.items() if cell.startswith("**")]
         assert bold == [gains.idxmax()], "the best is in bold"
     assert compared >= 20, "there is a results table, with the study's name in the second column"
+
+
+def test_costs_are_those_of_the_study():
+    costs = pd.read_csv(_STUDY / "cost-of-ascents.csv").set_index(["method", "model"])["ratio"]
+    rows = {
+        "AACE or SAM on all weights": "AACE",
+        "`--perturb_modules norm --ascent_fraction 0.25`": "norm, 1/4",
+        "`--perturb_modules norm --ascent_fraction 0.0625`": "norm, 1/16",
+        "`--one_pass true --ascent_fraction 0.125`": "one pass, 1/8",
+    }
+    (titles,) = re.findall(r"^\| \| (ViT.*) \|$", _README, flags=re.MULTILINE)
+    for title, method in rows.items():
+        (cells,) = re.findall(rf"^\| {re.escape(title)} \| (.*) \|$", _README, flags=re.MULTILINE)
+        measured = [costs[method, model] for model in titles.split(" | ")]
+        assert [float(cell) for cell in cells.split(" | ")] == pytest.approx(measured, abs=0.00501)
 
 
 def test_tables_of_the_study_are_computed_from_the_runs(results):
