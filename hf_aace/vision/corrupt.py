@@ -46,7 +46,7 @@ def without_corrupt_images(name: str, splits: DatasetDict, skip: bool) -> Datase
         raise ValueError(
             f"{found}: {first_few(problems)}. Replace or delete them, or set `skip_corrupt_images` to leave them out."
         )
-    logger.warning(f"{found} and are left out: {first_few(problems)}.")
+    logger.warning(f"{found} and are left out: {', '.join(problems)}.")  # the one list of them
     return DatasetDict(
         {
             split: dataset.select([index for index in range(len(dataset)) if index not in corrupt[split]])
