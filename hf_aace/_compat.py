@@ -15,6 +15,9 @@ though they promise nothing about it, for want of a public name. If one goes, th
 - `core_model_loading.revert_weight_conversion` (transformers; here): load by `from_pretrained`, as the other branch does.
 - `ToCopyBackward0`, `CheckpointFunctionBackward` (torch; one_pass.py, checks.py): how autograd calls its steps for a change of dtype and
   for reentrant checkpointing.
+- `_compiled_call_impl` (torch; checks.py): whether a module was compiled by its `compile` method.
+- `_cdata`, `torch.utils._python_dispatch` (torch; analysis/derived_state.py): what tells the memory of a tensor, and a watch on all
+  operations. Without them state outside of modules is not found.
 - `_get_help_string` (argparse; cli/output.py): give each option its help with the default.
 
 These are public by name, in modules without documentation: `transformers.modelcard`, `transformers.hf_argparser`,
@@ -36,8 +39,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
-# The base classes of these have no public names. Lazy layers become one of them in their first forward pass.
-BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# The base classes of these have no public names.
+_LAZY_BATCH_NORM = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *_LAZY_BATCH_NORM)
 BATCH_OR_INSTANCE_NORM = (*BATCH_NORM, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 

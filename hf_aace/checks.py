@@ -238,8 +238,8 @@ def check_one_pass(
         `ValueError`: If it cannot.
     """
     reason = None
-    if trainer.args.torch_compile:
-        reason = "does not go with `torch_compile`, which hides the normalization layers: set `torch_compile=False`"
+    if trainer.args.torch_compile or any(module._compiled_call_impl is not None for module in model.modules()):
+        reason = "does not go with compiled modules, which hide the normalization layers: set `torch_compile=False`"
     elif trainer.accelerator.is_fsdp2:
         reason = "does not go with FSDP2, which shards the gradients that it reads: use DDP"
     held = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
@@ -250,7 +250,7 @@ def check_one_pass(
             f"({len(others)} others): leave `perturb_modules` out"
         )
     if reason is not None:
-        raise ValueError(f"`one_pass=True` {reason}, or `one_pass` out.")
+        raise ValueError(f"`one_pass=True` {reason}, or leave `one_pass` out.")
 
 
 def check_layers_keep_no_statistics(model: nn.Module) -> None:
