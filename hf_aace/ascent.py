@@ -232,7 +232,7 @@ class Ascent(TrainerCallback):
             yield
             return
         parameters, exact = parameters_to_perturb(trainer.model, args.perturb_modules), None
-        if not self._read_checked:
+        if not self._read_checked and self.reader.parameters is None:  # what is read later in a step adds to this
             exact, *_ = self._gradients(model, [inputs], parameters, in_sync=False)
         labels, used = self._labels(inputs)
         with self.reader.read(trainer.model, labels.to(trainer.args.device), used, parameters):

@@ -129,9 +129,8 @@ class DescentReader:
         if not held:
             return  # a second backward pass, which is refused when both are over
         inputs = held.pop()  # or this hook would hold it until the end of the backward pass
-        rows = self._used * (
-            len(inputs) // self._batch
-        )  # windows may be folded into the first dimension, sample by sample
+        # Windows may be folded into the first dimension, sample by sample.
+        rows = self._used * (len(inputs) // self._batch)
         self._kept.append((own, module, inputs[:rows].clone(), arrived[:rows].clone()))
 
     def _add(self, own: list[nn.Parameter], module: nn.Module, inputs: torch.Tensor, arrived: torch.Tensor) -> None:
