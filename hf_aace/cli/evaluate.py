@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset, Image, concatenate_datasets
 from datasets.utils import tqdm
 from sklearn.metrics import confusion_matrix
@@ -47,7 +48,7 @@ class EvaluationArguments(ImagesArguments):
     device: str = option("auto", "`cpu`, `cuda`, or `auto`: a GPU if there is one.")
     output_dir: str | None = option(
         None,
-        "Where evaluation.json, confusion_matrix.png and mistakes.png go. By default a folder in `runs` named by "
+        "Where evaluation.json, answers.csv, confusion_matrix.png and mistakes.png go. By default a folder in `runs` named by "
         "model and data.",
     )
 
@@ -64,8 +65,9 @@ def run(argv: list[str]) -> int:
     """Run the command with the arguments `argv`; return the exit code."""
     parser = command_parser(
         "evaluate",
-        "Measures how good an image classifier is, and leaves metrics, the confusion matrix and the worst mistakes in "
-        "output_dir.",
+        "Measures how good an image classifier is, and leaves metrics, the confusion matrix, the worst mistakes and all "
+        "answers in output_dir. With --split train the first answers are the training images whose label the model believes "
+        "least, which is where to look for wrong labels.",
         (PretrainedArguments, EvaluationArguments),
         argv,
         _defaults,
@@ -96,7 +98,8 @@ def run(argv: list[str]) -> int:
     scores = compute_metrics(EvalPrediction(probabilities, labels))
     classes = list(model.config.id2label.values())
     matrix = confusion_matrix(labels, predicted, labels=range(len(classes))).tolist()
-    mistakes = _worst_mistakes(data, probabilities, labels, classes, options.num_mistakes)
+    answers = _answers(data, probabilities, labels, classes)
+    mistakes = answers[answers["label"] != answers["prediction"]].head(options.num_mistakes)
 
     folder.mkdir(parents=True, exist_ok=True)
     report = {
@@ -110,17 +113,18 @@ def run(argv: list[str]) -> int:
         "latency_in_seconds": seconds / len(data),
         "classes": classes,
         "confusion_matrix": matrix,
-        "worst_mistakes": list(mistakes.values()),
+        "worst_mistakes": mistakes.to_dict("records"),
     }
     write_report(report, folder / "evaluation.json")
+    answers.to_csv(folder / "answers.csv", index=False, float_format="%.6f")
     plot_confusion_matrix(matrix, classes, folder / "confusion_matrix.png")
     (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier call
-    if mistakes:
+    if len(mistakes):
         plot_image_grid(
-            [data[row]["image"] for row in mistakes],
+            [data[row]["image"] for row in mistakes.index],
             [
-                "{label} ({label_score:.2f})\ntaken for {prediction} ({score:.2f})".format(**m)
-                for m in mistakes.values()
+                f"{row.label} ({row.label_score:.2f})\ntaken for {row.prediction} ({row.score:.2f})"
+                for row in mistakes.itertuples()
             ],
             "The worst mistakes",
             folder / "mistakes.png",
@@ -129,7 +133,8 @@ def run(argv: list[str]) -> int:
     print(f"Result:  {told} on {len(data)} images")
     print(f"Speed:   {len(data) / seconds:.0f} images a second")
     print(f"Numbers: {folder / 'evaluation.json'}")
-    print(f"Drawn:   {folder / 'confusion_matrix.png'}" + (f", {folder / 'mistakes.png'}" if mistakes else ""))
+    print(f"Answers: {folder / 'answers.csv'}, an image a line, the least probable label first")
+    print(f"Drawn:   {folder / 'confusion_matrix.png'}" + (f", {folder / 'mistakes.png'}" if len(mistakes) else ""))
     return 0
 
 
@@ -147,22 +152,17 @@ def _classify(
     return np.stack(probabilities)
 
 
-def _worst_mistakes(
-    data: Dataset, probabilities: np.ndarray, labels: np.ndarray, classes: list[str], count: int
-) -> dict[int, dict[str, Any]]:
-    """Return the wrong answers with the lowest probability of the true class by their rows, the worst first."""
-    of_label = probabilities[np.arange(len(labels)), labels]
-    predicted = probabilities.argmax(axis=-1)
-    wrong = np.flatnonzero(predicted != labels)
-    rows = wrong[np.argsort(of_label[wrong], kind="stable")][:count].tolist()
-    encoded = data.cast_column("image", Image(decode=False))
-    return {
-        row: {
-            "image": encoded[row]["image"]["path"] or f"image {row}",
-            "label": classes[labels[row]],
-            "label_score": float(of_label[row]),
-            "prediction": classes[predicted[row]],
-            "score": float(probabilities[row, predicted[row]]),
+def _answers(data: Dataset, probabilities: np.ndarray, labels: np.ndarray, classes: list[str]) -> pd.DataFrame:
+    """Tabulate label and prediction of each image with their probabilities, the least probable label first."""
+    every, predicted = np.arange(len(labels)), probabilities.argmax(axis=-1)
+    images = data.cast_column("image", Image(decode=False))["image"]
+    answers = pd.DataFrame(
+        {
+            "image": [image["path"] or f"image {row}" for row, image in enumerate(images)],
+            "label": np.array(classes)[labels],
+            "label_score": probabilities[every, labels].astype(float),
+            "prediction": np.array(classes)[predicted],
+            "score": probabilities[every, predicted].astype(float),
         }
-        for row in rows
-    }
+    )
+    return answers.sort_values("label_score", kind="stable")

@@ -78,6 +78,15 @@ def test_results_are_those_of_the_model_on_the_test_images(capsys, drawn):
     mistakes = results["worst_mistakes"]
     assert [row["label_score"] for row in mistakes] == pytest.approx(truth[:7].tolist(), abs=1e-5)
     assert all(row["label"] != row["prediction"] for row in mistakes)
+
+    # The table of all images begins with those whose label the model believes least: there wrong labels would be.
+    answers = table(folder / "answers.csv")
+    rows = [int(row["image"].removeprefix("image ")) for row in answers]
+    believed = [float(row["label_score"]) for row in answers]
+    assert sorted(rows) == list(range(500)) and believed == sorted(believed)
+    assert believed == pytest.approx(probabilities[rows, labels[rows]].tolist(), abs=1e-5)
+    assert [int(row["label"]) for row in answers] == labels[rows].tolist()
+    assert [int(row["prediction"]) for row in answers] == predicted[rows].tolist()
     for name in ("confusion_matrix.png", "mistakes.png"):
         with PIL.Image.open(folder / name) as picture:
             picture.load()
