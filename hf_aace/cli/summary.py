@@ -34,7 +34,7 @@ class Summary(TrainerCallback):
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = f"{state.max_steps} of {batch} images"
         if args.max_steps <= 0:
-            steps += f", in {args.num_train_epochs:g} epochs"
+            steps += f", in {args.num_train_epochs:g} {'epoch' if args.num_train_epochs == 1 else 'epochs'}"
         if state.global_step > 0:
             steps += f", {state.global_step} of them done before"
         self._facts["Steps"] = steps

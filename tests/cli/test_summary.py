@@ -96,8 +96,9 @@ def test_method_model_and_steps_are_told(argv, method, capsys):
     assert facts["Method"].strip() == method
     assert facts["Model"].strip() == "convnext-tiny-digits, 221,530 parameters, all trained"
     assert facts["Steps"].strip() == "1 of 64 images"
-    argv = [*argv, "--train_size", "100", "--max_steps", "-1", "--num_train_epochs", "2"]
-    assert told(capsys, *argv, "--freeze_backbone")["Steps"].strip() == "4 of 64 images, in 2 epochs"
+    for epochs, steps in (("1", "2 of 64 images, in 1 epoch"), ("2", "4 of 64 images, in 2 epochs")):
+        longer = [*argv, "--train_size", "100", "--max_steps", "-1", "--num_train_epochs", epochs]
+        assert told(capsys, *longer, "--freeze_backbone")["Steps"].strip() == steps
 
 
 def test_half_precision_that_has_no_effect_is_told(capsys, monkeypatch):

@@ -613,9 +613,9 @@ def test_json_says_the_same_as_yaml(tmp_path):
             {"num_cycles": 0.5, "min_lr": 1e-5},
         ),
         (
-            "activation_checkpointing_kwargs: {use_reentrant: false}",
-            "activation_checkpointing_kwargs",
-            {"use_reentrant": False},
+            "liger_kernel_config: {rope: false}",
+            "liger_kernel_config",
+            {"rope": False},
         ),
     ],
 )

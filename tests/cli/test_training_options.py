@@ -201,7 +201,9 @@ def train(words):
 
 
 def test_every_option_is_in_the_table():
-    assert list(OPTIONS.keys() ^ {field.name for field in fields(TrainingArguments) if field.init}) == []
+    newer = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # than Transformers 5.19
+    options = {field.name for field in fields(TrainingArguments) if field.init}
+    assert sorted(OPTIONS.keys() ^ (options | newer)) == []
 
 
 @pytest.mark.parametrize(("name", "words", "expected"), FAST)

@@ -34,7 +34,7 @@ def test_pictures_have_room_for_long_names(extra, tmp_path):
     runs = runs_of(["trainer", "sam:rho=0.1|0.2", long])
     summary = summarize(runs, "trainer")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "constrained_layout not applied")
         plot_accuracies(summary, runs, "a", tmp_path / "accuracy.png")
         plot_accuracy_by_time(summary, "a", tmp_path / "time.png")
         assert plot_accuracy_by_rho(runs, "a", tmp_path / "rho.png")

@@ -239,7 +239,10 @@ def image_processors():
 @pytest.mark.parametrize("name", image_processors())
 def test_a_plain_colour_stays_as_it_is_whatever_the_processor_does_to_it(name):
     """Kornia takes pixels between 0 and 1. Some processors do not normalise, that of EfficientNet does it twice."""
-    processor = getattr(transformers, name)()
+    try:
+        processor = getattr(transformers, name)()
+    except ImportError:  # that of Segformer in Transformers 5.19
+        pytest.skip("needs torchvision")
     augment = Augmentation("default", processor=processor, num_classes=2)
     for level in (0, 100, 255):
         image = PIL.Image.new("RGB", (48, 48), (level, 255 - level, level))

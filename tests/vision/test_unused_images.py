@@ -12,6 +12,7 @@ import pandas as pd
 import PIL.Image
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from packaging.version import Version
 
 from hf_aace.vision.datasets import load_image_dataset
 from hf_aace.vision.streaming import stream_image_dataset
@@ -252,7 +253,14 @@ def cut(*columns):
         (cut("caption"), {}, "cannot be read: .*file_name"),
         ("file_name,label\n", {}, "cannot be read"),
         ("", {}, "cannot be read"),
-        ("file_name,label\n/etc/0.png,a\n", {}, "cannot be read: Invalid metadata file_name"),
+        pytest.param(
+            "file_name,label\n/etc/0.png,a\n",
+            {},
+            "cannot be read: Invalid metadata file_name",
+            marks=pytest.mark.skipif(
+                Version(datasets.__version__) < Version("5.1"), reason="datasets has another message"
+            ),
+        ),
     ],
 )
 def test_an_error_for_which_a_metadata_file_is_to_blame_names_it(content, options, problem, tmp_path):
