@@ -34,7 +34,7 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -70,6 +70,14 @@ class TrainerWorkarounds:
             _load_converted_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+
+# A timm configuration that was read with class names of its own writes these again, whatever the classes are now
+# (findings/transformers_timm_keeps_old_class_names.sh). Remove when the oldest supported transformers does not.
+def forget_old_class_names(config: PreTrainedConfig) -> None:
+    """Let the configuration of a timm model be saved with the names of its present classes."""
+    if isinstance(config, TimmWrapperConfig):
+        vars(config).pop("label_names", None)
 
 
 def _needs_conversion(model: nn.Module, checkpoint: str | None) -> bool:

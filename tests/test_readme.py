@@ -90,6 +90,14 @@ def test_every_number_of_the_results_table_is_computed_from_the_runs(results):
     assert compared >= 20, "there is a results table, with the study's name in the second column"
 
 
+def test_what_one_pass_is_said_to_keep_of_the_gain_is_what_it_kept(results):
+    gain = results.frontier().set_index(["model", "ascent"])["gain"]
+    (written,) = re.findall(r"it kept (\d+) % of that gain on a noisy ConvNeXt, half of it on a noisy ViT", _README)
+    kept = {model: gain[model, "one pass, 1/8"] / gain[model, "norm, 1/4"] for model in ("ConvNeXt", "ViT")}
+    assert kept["ConvNeXt"] == pytest.approx(int(written) / 100, abs=0.005)
+    assert kept["ViT"] == pytest.approx(0.5, abs=0.05)
+
+
 def test_costs_are_those_of_the_study():
     costs = pd.read_csv(_STUDY / "cost-of-ascents.csv").set_index(["method", "model"])["ratio"]
     rows = {

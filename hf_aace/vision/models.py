@@ -21,6 +21,8 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from .._compat import forget_old_class_names
+
 
 logger = logging.get_logger(__name__)
 
@@ -113,6 +115,7 @@ def load_model_and_processor(
             **source,
         )
         processor = AutoImageProcessor.from_pretrained(model_name_or_path, **source)
+    forget_old_class_names(model.config)
     if len(known) == len(id2label) and known != id2label and model_classes(known):
         logger.warning(
             f"The classes of {model_name_or_path} differ from those of the data, or are in another order: its head is "

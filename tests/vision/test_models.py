@@ -9,10 +9,23 @@ import pytest
 import torch
 from tiny import resnet
 from tiny_configs import IMAGE_CLASSIFIERS, image_classifier
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline, set_seed
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    pipeline,
+    set_seed,
+)
 
 from hf_aace.vision.lora import add_lora, merge_lora
-from hf_aace.vision.models import BUILTIN_MODELS, freeze_backbone, head_parameters, load_model_and_processor
+from hf_aace.vision.models import (
+    BUILTIN_MODELS,
+    freeze_backbone,
+    head_parameters,
+    load_classifier,
+    load_model_and_processor,
+)
 
 
 ID2LABEL = {0: "zero", 1: "one", 2: "two"}
@@ -217,3 +230,15 @@ def test_layers_to_adapt_must_exist():
         add_lora(resnet(), rank=0)
     adapted = add_lora(resnet(), rank=2, target_modules=["convolution"])
     assert any("lora_A" in name for name, p in adapted.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("names", [["rose", "tulip"], ["rose", "tulip", "daisy"]])
+def test_a_timm_model_that_was_trained_before_is_saved_with_its_new_classes(names, tmp_path):
+    """Transformers itself would write those of the training before."""
+    timm = pytest.importorskip("timm")
+    settings = timm.create_model("test_resnet").pretrained_cfg
+    config = TimmWrapperConfig(architecture="test_resnet", pretrained_cfg=settings, id2label={0: "cat", 1: "dog"})
+    TimmWrapperForImageClassification(config).save_pretrained(tmp_path / "first")
+    model, _ = load_model_and_processor(str(tmp_path / "first"), dict(enumerate(names)))
+    model.save_pretrained(tmp_path / "second")
+    assert list(load_classifier(str(tmp_path / "second"))[0].config.id2label.values()) == names
