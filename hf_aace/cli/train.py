@@ -112,6 +112,8 @@ def run(argv: list[str]) -> int:
             )
         if training_args.push_to_hub:
             print(f"Pushed:  {trainer.hub_model_id}")
+    # Or threads of torch's may still run when Python ends, which then ends with an error now and then.
+    trainer.accelerator.end_training()
     return 0
 
 
