@@ -99,7 +99,7 @@ def run(argv: list[str]) -> int:
     classes = list(model.config.id2label.values())
     matrix = confusion_matrix(labels, predicted, labels=range(len(classes))).tolist()
     answers = _answers(data, probabilities, labels, classes)
-    mistakes = answers[answers["label"] != answers["prediction"]].head(options.num_mistakes)
+    mistakes = answers[(predicted != labels)[answers.index]].head(options.num_mistakes)  # two classes may share a name
 
     folder.mkdir(parents=True, exist_ok=True)
     report = {

@@ -407,7 +407,6 @@ def single_settings() -> pd.DataFrame:
         "convnext-clean": "3e-3",
         "convnext-clean-all": "3e-3",
         "finetune-convnext-clean": "3e-3",
-        "resnet-clean": "3e-3",
     }
     table = {}
     for name, rate in {**rates, "vit-clean-long": "3e-4", "finetune-vit-lora-clean": "1e-2"}.items():
