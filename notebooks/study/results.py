@@ -49,6 +49,10 @@ README_COLUMNS = ["plain", "clean labels", "2x epochs", "early stopping", "SAM",
 _TITLES = {
     "load_best_model_at_end=true": "early stopping",
     "num_train_epochs": "2x epochs",
+    "label_smoothing_factor": "label smoothing",
+    "freeze_backbone=true": "head alone",
+    "lora=true": "LoRA",
+    "one_pass=true": "one pass",
     "perturb_modules=norm": "norm layers",
 }
 
