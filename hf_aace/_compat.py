@@ -13,9 +13,7 @@ though they promise nothing about it, for want of a public name. If one goes, th
 - `_prepare_inputs` (transformers; ascent.py, vision/augmentation.py): move the batch by `accelerate.utils.send_to_device`.
 - `_prepare_for_training`, `_load_from_checkpoint`, `_load_best_model` (transformers; here): see at each which defect it serves.
 - `core_model_loading.revert_weight_conversion` (transformers; here): load by `from_pretrained`, as the other branch does.
-- `ToCopyBackward0`, `CheckpointFunctionBackward` (torch; one_pass.py, checks.py): how autograd calls its steps for a change of dtype and
-  for reentrant checkpointing.
-- `_compiled_call_impl` (torch; checks.py): whether a module was compiled by its `compile` method.
+- `CheckpointFunctionBackward` (torch; checks.py): how autograd calls its step for reentrant checkpointing.
 - `_cdata`, `torch.utils._python_dispatch` (torch; analysis/derived_state.py): what tells the memory of a tensor, and a watch on all
   operations. Without them state outside of modules is not found.
 - `_get_help_string` (argparse; cli/output.py): give each option its help with the default.

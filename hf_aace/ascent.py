@@ -25,8 +25,7 @@ from .interval_metrics import IntervalMetrics
 from .isolation import frozen_running_statistics, gradients_set_aside, in_training, replayed_rng, unchanged_buffers
 from .loss_meter import LossMeter
 from .losses import aace_loss, count_correct, count_labels
-from .one_pass import DescentReader
-from .parameters import is_norm_layer, parameters_to_perturb
+from .parameters import parameters_to_perturb
 from .perturbation import perturbed
 
 
@@ -40,7 +39,6 @@ class _Gradient:
     parameters: list[nn.Parameter]
     values: list[torch.Tensor | None]
     scale: torch.Tensor | None  # `values` are multiplied by this fp16 loss scale
-    serves: int  # the number of optimizer steps, from `step` on, that may use it
 
 
 class Ascent(TrainerCallback):
@@ -56,7 +54,6 @@ class Ascent(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.metrics, self.meter, self.watch = IntervalMetrics(), LossMeter(trainer), HookWatch(trainer)
-        self.reader = DescentReader(self._loss, trainer.ascent_logits)
         self._default_args = AACEArguments()
         self.first_step = 0
         self.release()
@@ -72,8 +69,6 @@ class Ascent(TrainerCallback):
         self._first_descent_done = False  # which modules it has in evaluation mode is not known before
         self._modules_in_eval: set[nn.Module] = set()  # in the last descent
         self._statistics: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # layer, buffer, new value
-        self._read_checked = False
-        self.reader.reset()
         self._ascent_batches: list[tuple[Any, torch.Tensor, int]] = []  # micro-batch, labels, samples used
         self._label_count: torch.Tensor | int = 0  # labels other than -100 among these samples
 
@@ -93,9 +88,6 @@ class Ascent(TrainerCallback):
         if self.args.rho > 0:
             parameters = parameters_to_perturb(self.trainer.model, self.args.perturb_modules)
             checks.check_trainer(self.trainer, self.args, parameters)
-            if self.args.one_pass:
-                layers = [module for module in self.trainer.model.modules() if is_norm_layer(module)]
-                checks.check_one_pass(self.trainer, self.trainer.model, parameters, layers)
 
     # ---- Events ----------------------------------------------------------------
 
@@ -110,18 +102,6 @@ class Ascent(TrainerCallback):
         # A resumed run knows neither the gradient nor the modules in evaluation mode: without them this run goes on alike.
         self.forget()
         self._modules_in_eval, self._first_descent_done = set(), False
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.reader.reset()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if (parameters := self.reader.parameters) is not None:
-            divisor = self._divisor(self.reader.count, self.in_sync)
-            values = self.reader.gradient(divisor)
-            if self.in_sync:
-                values = average_gradients(values, parameters)
-            step, loss = state.global_step - 1, self.args.perturbation_loss
-            self._gradient = _Gradient(step, None, loss, parameters, values, scale=None, serves=2)
 
     def begin_window(self, batches: list[Any]) -> None:
         """Take the micro-batches of the next optimizer step."""
@@ -178,36 +158,31 @@ class Ascent(TrainerCallback):
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, PerturbationCallback) and (values := callback.on_perturbation(perturbation)):
                     self.metrics.add(values)
-        if args.ascent_every == 1 and not args.one_pass and inputs is window[-1]:
+        if args.ascent_every == 1 and inputs is window[-1]:
             self._gradient = None
         return perturbation
 
     def _may_reuse(self, gradient: _Gradient, window: list[Any], parameters: list[nn.Parameter]) -> bool:
-        """True within the window that the gradient was taken over, and in the optimizer steps after it that it serves."""
+        """True within the window that the gradient was taken over, and in the next `ascent_every - 1` optimizer steps."""
         later = self.trainer.state.global_step - gradient.step
         return (
-            (gradient.window is window or 0 < later < gradient.serves)
+            (gradient.window is window or 0 < later < self.args.ascent_every)
             and gradient.loss == self.args.perturbation_loss
             and len(parameters) == len(gradient.parameters)
             and all(map(operator.is_, parameters, gradient.parameters))
         )
 
     @contextmanager
-    def descent(self, model: nn.Module, inputs: Any) -> Iterator[None]:
+    def descent(self, model: nn.Module) -> Iterator[None]:
         """
         Run the descent at the perturbed weights inside this context manager: it leaves the statistics of BatchNorm alone.
 
         Args:
             model (`nn.Module`): The model that the training step got.
-            inputs (`dict[str, torch.Tensor | Any]`): The micro-batch that the training step got. Not modified.
         """
         try:
-            measured = self._last_step == self.trainer.state.global_step and not self.args.one_pass
-            with (
-                self.reading(model, inputs),
-                frozen_running_statistics(model),
-                self.meter.watch(model) if measured else nullcontext(),
-            ):
+            ascended = self._last_step == self.trainer.state.global_step
+            with frozen_running_statistics(model), self.meter.watch(model) if ascended else nullcontext():
                 yield
         except BaseException:
             reshard(model)  # or FSDP2 might go on with the perturbed weights that it gathered
@@ -217,31 +192,6 @@ class Ascent(TrainerCallback):
         self._modules_in_eval = {module for module in model.modules() if not module.training}
         self._first_descent_done = True
         self._apply_statistics()
-
-    @contextmanager
-    def reading(self, model: nn.Module, inputs: Any) -> Iterator[None]:
-        """
-        Read the gradient that perturbs the next step off a training step inside this context manager, if `one_pass` is set.
-
-        Args:
-            model (`nn.Module`): The model that the training step got.
-            inputs (`dict[str, torch.Tensor | Any]`): The micro-batch that the training step got. Not modified.
-        """
-        args, trainer = self.args, self.trainer
-        if not args.one_pass or args.rho == 0 or (trainer.state.global_step + 1) % args.perturb_every != 0:
-            yield
-            return
-        parameters, exact = parameters_to_perturb(trainer.model, args.perturb_modules), None
-        if not self._read_checked and self.reader.parameters is None:  # what is read later in a step adds to this
-            exact, *_ = self._gradients(model, [inputs], parameters, in_sync=False)
-        labels, used = self._labels(inputs)
-        with self.reader.read(trainer.model, labels.to(trainer.args.device), used, parameters):
-            yield
-        if exact is not None:
-            names = {p: name for name, p in trainer.model.named_parameters()}
-            self._read_checked = checks.check_read_gradient(
-                [names[p] for p in parameters], self.reader.gradient(), exact, self._scale()
-            )
 
     def _apply_statistics(self) -> None:
         """Give BatchNorm the running statistics that the ascent came to."""
@@ -259,7 +209,7 @@ class Ascent(TrainerCallback):
             loss (`torch.Tensor`): The loss that it returned.
             num_items (`torch.Tensor` or `int`, *optional*): `num_items_in_batch`, if it got that.
         """
-        if self._last_step != self.trainer.state.global_step or self.args.one_pass:
+        if self._last_step != self.trainer.state.global_step:
             return
         for batch, labels, used in self._ascent_batches:
             if batch is inputs:
@@ -286,37 +236,12 @@ class Ascent(TrainerCallback):
             checks.check_backward_hooks(parameters)
         values = self._pass(model, window, parameters)
         self._checks_done, self._last_step = True, trainer.state.global_step
-        settings = self.args.perturbation_loss, parameters, values, self._scale()
-        return _Gradient(self._last_step, window, *settings, serves=self.args.ascent_every)
-
-    def _scale(self) -> torch.Tensor | None:
-        """The fp16 loss scale, by which gradients are too large."""
-        scaler = self.trainer.accelerator.scaler
-        return None if scaler is None else scaler.scale(torch.ones((), device=self.trainer.args.device))
-
-    def _divisor(self, count: torch.Tensor | int, in_sync: bool) -> torch.Tensor | int:
-        """The number to divide a sum over samples by. In sync, the mean over processes is then that over all their samples."""
-        if not in_sync:
-            return count
-        return mean_over_processes(torch.as_tensor(count, dtype=torch.float32, device=self.trainer.args.device))
+        scaler = trainer.accelerator.scaler
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=trainer.args.device))
+        return _Gradient(self._last_step, window, self.args.perturbation_loss, parameters, values, scale)
 
     def _pass(self, model: nn.Module, window: list[Any], parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
-        """Run the ascent pass, and take what is kept of it but the gradients, which are returned."""
-        gradients, losses, batches, statistics = self._gradients(model, window, parameters, self.in_sync)
-        self._ascent_batches = batches
-        self._label_count = sum(count_labels(labels[:used]) for _, labels, used in batches)
-        self._statistics = statistics
-        if self._first_descent_done:  # else it is known only after the descent which layers train
-            self._apply_statistics()
-        if not self.args.one_pass:
-            self.metrics.add(losses)
-        return gradients
-
-    def _gradients(self, model: nn.Module, window: list[Any], parameters: list[nn.Parameter], in_sync: bool) -> tuple:
-        """
-        Run the window forward and backward, without a trace. Return the gradients (times the fp16 loss scale), the losses, the
-        micro-batches with their labels and the number of samples used, and the statistics of BatchNorm.
-        """
+        """Run the window forward and backward; return the gradients (times the fp16 loss scale)."""
         trainer, scaler, sharded = self.trainer, self.trainer.accelerator.scaler, self.trainer.accelerator.is_fsdp2
         use_backward = sharded or self._uses_backward
         keep = len(window) > 1 or self.args.ascent_every > 1
@@ -331,12 +256,14 @@ class Ascent(TrainerCallback):
             gradients_set_aside(trainer.model) if use_backward or not self._checks_done else nullcontext(),
         ):
             samples = [self._samples(inputs) for inputs in window]
-            batches = [
+            self._ascent_batches = [
                 (batch, whole, labels.shape[:1].numel())
                 for batch, (_, labels, whole) in zip(window, samples, strict=True)
             ]
-            count = sum(count_labels(labels) for _, labels, _ in samples)
-            divisor = self._divisor(count, in_sync)
+            count = divisor = sum(count_labels(labels) for _, labels, _ in samples)
+            self._label_count = count
+            if self.in_sync:  # with this divisor the mean over the processes is that over all their samples
+                divisor = mean_over_processes(torch.as_tensor(count, dtype=torch.float32, device=trainer.args.device))
             for index, (inputs, labels, _) in enumerate(samples):
                 if sharded:
                     model.set_requires_gradient_sync(index == len(samples) - 1)
@@ -357,31 +284,24 @@ class Ascent(TrainerCallback):
                     # Copies if they are kept: a CUDA graph (`torch_compile_mode="reduce-overhead"`) writes its outputs again.
                     gradients = _sum(gradients, new) if keep else list(new)
                     del new
-                if not self.args.one_pass:  # the losses of a single step would be no average over the steps
-                    # Now that the gradient is there: a `compute_loss_func` may change the logits in place.
-                    losses["clean_accuracy"] += count_correct(logits, labels) / count
-                    losses["clean_loss"] += self.meter.loss(outputs, logits, labels) / count
+                # Now that the gradient is there: a `compute_loss_func` may change the logits in place.
+                losses["clean_accuracy"] += count_correct(logits, labels) / count
+                losses["clean_loss"] += self.meter.loss(outputs, logits, labels) / count
                 del outputs, logits
             if use_backward:
                 gradients = [p.grad for p in parameters]
+        self._statistics = statistics
+        if self._first_descent_done:  # else it is known only after the descent which layers train
+            self._apply_statistics()
+        self.metrics.add(losses)
         if sharded and self.args.ascent_scope == "full_batch":
             # As Trainer has it. With `micro_batch` it stays on: the next ascent would reduce gradients that FSDP2 had deferred.
             model.set_requires_gradient_sync(trainer.accelerator.sync_gradients)
-        if in_sync and not sharded:
-            gradients = average_gradients(gradients, parameters)
-        return gradients, losses, batches, statistics
+        return average_gradients(gradients, parameters) if self.in_sync and not sharded else gradients
 
     def _samples(self, inputs: Any) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
         """Prepare one micro-batch on the device: the samples that the ascent uses, their labels, and the labels of all."""
-        inputs = self.trainer._prepare_inputs(inputs)
-        labels, used = self._labels(inputs)
-        if labels.dim() == 0 or used == len(labels):
-            return inputs, labels, labels
-        return {key: _first(value, used, len(labels)) for key, value in inputs.items()}, labels[:used], labels
-
-    def _labels(self, inputs: Any) -> tuple[torch.Tensor, int]:
-        """Take the labels of a batch, and the number of samples, from the first on, that the ascent uses."""
-        name, args = self.label_name, self.args
+        inputs, name = self.trainer._prepare_inputs(inputs), self.label_name
         checks.check_batch(inputs, name)
         labels = inputs[name]
         if not labels.is_floating_point():
@@ -390,9 +310,10 @@ class Ascent(TrainerCallback):
         batch = labels.shape[:1].numel()
         # BatchNorm takes its running statistics from these samples, and cannot train on one.
         least = 12 if any(isinstance(m, BATCH_NORM) and m.training for m in self.trainer.model.modules()) else 2
-        return labels, batch if args.ascent_fraction == 1 else min(
-            batch, max(least, round(args.ascent_fraction * batch))
-        )
+        used = min(batch, max(least, round(self.args.ascent_fraction * batch)))
+        if used == batch:
+            return inputs, labels, labels
+        return {key: _first(value, used, batch) for key, value in inputs.items()}, labels[:used], labels
 
     @property
     def label_name(self) -> str:

@@ -2,7 +2,6 @@
 """Checks of trainers, batches and labels: each refuses what cannot be trained, before any weight moves, and names the fix."""
 
 import inspect
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from ._compat import BATCH_NORM, BATCH_OR_INSTANCE_NORM
+from ._compat import BATCH_OR_INSTANCE_NORM
 from .config import AACEArguments
 
 
@@ -220,137 +219,6 @@ def check_reentrant(trainer: Trainer, loss: torch.Tensor) -> bool:
             'DDP would count the ascent pass too. Set `activation_checkpointing_kwargs={"use_reentrant": False}`.'
         )
     return True
-
-
-def check_one_pass(
-    trainer: Trainer, model: nn.Module, parameters: list[nn.Parameter], layers: list[nn.Module]
-) -> None:
-    """
-    Check that the ascent gradient of these parameters can be read off the descent (`one_pass`).
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer.
-        model (`nn.Module`): Its model.
-        parameters (`list[nn.Parameter]`): The parameters to perturb.
-        layers (`list[nn.Module]`): The normalization layers of the model.
-
-    Raises:
-        `ValueError`: If it cannot.
-    """
-    reason = None
-    if trainer.args.torch_compile or any(module._compiled_call_impl is not None for module in model.modules()):
-        reason = "does not go with compiled modules, which hide the normalization layers: set `torch_compile=False`"
-    elif trainer.accelerator.is_fsdp2:
-        reason = "does not go with FSDP2, which shards the gradients that it reads: use DDP"
-    held = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
-    others = [name for name, p in model.named_parameters() if id(p) not in held and any(p is q for q in parameters)]
-    if reason is None and others:
-        reason = (
-            f"perturbs parameters of normalization layers only, but `perturb_modules` chooses {others[:3]} "
-            f"({len(others)} others): leave `perturb_modules` out"
-        )
-    if reason is not None:
-        raise ValueError(f"`one_pass=True` {reason}, or leave `one_pass` out.")
-
-
-def check_layers_keep_no_statistics(model: nn.Module) -> None:
-    """
-    Check that no layer that trains takes running statistics from the descent (`one_pass`).
-
-    Raises:
-        `ValueError`: If one does.
-    """
-    for name, layer in model.named_modules():
-        keeps = isinstance(layer, BATCH_OR_INSTANCE_NORM) and (
-            layer.track_running_stats or isinstance(layer, BATCH_NORM)
-        )
-        if layer.training and keeps:
-            raise ValueError(
-                f"`one_pass=True` does not go with the statistics of {name!r} ({type(layer).__name__}): without an ascent pass they "
-                "would be those of the perturbed weights, with which the model cannot be evaluated. Set "
-                '`perturb_modules="norm", ascent_fraction=0.125` instead.'
-            )
-
-
-def check_readable_layer(name: str, layer: nn.Module, inputs: list[Any], output: Any, batch: int) -> None:
-    """
-    Check that the gradient of a normalization layer can be summed sample by sample (`one_pass`).
-
-    Args:
-        name (`str`): The name of the layer in the model.
-        layer (`nn.Module`): The layer.
-        inputs (`list[Any]`): What it is called with.
-        output (`Any`): What it returns.
-        batch (`int`): The number of samples.
-
-    Raises:
-        `ValueError`: If there is no single input that begins with the samples.
-    """
-    if len(inputs) != 1 or len(inputs[0]) % batch or inputs[0].shape[:1] != output.shape[:1]:
-        raise ValueError(
-            f"`one_pass=True` cannot read the layer {name!r} ({type(layer).__name__}): it has no single input that begins with the "
-            "samples of the batch. Leave `one_pass` out, or this layer by a regular expression in `perturb_modules`."
-        )
-
-
-def check_descent_read(calls: int, arrivals: int) -> None:
-    """
-    Check that a training step called the model once and ran backward once through its logits (`one_pass`).
-
-    Args:
-        calls (`int`): The number of calls of the model.
-        arrivals (`int`): The number of gradients that arrived at the logits.
-
-    Raises:
-        `ValueError`: If not.
-    """
-    if calls != 1 or arrivals != 1:
-        found = (
-            f"calls the model {calls} times" if calls != 1 else f"ran backward {arrivals} times through these logits"
-        )
-        raise ValueError(
-            "`one_pass=True` needs a training step that calls the model once and runs backward once, from a loss of the logits "
-            f"that `ascent_logits` returns. This one {found}. Leave `one_pass` out."
-        )
-
-
-def check_read_gradient(
-    names: list[str],
-    values: list[torch.Tensor | None],
-    exact: list[torch.Tensor | None],
-    scale: torch.Tensor | None,
-) -> bool:
-    """
-    Check a gradient that was read off the descent (`one_pass`) by that of an ascent pass at the same weights. Waits for the device.
-
-    Args:
-        names (`list[str]`): The names of the parameters.
-        values (`list[torch.Tensor | None]`): The gradients that were read.
-        exact (`list[torch.Tensor | None]`): The gradients of the ascent pass.
-        scale (`torch.Tensor`, *optional*): The factor by which `exact` is too large (the loss scale of fp16).
-
-    Returns:
-        `bool`: True if they could be compared: not if `exact` is zero or not finite.
-
-    Raises:
-        `ValueError`: If a gradient is missing.
-    """
-    pairs = [(name, v, e) for name, v, e in zip(names, values, exact, strict=True) if e is not None]
-    if missing := [name for name, v, e in pairs if v is None and e.any()]:
-        raise ValueError(
-            f"`one_pass=True` found no gradient for {missing[:3]} ({len(missing)} parameters): their layer is compiled, or used "
-            "without being called. Leave `one_pass` out, or these parameters by a regular expression in `perturb_modules`."
-        )
-    value = torch.cat([v.flatten() for _, v, _ in pairs if v is not None])
-    right = torch.cat([e.flatten() for _, v, e in pairs if v is not None]) / (1 if scale is None else scale)
-    deviation = float((value - right).norm() / right.norm())
-    if deviation > 0.05:
-        cosine = float(nn.functional.cosine_similarity(value, right, dim=0))
-        logger.warning(
-            f"`one_pass=True` approximates the ascent gradient here: the cosine with the exact one is {cosine:.2f} in the first step. "
-            "A reason is a loss other than cross-entropy, such as one with label smoothing."
-        )
-    return math.isfinite(deviation)
 
 
 def check_window(inputs: Any, window: list[Any]) -> None:

@@ -55,12 +55,11 @@ def method_title(args: "AACEArguments") -> str:
     """
     if args.rho == 0:
         return "Trainer"
-    one_pass = ["one pass"] * args.one_pass
     if args.perturbation_loss == "aace":
         changes = ["adaptive"] * args.adaptive_perturbation + ["normalized"] * args.normalize_perturbation
-        return ", ".join(["AACE", *changes, *one_pass])
+        return ", ".join(["AACE", *changes])
     name = "ASAM" if args.adaptive_perturbation else "SAM"
-    return ", ".join([name, *["not normalized"] * (not args.normalize_perturbation), *one_pass])
+    return ", ".join([name, *["not normalized"] * (not args.normalize_perturbation)])
 
 
 @dataclass
@@ -155,14 +154,6 @@ class AACEArguments:
         },
     )
 
-    one_pass: bool = field(
-        default=False,
-        metadata={
-            "help": "Take no ascent pass: perturb the normalization layers by a gradient that is read off the backward pass "
-            "of the step before. Implies `perturb_modules norm`. Not with BatchNorm, `torch_compile` or FSDP2."
-        },
-    )
-
     _method_applied: ClassVar[bool] = False
     _applied_method: ClassVar[str | None] = None  # the method that the fields were last set by
 
@@ -205,8 +196,6 @@ class AACEArguments:
         Raises:
             `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.
         """
-        if self.one_pass and self.perturb_modules is None:
-            self.perturb_modules = "norm"
         self._apply_method()
         for name in ("rho", "ascent_fraction", "perturb_every", "ascent_every"):
             value = getattr(self, name)
@@ -224,11 +213,6 @@ class AACEArguments:
                 raise ValueError(
                     f"`{name}` must be a whole number of steps >= 1, got {value}. Use 1 to {meaning} on every step."
                 )
-        if self.one_pass and (self.ascent_every != 1 or self.aace_target != "adaptive"):
-            raise ValueError(
-                "`one_pass=True` takes no ascent pass and knows the adaptive target only, got "
-                f"`ascent_every={self.ascent_every}` and `aace_target={self.aace_target!r}`. Leave these two out."
-            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
@@ -309,13 +293,6 @@ class AACEConfig(AACEArguments, TrainingArguments):
             of the parameters. A normalization layer is told by its type, not its name: torch's `LayerNorm`, `GroupNorm`,
             `RMSNorm`, BatchNorm and InstanceNorm, and every class with "norm" in its name; of it the parameters `weight` and
             `bias` with at most one dimension larger than 1 count.
-        one_pass (`bool`, *optional*, defaults to `False`):
-            Take no ascent pass. The backward pass of each descent also sums, over the first `ascent_fraction` of the samples, the
-            gradient of the ascent loss in the normalization layers, and the next step perturbs by it: a gradient that is one
-            step old, of another batch, taken at `w'`. Implies `perturb_modules="norm"`. Under accumulation it is that of the
-            whole step before, whatever `ascent_scope` says. The first step of a run, and the first after a save, take an
-            ascent pass of their own. Not with BatchNorm, whose running statistics would be those of `w'`, with
-            `torch_compile`, or with FSDP2.
 
     Raises:
         `ValueError`: If a field has a value outside its range; the message names the field, the value and the fix.

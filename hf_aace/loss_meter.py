@@ -21,11 +21,6 @@ logger = logging.get_logger(__name__)
 _NOT_LOGGED = "`clean_loss` and `sharpness` are not logged: "
 
 
-def without_loss(outputs: Any) -> Any:
-    """Return the outputs of a model without the loss at the head of a tuple."""
-    return outputs[1:] if isinstance(outputs, tuple) and outputs[0] is not None and outputs[0].dim() == 0 else outputs
-
-
 class LossMeter:
     """
     Measures the training loss by the logits: the cross-entropy, with the label smoothing of the arguments, or what
@@ -110,7 +105,8 @@ class LossMeter:
         try:
             if self._forwards > 1:
                 raise ValueError(f"the model was called {self._forwards} times")
-            outputs = without_loss(outputs)
+            if isinstance(outputs, tuple) and outputs[0] is not None and outputs[0].dim() == 0:
+                outputs = outputs[1:]  # without the loss
             logits = self._trainer.ascent_logits(outputs)
             total = self.loss(outputs, logits, labels)
         except Exception as error:

@@ -13,11 +13,6 @@ _NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *BATCH_OR_INSTANCE_NORM)
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def is_norm_layer(module: nn.Module) -> bool:
-    """Tell if a module is a normalization layer: one of torch's, or with "norm" in the name of its class."""
-    return isinstance(module, _NORM_LAYERS) or "norm" in type(module).__name__.lower()
-
-
 def parameters_to_perturb(model: nn.Module, perturb_modules: str | None) -> list[nn.Parameter]:
     """
     List the trainable parameters that `perturb_modules` chooses.
@@ -39,7 +34,7 @@ def parameters_to_perturb(model: nn.Module, perturb_modules: str | None) -> list
         if p.requires_grad
     }
     if perturb_modules == "norm":
-        layers = [module for module in model.modules() if is_norm_layer(module)]
+        layers = [m for m in model.modules() if isinstance(m, _NORM_LAYERS) or "norm" in type(m).__name__.lower()]
         norm = {
             id(p)
             for module in layers

@@ -37,7 +37,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     `AutoModelForImageClassification.from_pretrained`, in 32 bits.
 
     Besides what `MyTrainer` logs, each training log holds averages over the steps since the last log and over the processes
-    (`clean_loss`, `clean_accuracy`, `sharpness` and `ascent_loss` over the steps that took an ascent pass; not with `one_pass`):
+    (`clean_loss`, `clean_accuracy`, `sharpness` and `ascent_loss` over the steps that took an ascent pass):
 
     - `clean_loss`: the mean training loss at `w`, on the samples of the ascent: cross-entropy with the label smoothing of the
       arguments, or what `compute_loss_func` returns,
@@ -96,10 +96,9 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         """
         perturbation = self._ascent.prepare_perturbation(model, inputs)
         if perturbation is None:
-            with self._ascent.reading(model, inputs):
-                yield None
+            yield None
         else:
-            with perturbation, no_optimizer_steps(self), self._ascent.descent(model, inputs):
+            with perturbation, no_optimizer_steps(self), self._ascent.descent(model):
                 yield perturbation
 
     def forget_ascent(self) -> None:

@@ -337,10 +337,7 @@ JOINT = {
 
 
 # Runs of plain Trainer, with an ascent by itself, and with a joint one.
-COLLECTIVES = {"plain": {"rho": 0}, "local": {}, "synced": {"sync_ascent": True}, "one pass": {"one_pass": True}}
-
-# The gradient that perturbs is read off the descent, which FSDP2 rules out.
-ONE_PASS = {"one_pass": True, "rho": 3.0, "max_steps": 5, "gradient_accumulation_steps": 2}
+COLLECTIVES = {"plain": {"rho": 0}, "local": {}, "synced": {"sync_ascent": True}}
 
 
 def scenarios(folder):
@@ -357,11 +354,6 @@ def scenarios(folder):
             mode: partial(run, NotFiniteOnLastRank, **not_finite, **kwargs) for mode, kwargs in MODES.items()
         },
         "ddp joint": {case: partial(run, max_steps=5, sync_ascent=True, **kwargs) for case, kwargs in JOINT.items()},
-        "ddp one pass": {
-            "local": partial(run, **ONE_PASS),
-            "synced": partial(run, sync_ascent=True, **ONE_PASS),
-            "synced, uneven": partial(run, sync_ascent=True, rows=uneven_rows(), **ONE_PASS),
-        },
         "ddp collectives": {name: partial(collectives, **kwargs) for name, kwargs in COLLECTIVES.items()},
         "ddp collectives, accumulated": {
             name: partial(collectives, gradient_accumulation_steps=2, **kwargs) for name, kwargs in COLLECTIVES.items()

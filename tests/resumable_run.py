@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from hf_aace import AACEConfig, AACETrainer
 
 
-# The model, `ascent_scope` (or `one_pass`), `ascent_every`.
-CASES = [("convnext", "micro_batch", 1), ("vit", "full_batch", 1), ("vit", "micro_batch", 3), ("vit", "one_pass", 1)]
+# The model, `ascent_scope`, `ascent_every`.
+CASES = [("convnext", "micro_batch", 1), ("vit", "full_batch", 1), ("vit", "micro_batch", 3)]
 
 
 class Killer(TrainerCallback):
@@ -39,7 +39,7 @@ def make_trainer(case, output_dir, callbacks=None):
         output_dir,
         max_steps=20,
         rho=0.05,
-        **({"one_pass": True} if scope == "one_pass" else {"ascent_scope": scope}),
+        ascent_scope=scope,
         ascent_every=every,
         gradient_accumulation_steps=3,
         save_strategy="steps",

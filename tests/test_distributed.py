@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
-from distributed_run import JOINT, MODES, ONE_PASS, run, uneven_rows
+from distributed_run import JOINT, MODES, run
 from safetensors.torch import load_file
 from tiny import activation_checkpointing, digits, identical, training_arguments, vit, weights
 from torch.distributed.device_mesh import init_device_mesh
@@ -79,7 +79,6 @@ def pair(tmp_path_factory):
             "ddp modes",
             "ddp not finite",
             "ddp joint",
-            "ddp one pass",
             "ddp collectives",
             "ddp collectives, accumulated",
             "ddp switches",
@@ -186,24 +185,10 @@ def test_local_ascent_takes_no_collective(pair, name):
     for counts in pair.results(name):
         micro_batches = 2 if "accumulated" in name else 1
         assert counts["plain"]
-        assert counts["local"] == counts["one pass"] == counts["plain"]
+        assert counts["local"] == counts["plain"]
         synced = dict(counts["synced"])
         synced["c10d::allreduce_"] -= 2 * micro_batches
         assert synced == counts["plain"]
-
-
-@pytest.mark.parametrize("case", ["synced", "synced, uneven"])
-def test_synced_one_pass_equals_one_process_on_the_joint_batch(pair, case, tmp_path):
-    """By itself each process perturbs along its own gradient, and all end with equal weights."""
-    results = pair.results("ddp one pass")
-    one = run(output_dir=tmp_path, **ONE_PASS, rows=uneven_rows() if "uneven" in case else None)
-    for other in ("local", case):
-        check_equal_on_all([result[other] for result in results])
-    for name, value in one["weights"].items():
-        torch.testing.assert_close(results[0][case]["weights"][name], value, rtol=0, atol=1e-6)
-    logged = results[0][case]["logs"][0]
-    assert logged["perturbation_norm"] == pytest.approx(one["logs"][0]["perturbation_norm"], rel=1e-4)
-    assert not identical(results[0][case]["weights"], results[0]["local"]["weights"])
 
 
 SWITCHES = (

@@ -66,7 +66,6 @@ def test_config_is_training_arguments_plus_the_aace_fields(tmp_path):
         "perturb_every",
         "ascent_every",
         "perturb_modules",
-        "one_pass",
     }
     config = AACEConfig(str(tmp_path), rho=0.3)  # the first positional argument is still the output directory
     assert config.output_dir == str(tmp_path)
@@ -89,7 +88,6 @@ def test_defaults_are_aace_as_published():
         "perturb_every": 1,
         "ascent_every": 1,
         "perturb_modules": None,
-        "one_pass": False,
     }
 
 

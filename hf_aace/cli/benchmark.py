@@ -16,10 +16,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 from transformers import set_seed
 
-from .._compat import BATCH_NORM
 from ..analysis.empirical_risk import check_at_least
 from ..config import AACEConfig
-from ..parameters import is_norm_layer
 from ..study.cost import default_methods, measure, random_batch, summarize
 from ..study.plots import plot_costs
 from ..vision.models import model_from_architecture
@@ -68,8 +66,7 @@ def run(argv: list[str]) -> int:
     parser = OptionParser(
         (BenchmarkArguments,),
         prog="hf-aace benchmark",
-        description="Measures what a training step costs: plain, AACE on all and on parts of the batch, AACE in one "
-        "pass, and SAM.",
+        description="Measures what a training step costs: plain, AACE on all and on parts of the batch, and SAM.",
     )
     (options,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     check_at_least(2, batch_size=options.batch_size, rounds=options.rounds)
@@ -84,14 +81,7 @@ def run(argv: list[str]) -> int:
     fractions = [fraction for fraction in dict.fromkeys(options.fractions) if fraction != 1]  # that is measured anyway
     set_seed(0)
     model = model_from_architecture(options.model_name_or_path, overrides)
-    layers = [module for module in model.modules() if is_norm_layer(module)]
-    readable = bool(layers) and not any(isinstance(layer, BATCH_NORM) for layer in layers)
-    methods = default_methods(
-        fractions,
-        list(dict.fromkeys(options.ascent_every)),
-        options.perturb_modules,
-        one_pass=readable and not options.torch_compile,
-    )
+    methods = default_methods(fractions, list(dict.fromkeys(options.ascent_every)), options.perturb_modules)
     precision = {"bf16": options.bf16, "torch_compile": options.torch_compile}
     args = AACEConfig(options.output_dir, use_cpu=not on_gpu, dataloader_pin_memory=on_gpu, **precision)
     batch = random_batch(model, options.batch_size, options.image_size)

@@ -23,14 +23,10 @@ from ..trainer import AACETrainer
 
 
 def default_methods(
-    fractions: Sequence[float],
-    ascent_every: Sequence[int] = (1,),
-    perturb_modules: str | None = None,
-    one_pass: bool = True,
+    fractions: Sequence[float], ascent_every: Sequence[int] = (1,), perturb_modules: str | None = None
 ) -> dict[str, AACEArguments]:
     """
-    Name the settings of plain training, AACE with the whole batch and with parts of it, AACE in one pass with the least of them,
-    and SAM.
+    Name the settings of plain training, AACE with the whole batch and with parts of it, and SAM.
 
     Args:
         fractions (`Sequence[float]`):
@@ -39,8 +35,6 @@ def default_methods(
             Values of `ascent_every`, for the whole batch and for each part.
         perturb_modules (`str`, *optional*):
             If given, each AACE method comes once more with this value of `perturb_modules`.
-        one_pass (`bool`, *optional*, defaults to `True`):
-            Whether to have AACE in one pass, which does not go with BatchNorm.
     """
     methods = {"plain Trainer": AACEArguments(rho=0.0)}
     for modules, every, fraction in itertools.product(
@@ -51,10 +45,6 @@ def default_methods(
         name += f", {fraction:.3g} of the batch" if fraction < 1 else ""
         name += f", every {every} steps" if every > 1 else ""
         methods[name] = AACEArguments(ascent_fraction=fraction, ascent_every=every, perturb_modules=modules)
-    if one_pass:
-        least = min([1.0, *fractions])
-        name = "AACE, one pass" + (f", {least:.3g} of the batch" if least < 1 else "")
-        methods[name] = AACEArguments(one_pass=True, ascent_fraction=least)
     return methods | {"SAM": AACEArguments(method="sam")}
 
 
@@ -121,7 +111,7 @@ def measure(
     args = replace(
         args,
         per_device_train_batch_size=len(samples),
-        max_steps=sum(map(_steps, methods.values())) * (warmup + rounds + 1),
+        max_steps=sum(settings.ascent_every for settings in methods.values()) * (warmup + rounds + 1),
         report_to=[],
         disable_tqdm=True,
         dataloader_drop_last=True,
@@ -136,16 +126,10 @@ def measure(
     return stopwatch.measurements
 
 
-def _steps(settings: AACEArguments) -> int:
-    """The number of steps in a turn: as many as share an ascent pass; or one that reads the gradient and one that uses it."""
-    return 2 if settings.one_pass else settings.ascent_every
-
-
 class _Stopwatch(TrainerCallback):
     """
-    Give each step its method and time it. In each round every method has a turn: one step, or as many as share an ascent pass. Of
-    one pass the second step counts, as the first takes an ascent pass. A last round is profiled: memory, and the time of the
-    perturbation.
+    Give each step its method and time it. In each round every method has a turn: one step, or as many as share an ascent pass. A
+    last round is profiled: memory, and the time of the perturbation.
     """
 
     def __init__(
@@ -165,11 +149,10 @@ class _Stopwatch(TrainerCallback):
         if self._remaining == 0:
             self._round, self._index, self._is_last = next(self._turns)
             settings = self._settings[self._index]
-            self._remaining = _steps(settings)
+            self._remaining = settings.ascent_every
             for name, value in vars(settings).items():
                 setattr(args, name, value)
             self._trainer.forget_ascent()  # the gradient of another method
-        if self._remaining == self._settings[self._index].ascent_every:  # the first step of one pass does not count
             self._begin()
         self._start()
 

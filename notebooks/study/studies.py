@@ -116,7 +116,6 @@ def cost_of_ascents() -> None:
     methods = {"plain Trainer": AACEArguments(rho=0.0), "AACE": AACEArguments()}
     methods["AACE, 1/4"] = AACEArguments(ascent_fraction=0.25)
     methods |= {f"norm, 1/{part}": norm(1 / part) for part in (4, 8, 16, 32)}
-    methods["one pass, 1/8"] = AACEArguments(one_pass=True, ascent_fraction=0.125)
     vit = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "image_size": 64, "patch_size": 8}
     convnext = {"hidden_sizes": [48, 96, 192, 384], "depths": [2, 2, 8, 2]}
     rows = []

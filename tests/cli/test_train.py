@@ -523,11 +523,9 @@ def test_every_field_of_the_method_is_an_option():
         "perturb_modules": "classifier",
     }
     own = {field.name for field in fields(AACEConfig)} - {field.name for field in fields(TrainingArguments)}
-    assert set(given) == own - {"method", "one_pass"}
+    assert set(given) == own - {"method"}
     _, _, config = parse(*(f"--{name}={value}" for name, value in given.items()))
     assert {name: getattr(config, name) for name in given} == given
-    _, _, config = parse("--one_pass=true")  # which does not go with some of them
-    assert (config.one_pass, config.perturb_modules, config.rho) == (True, "norm", 10)
 
 
 @pytest.mark.parametrize(

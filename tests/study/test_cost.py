@@ -34,16 +34,12 @@ def test_every_method_has_its_turn_in_every_round(tmp_path):
         "plain Trainer",
         "AACE",
         "AACE, 0.25 of the batch",
-        "AACE, one pass, 0.25 of the batch",
         "SAM",
     ]
-    # Turn by turn, each round begins with another method. One pass takes an ascent pass on the step before the one that counts,
-    # and the first time another one, to compare its gradient with.
-    steps = {0: [16], 1: [16, 16], 2: [4, 16], 3: [4, 16, 16], 4: [16, 16]}
-    order = [(index + turn) % 5 for turn in range(5) for index in range(5)]
-    expected = [size for index in order for size in steps[index]]
-    first = expected.index(4, expected.index(4) + 1)
-    assert passes == [*expected[:first], 4, *expected[first:]]
+    # Turn by turn, each round begins with another method.
+    steps = {0: [16], 1: [16, 16], 2: [4, 16], 3: [16, 16]}
+    order = [(index + turn) % 4 for turn in range(5) for index in range(4)]
+    assert passes == [size for index in order for size in steps[index]]
     for measurement in result:
         assert len(measurement.seconds) == 3
         assert all(seconds > 0 for seconds in measurement.seconds)
@@ -56,7 +52,7 @@ def test_steps_that_share_an_ascent_pass_are_measured_together(tmp_path):
     """A time for each round, the mean over the step with an ascent pass and those without; no gradient of an earlier round."""
     model, passes = vit(), []
     model.register_forward_hook(lambda module, inputs, outputs: passes.append(len(outputs.logits)))
-    methods = dict(list(default_methods([0.25], [1, 3, 4], one_pass=False).items())[:7])  # without SAM
+    methods = dict(list(default_methods([0.25], [1, 3, 4]).items())[:7])  # without SAM
     result = measure(model, batch(16), training_arguments(AACEConfig, tmp_path), methods, rounds=2, warmup=1)
     assert [measurement.name for measurement in result] == [
         "plain Trainer",
@@ -104,9 +100,8 @@ def test_numbers_of_steps_that_share_an_ascent_pass_are_those_of_one_step(tmp_pa
 
 def test_methods_are_what_they_are_called():
     """Or the table would tell the cost of one under the name of another."""
-    plain, aace, one_pass, sam = default_methods([]).values()
+    plain, aace, sam = default_methods([]).values()
     assert plain.rho == 0
-    assert one_pass == AACEArguments(one_pass=True)
     assert aace == AACEArguments()
     assert {name: getattr(sam, name) for name in METHODS["sam"]} == METHODS["sam"]
 
@@ -118,10 +113,9 @@ def test_perturbing_a_part_of_the_model_is_measured_too():
         "AACE, norm only, 0.25 of the batch",
         "AACE, norm only, every 4 steps",
         "AACE, norm only, 0.25 of the batch, every 4 steps",
-        "AACE, one pass, 0.25 of the batch",
         "SAM",
     ]
-    assert [settings.perturb_modules for settings in methods.values()] == [None] * 5 + ["norm"] * 5 + [None]
+    assert [settings.perturb_modules for settings in methods.values()] == [None] * 5 + ["norm"] * 4 + [None]
 
 
 class Wide(nn.Module):
@@ -148,22 +142,6 @@ def test_memory_over_plain_is_at_most_a_copy_of_what_is_perturbed(make_model, pa
     extra = result[1].peak_bytes - result[0].peak_bytes
     assert result[0].peak_bytes > 0
     assert extra <= 1.02 * bytes_of(perturbed)
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("vit", {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2, "patch_size": 8}),
-        ("convnext", {"hidden_sizes": [8, 16, 32, 64], "depths": [2, 2, 6, 2]}),
-    ],
-)
-def test_one_pass_needs_next_to_no_memory(name, sizes, tmp_path):
-    """The inputs of the layers are there for the backward pass anyway; of models as deep as real ones a layer is a small part."""
-    model = model_from_architecture(name, {**sizes, "image_size": 32})
-    methods = {"plain": AACEArguments(rho=0), "one pass": AACEArguments(one_pass=True, ascent_fraction=0.25)}
-    inputs = random_batch(model, 16, 32)
-    plain, one_pass = measure(model, inputs, training_arguments(AACEConfig, tmp_path), methods, rounds=2, warmup=1)
-    assert one_pass.peak_bytes <= 1.02 * plain.peak_bytes
 
 
 def test_summary_is_of_medians():
@@ -198,17 +176,10 @@ def test_command_leaves_numbers_and_a_picture(tmp_path, capsys):
     screen = capsys.readouterr().out
     report = json.loads((tmp_path / "cost" / "benchmark.json").read_text())
     names = [row["name"] for row in report["methods"]]
-    assert names[0] == "plain Trainer" and names[-1] == "SAM of pytorch_optimizer" and len(names) == 8
+    assert names[0] == "plain Trainer" and names[-1] == "SAM of pytorch_optimizer" and len(names) == 7
     assert all(name in screen for name in names)
     assert (tmp_path / "cost" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert not list(Path(tmp_path / "cost").glob("checkpoint-*"))
-
-
-def test_command_measures_a_model_with_batch_norm_without_one_pass(tmp_path, capsys):
-    argv = "benchmark --model_name_or_path resnet-tiny-digits --batch_size 4 --rounds 2 --warmup 0 --device cpu --image_size 8"
-    assert main([*argv.split(), "--output_dir", str(tmp_path)]) == 0
-    screen = capsys.readouterr().out
-    assert "AACE, 0.25 of the batch" in screen and "one pass" not in screen
 
 
 def test_a_peer_makes_two_passes_the_second_at_perturbed_weights(tmp_path):
