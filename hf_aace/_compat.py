@@ -13,7 +13,7 @@ though they promise nothing about it, for want of a public name. If one goes, th
 - `_prepare_inputs` (transformers; ascent.py, vision/augmentation.py): move the batch by `accelerate.utils.send_to_device`.
 - `_prepare_for_training`, `_load_from_checkpoint`, `_load_best_model` (transformers; here): see at each which defect it serves.
 - `core_model_loading.revert_weight_conversion` (transformers; here): load by `from_pretrained`, as the other branch does.
-- `CheckpointFunctionBackward` (torch; checks.py): how autograd calls its step for reentrant checkpointing.
+- `CheckpointFunctionBackward` (torch; checks.py): take the gradients of every ascent by `backward()`, as reentrant checkpointing needs it.
 - `_cdata`, `torch.utils._python_dispatch` (torch; analysis/derived_state.py): what tells the memory of a tensor, and a watch on all
   operations. Without them state outside of modules is not found.
 - `_get_help_string` (argparse; cli/output.py): give each option its help with the default.

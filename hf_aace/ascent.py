@@ -241,7 +241,10 @@ class Ascent(TrainerCallback):
         return _Gradient(self._last_step, window, self.args.perturbation_loss, parameters, values, scale)
 
     def _pass(self, model: nn.Module, window: list[Any], parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
-        """Run the window forward and backward; return the gradients (times the fp16 loss scale)."""
+        """
+        Run the window forward and backward. Keep its samples, losses and statistics; return the gradients (times the fp16 loss
+        scale).
+        """
         trainer, scaler, sharded = self.trainer, self.trainer.accelerator.scaler, self.trainer.accelerator.is_fsdp2
         use_backward = sharded or self._uses_backward
         keep = len(window) > 1 or self.args.ascent_every > 1

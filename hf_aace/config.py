@@ -59,7 +59,7 @@ def method_title(args: "AACEArguments") -> str:
         changes = ["adaptive"] * args.adaptive_perturbation + ["normalized"] * args.normalize_perturbation
         return ", ".join(["AACE", *changes])
     name = "ASAM" if args.adaptive_perturbation else "SAM"
-    return ", ".join([name, *["not normalized"] * (not args.normalize_perturbation)])
+    return name if args.normalize_perturbation else f"{name}, not normalized"
 
 
 @dataclass

@@ -79,9 +79,9 @@ def run(argv: list[str]) -> int:
             f"`config_overrides` must be a JSON object, got {options.config_overrides!r}: {error}."
         ) from error
     fractions = [fraction for fraction in dict.fromkeys(options.fractions) if fraction != 1]  # that is measured anyway
+    methods = default_methods(fractions, list(dict.fromkeys(options.ascent_every)), options.perturb_modules)
     set_seed(0)
     model = model_from_architecture(options.model_name_or_path, overrides)
-    methods = default_methods(fractions, list(dict.fromkeys(options.ascent_every)), options.perturb_modules)
     precision = {"bf16": options.bf16, "torch_compile": options.torch_compile}
     args = AACEConfig(options.output_dir, use_cpu=not on_gpu, dataloader_pin_memory=on_gpu, **precision)
     batch = random_batch(model, options.batch_size, options.image_size)

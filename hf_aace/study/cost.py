@@ -143,7 +143,6 @@ class _Stopwatch(TrainerCallback):
         # Each round begins with another method, as one may leave caches in a state that the next one feels.
         self._turns = ((i // count, (i + i // count) % count, i % count == count - 1) for i in itertools.count())
         self._remaining = 0  # steps of the present method
-        self._seconds = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self._remaining == 0:

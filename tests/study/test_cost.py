@@ -182,6 +182,12 @@ def test_command_leaves_numbers_and_a_picture(tmp_path, capsys):
     assert not list(Path(tmp_path / "cost").glob("checkpoint-*"))
 
 
+def test_command_measures_a_model_with_batch_norm(tmp_path, capsys):
+    argv = "benchmark --model_name_or_path resnet-tiny-digits --batch_size 4 --rounds 2 --warmup 0 --device cpu --image_size 8"
+    assert main([*argv.split(), "--output_dir", str(tmp_path)]) == 0
+    assert "AACE, 0.25 of the batch" in capsys.readouterr().out
+
+
 def test_a_peer_makes_two_passes_the_second_at_perturbed_weights(tmp_path):
     """Or the comparison would be with less than what it does."""
     pytest.importorskip("pytorch_optimizer")
