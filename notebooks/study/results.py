@@ -398,9 +398,12 @@ def small_ascents() -> pd.DataFrame:
 
 def tail() -> pd.DataFrame:
     """SAM in the last part of the training only, the rate and rho searched, beside the methods that perturb all the time; eight seeds."""
-    name = "convnext-noisy"
-    runs = pd.concat([tuned(name), norm_layers(name), runs_of(f"{name}-tail-variants")])
-    return shown(summarize(runs[runs["seed"] < 8], "plain")).drop(columns=["seeds", "time"])
+    rows = []
+    for name in ("convnext-noisy", "vit-noisy"):
+        runs = pd.concat([tuned(name), norm_layers(name), runs_of(f"{name}-tail-variants")])
+        table = shown(summarize(runs[runs["seed"] < 8], "plain")).drop(columns=["seeds", "time"])
+        rows.append(table.reset_index().assign(study=f"`{name}`"))
+    return pd.concat(rows).set_index("study")
 
 
 def frontier() -> pd.DataFrame:
