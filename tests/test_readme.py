@@ -90,14 +90,11 @@ def test_every_number_of_the_results_table_is_computed_from_the_runs(results):
     assert compared >= 20, "there is a results table, with the study's name in the second column"
 
 
-def test_what_a_small_ascent_is_said_to_cost_and_to_keep_of_the_gain_is_what_was_measured(results):
-    ((low, high, rho),) = re.findall(
-        r"`ascent_fraction=0\.0625` takes ([\d.]+) to ([\d.]+) times the time of plain training \(.*\), and kept all of that gain on a "
-        r"noisy ConvNeXt, three quarters of it on a noisy ViT \(`rho=(\d+)`\)",
+def test_what_a_small_ascent_is_said_to_keep_of_the_gain_is_what_was_measured(results):
+    (rho,) = re.findall(
+        r"It kept all of this gain on a noisy ConvNeXt, three quarters of it on a noisy ViT \(`rho=(\d+)`\)",
         " ".join(_README.split()),
     )
-    costs = pd.read_csv(_STUDY / "cost-of-ascents.csv").set_index("method").loc["norm, 1/16", "ratio"]
-    assert [float(low), float(high)] == pytest.approx([costs.min(), costs.max()], abs=0.00501)
     gain = results.ascents_beside_plain().set_index(["model", "ascent", "rho"])["gain"]
     assert gain["ConvNeXt", "norm, 1/16", "30"] / gain["ConvNeXt", "norm, 1/4", "30"] == pytest.approx(1, abs=0.005)
     assert gain["ViT", "norm, 1/16", rho] / gain["ViT", "norm, 1/4", "10"] == pytest.approx(0.75, abs=0.005)
@@ -107,6 +104,7 @@ def test_costs_are_those_of_the_study():
     costs = pd.read_csv(_STUDY / "cost-of-ascents.csv").set_index(["method", "model"])["ratio"]
     rows = {
         "AACE or SAM on all weights": "AACE",
+        "`--ascent_fraction 0.25` on all weights": "AACE, 1/4",
         "`--perturb_modules norm --ascent_fraction 0.25`": "norm, 1/4",
         "`--perturb_modules norm --ascent_fraction 0.0625`": "norm, 1/16",
     }
