@@ -152,8 +152,8 @@ class Ascent(TrainerCallback):
             grad_scale=gradient.scale,
         )
         if inputs is window[0]:  # the micro-batches of a window share one gradient
-            self.metrics.add({"ascent_grad_norm": perturbation.grad_norm, "perturbation_norm": perturbation.norm})
-            self.metrics.add({"skipped_perturbations": perturbation.skipped})
+            norms = {"ascent_grad_norm": perturbation.grad_norm, "perturbation_norm": perturbation.norm}
+            self.metrics.add({**norms, "skipped_perturbations": perturbation.skipped})
         if new:
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, PerturbationCallback) and (values := callback.on_perturbation(perturbation)):

@@ -33,7 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 # The default rho of each method if only the normalization layers are perturbed, which takes longer steps: the least of those that
-# were best on validation images in the study (notebooks/study); not measured for ASAM, which is nearly SAM where weights are near 1.
+# were best on validation images of the digits in the study (notebooks/study); in fine-tuning on photographs 1 to 3 were. Not
+# measured for ASAM, which is nearly SAM where weights are near 1.
 _RHO_OF_NORM_LAYERS = {"aace": 10.0, "sam": 1.0, "asam": 1.0}
 
 _CHOICES = {
@@ -209,7 +210,7 @@ class AACEArguments:
             )
         for name, meaning in {"perturb_every": "perturb", "ascent_every": "take an ascent pass"}.items():
             value = getattr(self, name)
-            if value < 1 or value != int(value):
+            if not (value >= 1 and value % 1 == 0):  # infinity and NaN neither
                 raise ValueError(
                     f"`{name}` must be a whole number of steps >= 1, got {value}. Use 1 to {meaning} on every step."
                 )
@@ -219,9 +220,9 @@ class AACEArguments:
         if self.perturb_modules is not None:
             try:
                 re.compile(self.perturb_modules)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ValueError(
-                    f"`perturb_modules` must be a regular expression, got {self.perturb_modules!r}: {error}."
+                    f"`perturb_modules` must be 'norm' or a regular expression, got {self.perturb_modules!r}: {error}."
                 ) from error
 
 
@@ -242,10 +243,12 @@ class AACEConfig(AACEArguments, TrainingArguments):
 
     Args:
         method (`str`, *optional*):
-            Sets the following four fields as a paper has them; one that is given beside it wins (and `method` is then `None`).
+            Sets the following four fields as a paper has them; one that is given beside it wins (and `method` is then `None`,
+            unless it is `rho`).
 
             - `"aace"`, the default (Ratchatorn & Tanaka, [arXiv 2406.14329](https://huggingface.co/papers/2406.14329)):
-              `perturbation_loss="aace"`, not normalized, `rho=0.01`.
+              `perturbation_loss="aace"`, not normalized, `rho=0.01`, which is for fine-tuning with AdamW. The paper has 0.2,
+              with SGD from scratch.
             - `"sam"` (Foret et al., [arXiv 2010.01412](https://huggingface.co/papers/2010.01412)):
               `perturbation_loss="cross_entropy"`, normalized, `rho=0.05`.
             - `"asam"` (Kwon et al., [arXiv 2102.11600](https://huggingface.co/papers/2102.11600)): as `"sam"`, and adaptive,
@@ -288,8 +291,8 @@ class AACEConfig(AACEArguments, TrainingArguments):
         perturb_modules (`str`, *optional*):
             The trainable parameters to perturb. Defaults to all. `"norm"` means those of the normalization layers (SAM-ON,
             Müller et al., [arXiv 2306.04226](https://huggingface.co/papers/2306.04226)), less than a hundredth of all: the
-            backward pass of the ascent then takes no gradient of the other weights, a third of its operations (a compiled one
-            takes them all), and only these are copied. Anything else is a regular expression, searched (`re.search`) in the names
+            ascent then computes no gradient of the other weights, which saves a third of its operations (none in a compiled
+            model), and copies the perturbed ones only. Anything else is a regular expression, searched (`re.search`) in the names
             of the parameters. A normalization layer is told by its type, not its name: torch's `LayerNorm`, `GroupNorm`,
             `RMSNorm`, BatchNorm and InstanceNorm, and every class with "norm" in its name; of it the parameters `weight` and
             `bias` with at most one dimension larger than 1 count.

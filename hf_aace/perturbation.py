@@ -59,7 +59,7 @@ class perturbed:
 
     Attributes (scalar tensors on the device):
         grad_norm: Norm of the gradient.
-        norm: Norm of the step that was made, 0 if none.
+        norm: Norm of the step, 0 if it is skipped.
         skipped: 1 if the gradient was not finite and no step was made, else 0.
         direction (`list[torch.Tensor]`): The direction of the step up to a positive factor and the sign, as this process holds
             it. Empty after the weights have moved; clone what is to last longer.

@@ -27,10 +27,11 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     class MyAACETrainer(SharpnessAwareMixin, MyTrainer): ...
     ```
 
-    By default each training step first computes the gradient of the mean ascent loss (AACE) at the weights `w`, moves the
-    weights along it to `w'`, lets `MyTrainer.training_step` do at `w'` what it would have done at `w`, and puts
-    the weights back, bit for bit, whatever happened. Both passes see the same random numbers, BatchNorm statistics are
-    updated from `w` only, and `rho=0` is `MyTrainer` itself.
+    By default each training step first computes the gradient of the mean ascent loss at the weights `w`, moves the weights by
+    it to `w'`, where the training loss is higher (down AACE's loss, or up SAM's), lets `MyTrainer.training_step` do at `w'` what
+    it would have done at `w`, and puts the weights back, bit for bit, whatever happened. Both passes start from the same state of
+    the random number generators, so that on the whole batch they draw the same dropout masks. BatchNorm statistics are updated
+    from `w` only, and `rho=0` is `MyTrainer` itself.
 
     Put the mixin first among the bases. The settings are the fields of [`AACEConfig`]; `args` that is a plain
     [`~transformers.TrainingArguments`] gives each of them its default. With `model` a string, the model is loaded by
@@ -42,8 +43,8 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     - `clean_loss`: the mean training loss at `w`, on the samples of the ascent: cross-entropy with the label smoothing of the
       arguments, or what `compute_loss_func` returns,
     - `clean_accuracy`: the share of these samples that the model classifies at `w` as their labels say,
-    - `sharpness`: the mean training loss at `w'` on the same samples minus `clean_loss`. If they do not
-      match the loss that is trained on (an overridden `compute_loss`, for example), both are left out and a warning is logged,
+    - `sharpness`: the mean training loss at `w'` on the same samples minus `clean_loss`. If these are not
+      the loss that is trained on (an overridden `compute_loss`, for example), both are left out and a warning is logged,
     - `ascent_loss`, `ascent_grad_norm`: the ascent loss at `w` and the norm of its gradient,
     - `perturbation_norm`: the distance from `w` to `w'`,
     - `rho`: its present value,
@@ -182,12 +183,13 @@ class SharpnessAwareMixin(TrainerWorkarounds):
 
 class AACETrainer(SharpnessAwareMixin, Trainer):
     r"""
-    [`~transformers.Trainer`] with sharpness-aware training: swap the one class name, and [`AACEConfig`] for
-    [`~transformers.TrainingArguments`] to change a setting.
+    [`~transformers.Trainer`] with sharpness-aware training. Swap the one class name; to change a setting, swap
+    [`~transformers.TrainingArguments`] for [`AACEConfig`] too.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or `nn.Module`, *optional*):
-            The model, or the hub id or path of an image classifier, which is then loaded in 32 bits.
+            The model, or the hub id or path of an image classifier, which is then loaded in 32 bits, with the classes that it
+            has. For other classes load it yourself, with `num_labels`.
         args ([`AACEConfig`] or [`~transformers.TrainingArguments`], *optional*):
             The arguments. With plain ones every field of [`AACEConfig`] has its default.
         **kwargs:
@@ -198,10 +200,11 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
     Example:
 
     ```python
+    from transformers import AutoModelForImageClassification
     from hf_aace import AACEConfig, AACETrainer
 
     trainer = AACETrainer(
-        model="google/vit-base-patch16-224",
+        model=AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k", num_labels=3),
         args=AACEConfig(output_dir="vit", rho=0.01, bf16=True),
         train_dataset=dataset,
     )
@@ -218,6 +221,7 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
         language: str | None = None,
         license: str | None = None,
         tags: str | list[str] | None = None,
+        *,
         facts: dict[str, str] | None = None,
         **kwargs,
     ) -> None:

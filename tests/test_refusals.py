@@ -32,10 +32,16 @@ from hf_aace import AACEConfig, AACETrainer
         ("perturb_every", 0, "`perturb_every` must be a whole number of steps >= 1, got 0"),
         ("ascent_every", 0, "`ascent_every` must be a whole number of steps >= 1, got 0"),
         ("perturb_every", 1.5, "`perturb_every` .* got 1.5"),
+        ("perturb_every", float("inf"), "`perturb_every` .* got inf"),  # for never
         ("perturbation_loss", "mse", r"`perturbation_loss` must be one of \['aace', 'cross_entropy'\], got 'mse'"),
         ("aace_target", "x", r"`aace_target` must be one of \['adaptive', 'uniform', 'random'\], got 'x'"),
         ("ascent_scope", "x", r"`ascent_scope` must be one of \['micro_batch', 'full_batch'\], got 'x'"),
-        ("perturb_modules", "(", r"`perturb_modules` must be a regular expression, got '\('"),
+        ("perturb_modules", "(", r"`perturb_modules` must be 'norm' or a regular expression, got '\('"),
+        (
+            "perturb_modules",
+            ["norm"],
+            r"`perturb_modules` must be .*, got \['norm'\]",
+        ),  # as peft has its `target_modules`
         ("rho", "1e-2", r"`rho` must be a number, got '1e-2'"),  # as YAML reads it
     ],
 )
