@@ -103,7 +103,7 @@ def test_what_a_small_ascent_is_said_to_keep_of_the_gain_is_what_was_measured(re
 def test_costs_are_those_of_the_study():
     costs = pd.read_csv(_STUDY / "cost-of-ascents.csv").set_index(["method", "model"])["ratio"]
     rows = {
-        "AACE or SAM on all weights": "AACE",
+        "AACE on all weights": "AACE",
         "`--ascent_fraction 0.25` on all weights": "AACE, 1/4",
         "`--perturb_modules norm --ascent_fraction 0.25`": "norm, 1/4",
         "`--perturb_modules norm --ascent_fraction 0.0625`": "norm, 1/16",

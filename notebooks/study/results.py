@@ -35,14 +35,17 @@ SETTINGS = {  # * of 16 seeds, the others of eight
     "finetune-vit-lora-noisy": "ViT with LoRA, 100 images, 20 % wrong *",
     "finetune-vit-lora-clean": "ViT with LoRA, 50 images, clean *",
 }
-PHOTOGRAPHS = {  # of four seeds
-    "photographs-efficientnet-person": "EfficientNet-Lite0, 1000 photographs, one person's labels (17 % wrong)",
-    "photographs-efficientnet-right": "EfficientNet-Lite0, 1000 photographs, right labels",
+PHOTOGRAPHS = {  # * of eight seeds, + of two, the others of four
+    "photographs-efficientnet-right": "EfficientNet-Lite0, 1000 photographs, right labels *",
+    "photographs-efficientnet-person": "EfficientNet-Lite0, 1000 photographs, one person's labels (17 % wrong) *",
     "photographs-convnext-worst": "ConvNeXt fine-tuned, 800 photographs, the worst labels (28 % wrong)",
     "photographs-vit-worst": "ViT fine-tuned, 800 photographs, the worst labels (28 % wrong)",
+    "photographs-lora-worst": "ViT with LoRA, 800 photographs, the worst labels (28 % wrong)",
+    "photographs-resnet-right": "ResNet, 2000 photographs, right labels",
     "photographs-resnet-worst": "ResNet, 2000 photographs, the worst labels (41 % wrong)",
     "photographs-resnet-worst-unaugmented": "ResNet, the same without augmentation",
-    "photographs-resnet-right": "ResNet, 2000 photographs, right labels",
+    "photographs-resnet-all-worst": "ResNet, 18000 photographs, the worst labels (41 % wrong) +",
+    "photographs-vit-all-worst": "ViT, 18000 photographs, the worst labels (41 % wrong) +",
 }
 # The settings and the columns in the README of the repository.
 README = ["convnext-noisy", "vit-noisy", *list(PHOTOGRAPHS)[:3]]
@@ -116,7 +119,8 @@ def asam(name: str) -> pd.DataFrame:
 
 
 def percent(mean: float, error: float, sign: str = "") -> str:
-    return f"{_rounded(mean):{sign}.1f} ± {_rounded(error):.1f}"
+    """Format a share in per cent, with its standard error unless a single seed has none."""
+    return f"{_rounded(mean):{sign}.1f}" + ("" if math.isnan(error) else f" ± {_rounded(error):.1f}")
 
 
 def _rounded(share: float) -> float:
@@ -282,7 +286,7 @@ def advice(of_norm_layers: bool) -> pd.DataFrame:
 def _train_options(command: list[str]) -> dict[str, str]:
     """The options of `hf-aace train` in the command of a study."""
     options = dict(zip(command[2::2], command[3::2], strict=True))
-    of_study = ("--output_dir", "--methods", "--seeds", "--search_seeds", "--rho")
+    of_study = ("--output_dir", "--methods", "--first_seed", "--seeds", "--search_seeds", "--rho")
     return {name.removeprefix("--"): value for name, value in options.items() if name not in of_study}
 
 
@@ -415,24 +419,32 @@ def frontier() -> pd.DataFrame:
     return table.merge(costs, on=["model", "ascent"])
 
 
+_OLD_SAM = "perturbation_loss=cross_entropy normalize_perturbation=true"  # as older runs have it
+SINGLE_RATES = {  # right labels, and the learning rate that is best for plain training
+    "convnext-clean": "3e-3",
+    "convnext-clean-all": "3e-3",
+    "finetune-convnext-clean": "3e-3",
+    "vit-clean-long": "3e-4",
+    "finetune-vit-lora-clean": "1e-2",
+    "photographs-efficientnet-right": "1e-3",
+}
+
+
 def single_settings() -> pd.DataFrame:
-    """Settings as they are, with clean labels and at the learning rate that is best for plain training: the gain over it."""
-    wanted = {"AACE, rho 0.01": {"rho": "0.01"}}
+    """Settings as they are, with right labels and at the learning rate that is best for plain training: the gain over it."""
+    wanted = {f"AACE, rho {rho}": {"rho": rho} for rho in ("0.01", "0.03")}
+    wanted["SAM, rho 0.05"] = {"method": "sam", "rho": "0.05"}
     wanted["norm layers, rho 10"] = {"perturb_modules": "norm", "ascent_fraction": "0.25", "rho": "10"}
     wanted["a sixteenth, rho 3"] = {"perturb_modules": "norm", "ascent_fraction": "0.0625", "rho": "3"}
-    rates = {
-        "convnext-clean": "3e-3",
-        "convnext-clean-all": "3e-3",
-        "finetune-convnext-clean": "3e-3",
-    }
     table = {}
-    for name, rate in {**rates, "vit-clean-long": "3e-4", "finetune-vit-lora-clean": "1e-2"}.items():
+    for name, rate in SINGLE_RATES.items():
         runs = RUNS[RUNS["study"].isin(studies.settings()[name]["studies"])]
         commands = {study: _train_options(studies.commands()[study]) for study in runs["study"].unique()}
         common = {**commands[name], "learning_rate": rate}
+        written = runs["options"].str.replace("method=aace ", "").str.replace(_OLD_SAM, "method=sam")
         options = [
-            _comparable({**common, **commands[run.study], **settings_of(run.options.replace("method=aace ", ""))})
-            for run in runs.itertuples()
+            _comparable({**common, **commands[study], **settings_of(own)})
+            for study, own in zip(runs["study"], written, strict=True)
         ]
 
         def accuracy(own, runs=runs, options=options, common=common):
@@ -450,8 +462,8 @@ def single_settings() -> pd.DataFrame:
 
 
 def photograph_runs(name: str) -> pd.DataFrame:
-    """Take the runs of a study of photographs, each method by its title."""
-    runs = RUNS[RUNS["study"].isin([name, f"{name}-variants"])]
+    """Take the runs of a study of photographs and of those that add to it, each method by its title."""
+    runs = RUNS[RUNS["study"].isin([name, *(f"{name}-{part}" for part in ("more", "variants"))])]
     return runs.assign(method=runs["method"].map(_title))
 
 
@@ -459,7 +471,7 @@ def _times(name: str) -> pd.Series:
     """The time of a method of a study of photographs, relative to plain training: of a step, measured in one run, times the steps."""
     model = name.split("-")[1]
     costs = pd.read_csv(HERE / "cost-of-photographs.csv").set_index(["model", "method"])["ratio"][model]
-    norm = costs["norm, 1/4" if model in ("efficientnet", "resnet") else "norm, 1/16"]
+    norm = costs.get("norm, 1/4" if model in ("efficientnet", "resnet") else "norm, 1/16")
     times = {"SAM": costs["SAM"], "AACE": costs["AACE"], "norm layers": norm, "2x epochs": 2.0}
     return pd.Series({"plain": 1.0, "early stopping": 1.0, "label smoothing": 1.0, **times})
 
@@ -475,11 +487,43 @@ def photographs() -> pd.DataFrame:
     rows = []
     for name in PHOTOGRAPHS:
         summary = gains(name).drop("clean labels", errors="ignore")
-        table = shown(summary.reset_index()).drop(columns="seeds")
+        table = shown(summary.reset_index())
         rows.append(table.reset_index().assign(study=f"`{name}`", p=summary["p_value"].to_numpy()))
     table = pd.concat(rows).set_index("study")
     table["p"] = ["" if pd.isna(p) else f"{p:.2g}" for p in holm(table["p"].reset_index(drop=True))]
     return table
+
+
+def aace_over() -> pd.DataFrame:
+    """What AACE on all weights gains over the other methods on photographs, paired over the seeds, with p after Holm's correction."""
+    rows = []
+    for name in PHOTOGRAPHS:
+        runs = photograph_runs(name)
+        if "AACE" not in set(runs["method"]):
+            continue
+        summary = summarize(runs, "AACE").set_index("method")
+        for opponent in ("plain", "2x epochs", "early stopping", "SAM"):
+            if opponent in summary.index:
+                gain, error, p_value = summary.loc[opponent, ["gain", "gain_standard_error", "p_value"]]
+                rows.append((f"`{name}`", f"over {opponent}", -gain, error, p_value))
+    table = pd.DataFrame(rows, columns=["study", "opponent", "gain", "error", "p"])
+    cells = zip(table["gain"], table["error"], holm(table["p"]), strict=True)
+    table["cell"] = [f"{percent(gain, error, '+')} (p {p:.2g})" for gain, error, p in cells]
+    return table.set_index(["study", "opponent"])["cell"].unstack(sort=False).fillna("")
+
+
+def settings_of_efficientnet() -> pd.DataFrame:
+    """Each setting that was run in fine-tuning EfficientNet with one person's labels, beside plain training at 1e-3."""
+    name, measured = "photographs-efficientnet-person", ["validation_accuracy", "test_accuracy"]
+    runs = RUNS[RUNS["study"].isin([name, *(f"{name}-{part}" for part in ("more", "rates"))])]
+    runs = runs.set_index("seed")
+    plain = runs.loc[runs["options"] == "rho=0 learning_rate=1e-3", measured]
+    rows = []
+    for options, own in runs.groupby("options", sort=False):
+        gains = (own[measured] - plain).dropna()
+        cells = [percent(gains[column].mean(), gains[column].sem(), "+") for column in measured]
+        rows.append((f"`{options}`", f"{gains.index.min()} to {gains.index.max()}", *cells))
+    return pd.DataFrame(rows, columns=["setting", "seeds", "validation", "test"]).set_index("setting")
 
 
 def holm(p_values: pd.Series) -> pd.Series:
@@ -514,6 +558,8 @@ def published() -> dict[str, pd.DataFrame]:
         "results": main_table(),
         "photographs": main_table(PHOTOGRAPHS, README_COLUMNS),
         "photographs, in full": photographs(),
+        "AACE over the others": aace_over(),
+        "settings of EfficientNet": settings_of_efficientnet(),
         "photographs, what else the models are worth": worth(),
         "over SAM": over_sam(),
         "ASAM": with_asam(),

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, set_seed
 from hf_aace import AACEArguments, AACEConfig
 from hf_aace.study.cost import measure, random_batch, summarize
 from hf_aace.vision.datasets import load_image_dataset
+from hf_aace.vision.lora import add_lora
 from hf_aace.vision.models import load_model_and_processor, model_from_architecture
 
 
@@ -133,8 +134,9 @@ def cost_of_ascents() -> None:
 
 def cost_of_photographs() -> None:
     """Measure the cost of a step on the models of the photographs, in the batches that they are trained in."""
-    methods = {"plain": AACEArguments(rho=0.0), "AACE": AACEArguments(), "SAM": AACEArguments(method="sam")}
-    methods |= {"norm, 1/4": _norm(1 / 4), "norm, 1/16": _norm(1 / 16)}
+    all_weights = {"plain": AACEArguments(rho=0.0), "AACE": AACEArguments(), "SAM": AACEArguments(method="sam")}
+    methods = all_weights | {"norm, 1/4": _norm(1 / 4), "norm, 1/16": _norm(1 / 16)}
+    classes = {index: str(index) for index in range(10)}
     rows = []
     for title, name, batch, pixels in (
         ("efficientnet", f"{FOLDER}/photographs-efficientnet", 16, 64),
@@ -142,8 +144,10 @@ def cost_of_photographs() -> None:
         ("convnext", f"{FOLDER}/others-convnext", 32, 32),
         ("vit", f"{FOLDER}/others-vit", 32, 32),
     ):
-        model, _ = load_model_and_processor(name, {index: str(index) for index in range(10)})
+        model, _ = load_model_and_processor(name, classes)
         rows += _costs(title, model, batch, pixels, methods)
+    with_adapters = add_lora(load_model_and_processor(f"{FOLDER}/others-vit", classes)[0])
+    rows += _costs("lora", with_adapters, 32, 32, all_weights)
     pd.DataFrame(rows).to_csv(FOLDER / "cost-of-photographs.csv", index=False, float_format="%.4g")
 
 
@@ -162,11 +166,16 @@ def _costs(
 
 
 def collect(names: list[str]) -> None:
-    """Replace the runs of studies in runs.parquet by those in runs/study."""
+    """Replace the runs of studies in runs.parquet, and their measures in measures.csv, by those in runs/study."""
     runs = pd.read_parquet(HERE / "runs.parquet")
     new = [pd.read_csv(FOLDER / name / "runs.csv").assign(study=name)[runs.columns] for name in names]
     runs = pd.concat([runs[~runs["study"].isin(names)], *new])
     runs.to_parquet(HERE / "runs.parquet", index=False, compression="zstd")
+    measures = pd.read_csv(HERE / "measures.csv")
+    measured = [path for name in names if (path := FOLDER / name / "measures.csv").is_file()]
+    measures = measures[~measures["study"].isin([path.parent.name for path in measured])]
+    measures = pd.concat([measures, *map(pd.read_csv, measured)])
+    measures.to_csv(HERE / "measures.csv", index=False, float_format="%.5g")
 
 
 COSTS = {"cost": cost, "cost-of-ascents": cost_of_ascents, "cost-of-photographs": cost_of_photographs}
