@@ -100,6 +100,18 @@ def test_what_a_small_ascent_is_said_to_keep_of_the_gain_is_what_was_measured(re
     assert gain["ViT", "norm, 1/16", rho] / gain["ViT", "norm, 1/4", "10"] == pytest.approx(0.75, abs=0.005)
 
 
+def test_what_fine_tuning_is_said_to_gain_is_what_was_measured(results):
+    number = r"([\d.]+ ± [\d.]+\d)"
+    (said,) = re.findall(
+        rf"AACE on all weights gained {number} points with right labels and {number} with people's, .*? twice the epochs, which "
+        rf"take the same time, gained {number} and {number}",
+        " ".join(_README.split()),
+    )
+    measured = [results.gains(f"photographs-efficientnet-{labels}") for labels in ("right", "person")]
+    rows = [table.loc[method] for method in ("AACE", "2x epochs") for table in measured]
+    assert list(said) == [results.percent(row["gain"], row["gain_standard_error"]) for row in rows]
+
+
 def test_costs_are_those_of_the_study():
     costs = pd.read_csv(_STUDY / "cost-of-ascents.csv").set_index(["method", "model"])["ratio"]
     rows = {
