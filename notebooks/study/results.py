@@ -35,7 +35,7 @@ SETTINGS = {  # * of 16 seeds, the others of eight
     "finetune-vit-lora-noisy": "ViT with LoRA, 100 images, 20 % wrong *",
     "finetune-vit-lora-clean": "ViT with LoRA, 50 images, clean *",
 }
-PHOTOGRAPHS = {  # * of eight seeds, + of two, the others of four
+PHOTOGRAPHS = {  # * of eight seeds, + of two or one, the others of four
     "photographs-efficientnet-right": "EfficientNet-Lite0, 1000 photographs, right labels *",
     "photographs-efficientnet-person": "EfficientNet-Lite0, 1000 photographs, one person's labels (17 % wrong) *",
     "photographs-convnext-worst": "ConvNeXt fine-tuned, 800 photographs, the worst labels (28 % wrong)",
