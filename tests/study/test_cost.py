@@ -221,7 +221,7 @@ def test_a_peer_makes_two_passes_the_second_at_perturbed_weights(tmp_path):
         (["--warmup", "-1"], "`warmup` must be at least 0, got -1"),
         (["--fractions", "0.5", "2"], "`ascent_fraction` must lie in (0, 1], got 2.0"),
         (["--ascent_every", "1", "0"], "`ascent_every` must be"),
-        (["--perturb_modules", "norm("], "`perturb_modules` must be a regular expression"),
+        (["--perturb_modules", "norm("], "`perturb_modules` must be 'norm' or a regular expression"),
         (["--perturb_modules", "nothing", "--rounds", "2"], "`perturb_modules='nothing'` matches none"),
     ],
 )
