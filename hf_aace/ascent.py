@@ -94,6 +94,7 @@ class Ascent(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.check()  # the model or the arguments may have changed since construction
         self.first_step = state.global_step  # above 0 after a resume
+        checks.warn_of_rare_statistics(self.trainer, self.args, state.max_steps)
         self.release()
         self.metrics.reset()
         self.meter.reset()

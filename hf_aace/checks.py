@@ -2,6 +2,7 @@
 """Checks of trainers, batches and labels: each refuses what cannot be trained, before any weight moves, and names the fix."""
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from ._compat import BATCH_OR_INSTANCE_NORM
+from ._compat import BATCH_NORM, BATCH_OR_INSTANCE_NORM
 from .config import AACEArguments
 
 
@@ -84,6 +85,30 @@ def _warn_of_lost_statistics(trainer: Trainer) -> None:
             f"Training changes the running statistics of {len(lost)} layers such as {lost[0]!r}, which no checkpoint of the adapters "
             "holds: a resumed run and the adapters have other ones. Name these layers in `modules_to_save` of the configuration "
             "of peft."
+        )
+
+
+def warn_of_rare_statistics(trainer: Trainer, args: AACEArguments, steps: int) -> None:
+    """
+    Warn if BatchNorm, which updates its running statistics on steps with an ascent pass only, would keep more than a tenth of those
+    from before the training.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+        args ([`AACEArguments`]): The settings of its ascent.
+        steps (`int`): The number of optimizer steps of the whole training.
+    """
+    if args.rho == 0 or args.ascent_every == 1 or args.perturb_every > 1:  # plain steps update the statistics, too
+        return
+    layers = [m for m in trainer.model.modules() if isinstance(m, BATCH_NORM) and m.running_mean is not None]
+    momenta = [layer.momentum for layer in layers if layer.momentum is not None and 0 < layer.momentum < 1]
+    passes, batches = math.ceil(steps / args.ascent_every), trainer.args.gradient_accumulation_steps
+    if momenta and (rest := (1 - min(momenta)) ** (passes * batches)) > 0.1 and trainer.is_world_process_zero():
+        most = int(steps * batches * math.log(1 - min(momenta)) / math.log(0.1))
+        logger.warning(
+            f"`ascent_every` is {args.ascent_every}, so that BatchNorm updates its running statistics on {passes} of {steps} steps "
+            f"only. Unless it is frozen, {rest:.0%} of them would still be those from before the training, and evaluations may be "
+            f"wrong. {f'Take at most `ascent_every={most}`, or train' if most > 0 else 'Train'} for longer."
         )
 
 

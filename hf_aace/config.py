@@ -287,7 +287,8 @@ class AACEConfig(AACEArguments, TrainingArguments):
             gradient of the last one again (of its last micro-batch, with `ascent_scope="micro_batch"` under accumulation; one
             that is not finite skips them all).
             That gradient is kept, in memory of the size of the perturbed parameters, but in no checkpoint: the step after a
-            save takes an ascent pass of its own. BatchNorm updates its running statistics on steps with an ascent pass only.
+            save takes an ascent pass of its own. BatchNorm updates its running statistics on steps with an ascent pass only:
+            they follow the weights more slowly. A warning says when the training is too short for that.
         perturb_modules (`str`, *optional*):
             The trainable parameters to perturb. Defaults to all. `"norm"` means those of the normalization layers (SAM-ON,
             Müller et al., [arXiv 2306.04226](https://huggingface.co/papers/2306.04226)), less than a hundredth of all: the

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`perturb_every` and `ascent_every`: which steps take an ascent pass, and which gradient the others use."""
 
+import re
+
 import pytest
 import torch
+from comparison import train
 from tiny import (
     InOrder,
     alive,
@@ -10,6 +13,7 @@ from tiny import (
     convnext,
     digits,
     record_ascents,
+    resnet,
     training_arguments,
 )
 from transformers import TrainerCallback
@@ -157,3 +161,20 @@ def test_an_epoch_that_ends_within_a_step_leaves_the_next_step_its_own_ascent(tm
     sizes = record_ascents(model)
     AACETrainer(model, arguments, train_dataset=digits(32), callbacks=[EndEpoch()]).train()
     assert sizes == [8] * (4 + 4)
+
+
+def test_a_training_too_short_for_the_statistics_of_batch_norm_warns(warnings, tmp_path):
+    """They begin at 0 and 1 and move with each ascent pass only. With the number that the warning names it is gone."""
+
+    def told(model, **settings):
+        warnings.clear()
+        train(AACETrainer, AACEConfig, model, tmp_path, steps=44, rho=0.1, **settings)
+        return [text for text in warnings if "running statistics" in text]
+
+    (text,) = told(resnet(), ascent_every=16)
+    assert "on 3 of 44 steps" in text and "73%" in text
+    (most,) = re.findall(r"`ascent_every=(\d+)`", text)
+    assert not told(resnet(), ascent_every=int(most)) and told(resnet(), ascent_every=int(most) + 1)
+    assert not told(resnet(), ascent_every=16, perturb_every=2), "plain steps update the statistics, too"
+    assert not told(resnet(), ascent_every=16, gradient_accumulation_steps=8), "each micro-batch counts"
+    assert not told(convnext(), ascent_every=16)
