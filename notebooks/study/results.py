@@ -35,20 +35,24 @@ SETTINGS = {  # * of 16 seeds, the others of eight
     "finetune-vit-lora-noisy": "ViT with LoRA, 100 images, 20 % wrong *",
     "finetune-vit-lora-clean": "ViT with LoRA, 50 images, clean *",
 }
-PHOTOGRAPHS = {  # * of eight seeds, + of two or one, the others of four
-    "photographs-efficientnet-right": "EfficientNet-Lite0, 1000 photographs, right labels *",
-    "photographs-efficientnet-person": "EfficientNet-Lite0, 1000 photographs, one person's labels (17 % wrong) *",
+PHOTOGRAPHS = {
+    "photographs-efficientnet-right": "EfficientNet-Lite0, 1000 photographs, right labels",
+    "photographs-efficientnet-person": "EfficientNet-Lite0, 1000 photographs, one person's labels (17 % wrong)",
+    "photographs-efficientnet-worst": "EfficientNet-Lite0, 1000 photographs, the worst labels (41 % wrong)",
+    "photographs-convnext-right": "ConvNeXt fine-tuned, 800 photographs, right labels",
+    "photographs-convnext-person": "ConvNeXt fine-tuned, 800 photographs, one person's labels (12 % wrong)",
     "photographs-convnext-worst": "ConvNeXt fine-tuned, 800 photographs, the worst labels (28 % wrong)",
     "photographs-vit-worst": "ViT fine-tuned, 800 photographs, the worst labels (28 % wrong)",
     "photographs-lora-worst": "ViT with LoRA, 800 photographs, the worst labels (28 % wrong)",
     "photographs-resnet-right": "ResNet, 2000 photographs, right labels",
     "photographs-resnet-worst": "ResNet, 2000 photographs, the worst labels (41 % wrong)",
     "photographs-resnet-worst-unaugmented": "ResNet, the same without augmentation",
-    "photographs-resnet-all-worst": "ResNet, 18000 photographs, the worst labels (41 % wrong) +",
-    "photographs-vit-all-worst": "ViT, 18000 photographs, the worst labels (41 % wrong) +",
+    "photographs-resnet-all-worst": "ResNet, 18000 photographs, the worst labels (41 % wrong)",
+    "photographs-vit-all-worst": "ViT, 18000 photographs, the worst labels (41 % wrong)",
 }
 # The settings and the columns in the README of the repository.
-README = ["convnext-noisy", "vit-noisy", *list(PHOTOGRAPHS)[:3]]
+README = ["convnext-noisy", "vit-noisy"]
+README += [f"photographs-{name}" for name in ("efficientnet-right", "efficientnet-person", "convnext-worst")]
 README_COLUMNS = ["plain", "clean labels", "2x epochs", "early stopping", "SAM", "AACE", "norm layers"]
 # The fixed option by which a method of these studies is known, with its title in the tables.
 _TITLES = {
@@ -58,6 +62,8 @@ _TITLES = {
     "freeze_backbone=true": "head alone",
     "one_pass=true": "one pass",
     "perturb_modules=norm": "norm layers",
+    "ascent_every=16": "AACE, every 16 steps",
+    "ascent_every=32": "AACE, every 32 steps",
 }
 
 
@@ -368,7 +374,7 @@ def ascents_beside_plain() -> pd.DataFrame:
     """Ascent passes over small parts of the batch, and one pass, which earlier code had: each setting that was run."""
     rows = []
     for title, name in SMALL_ASCENTS.items():
-        runs = RUNS[RUNS["study"].isin([name, f"{name}-more", f"{name}-variants"])]
+        runs = _with_parts(name, "more", "variants")
         runs = runs.drop_duplicates(["options", "seed"]).set_index("seed")
         plain = runs.loc[runs["method"] == "trainer", "test_accuracy"]
         for options, own in runs[runs["method"] != "trainer"].groupby("options", sort=False):
@@ -427,6 +433,7 @@ SINGLE_RATES = {  # right labels, and the learning rate that is best for plain t
     "vit-clean-long": "3e-4",
     "finetune-vit-lora-clean": "1e-2",
     "photographs-efficientnet-right": "1e-3",
+    "photographs-convnext-right": "3e-3",
 }
 
 
@@ -463,8 +470,12 @@ def single_settings() -> pd.DataFrame:
 
 def photograph_runs(name: str) -> pd.DataFrame:
     """Take the runs of a study of photographs and of those that add to it, each method by its title."""
-    runs = RUNS[RUNS["study"].isin([name, *(f"{name}-{part}" for part in ("more", "variants"))])]
+    runs = _with_parts(name, "more", "stopping", "cheap", "cheap-more", "variants")
     return runs.assign(method=runs["method"].map(_title))
+
+
+def _with_parts(name: str, *parts: str) -> pd.DataFrame:
+    return RUNS[RUNS["study"].isin([name, *(f"{name}-{part}" for part in parts)])]
 
 
 def _times(name: str) -> pd.Series:
@@ -472,8 +483,8 @@ def _times(name: str) -> pd.Series:
     model = name.split("-")[1]
     costs = pd.read_csv(HERE / "cost-of-photographs.csv").set_index(["model", "method"])["ratio"][model]
     norm = costs.get("norm, 1/4" if model in ("efficientnet", "resnet") else "norm, 1/16")
-    times = {"SAM": costs["SAM"], "AACE": costs["AACE"], "norm layers": norm, "2x epochs": 2.0}
-    return pd.Series({"plain": 1.0, "early stopping": 1.0, "label smoothing": 1.0, **times})
+    times = {"early stopping": 1.0, "label smoothing": 1.0, "2x epochs": 2.0, "norm layers": norm}
+    return pd.Series({**costs, **times})
 
 
 def _title(method: str) -> str:
@@ -496,27 +507,27 @@ def photographs() -> pd.DataFrame:
 
 def aace_over() -> pd.DataFrame:
     """What AACE on all weights gains over the other methods on photographs, paired over the seeds, with p after Holm's correction."""
-    rows = []
+    opponents, rows = ("plain", "2x epochs", "early stopping", "SAM"), []
     for name in PHOTOGRAPHS:
         runs = photograph_runs(name)
         if "AACE" not in set(runs["method"]):
             continue
         summary = summarize(runs, "AACE").set_index("method")
-        for opponent in ("plain", "2x epochs", "early stopping", "SAM"):
+        for opponent in opponents:
             if opponent in summary.index:
                 gain, error, p_value = summary.loc[opponent, ["gain", "gain_standard_error", "p_value"]]
                 rows.append((f"`{name}`", f"over {opponent}", -gain, error, p_value))
-    table = pd.DataFrame(rows, columns=["study", "opponent", "gain", "error", "p"])
+    table = pd.DataFrame(rows, columns=["study", "opponent", "gain", "error", "p"]).dropna()  # of no seed in common
     cells = zip(table["gain"], table["error"], holm(table["p"]), strict=True)
     table["cell"] = [f"{percent(gain, error, '+')} (p {p:.2g})" for gain, error, p in cells]
-    return table.set_index(["study", "opponent"])["cell"].unstack(sort=False).fillna("")
+    table = table.set_index(["study", "opponent"])["cell"].unstack(sort=False).fillna("")
+    return table[[f"over {opponent}" for opponent in opponents]]
 
 
 def settings_of_efficientnet() -> pd.DataFrame:
     """Each setting that was run in fine-tuning EfficientNet with one person's labels, beside plain training at 1e-3."""
     name, measured = "photographs-efficientnet-person", ["validation_accuracy", "test_accuracy"]
-    runs = RUNS[RUNS["study"].isin([name, *(f"{name}-{part}" for part in ("more", "rates"))])]
-    runs = runs.set_index("seed")
+    runs = _with_parts(name, "more", "rates", "cheap", "cheap-more").set_index("seed")
     plain = runs.loc[runs["options"] == "rho=0 learning_rate=1e-3", measured]
     rows = []
     for options, own in runs.groupby("options", sort=False):

@@ -7,7 +7,7 @@ Make the studies of `studies.yaml` again. Without a name, list them.
     python notebooks/study/studies.py --collect convnext-noisy-tuned   # put its runs into runs.parquet
     python notebooks/study/studies.py cost                             # the cost of a step by size: a quarter of an hour
     python notebooks/study/studies.py cost-of-ascents                  # ... by the kind of ascent: ten minutes
-    python notebooks/study/studies.py cost-of-photographs              # ... on the models of the photographs: two minutes
+    python notebooks/study/studies.py cost-of-photographs              # ... on the models of the photographs: five minutes
 
 A study that was stopped goes on where it was. Its tables and pictures are in runs/study/NAME. Fine-tuning starts from two models
 that are trained first; those of photographs from what `photographs.py prepare` makes. `cost` leaves runs/study/cost.csv, and so on.
@@ -135,6 +135,7 @@ def cost_of_ascents() -> None:
 def cost_of_photographs() -> None:
     """Measure the cost of a step on the models of the photographs, in the batches that they are trained in."""
     all_weights = {"plain": AACEArguments(rho=0.0), "AACE": AACEArguments(), "SAM": AACEArguments(method="sam")}
+    all_weights["AACE, every 16 steps"] = AACEArguments(ascent_every=16)
     methods = all_weights | {"norm, 1/4": _norm(1 / 4), "norm, 1/16": _norm(1 / 16)}
     classes = {index: str(index) for index in range(10)}
     rows = []
