@@ -166,9 +166,9 @@ def test_an_epoch_that_ends_within_a_step_leaves_the_next_step_its_own_ascent(tm
 def test_a_training_too_short_for_the_statistics_of_batch_norm_warns(warnings, tmp_path):
     """They begin at 0 and 1 and move with each ascent pass only. With the number that the warning names it is gone."""
 
-    def told(model, **settings):
+    def told(model, steps=44, **settings):
         warnings.clear()
-        train(AACETrainer, AACEConfig, model, tmp_path, steps=44, rho=0.1, **settings)
+        train(AACETrainer, AACEConfig, model, tmp_path, steps=steps, rho=0.1, **settings)
         return [text for text in warnings if "running statistics" in text]
 
     (text,) = told(resnet(), ascent_every=16)
@@ -178,3 +178,10 @@ def test_a_training_too_short_for_the_statistics_of_batch_norm_warns(warnings, t
     assert not told(resnet(), ascent_every=16, perturb_every=2), "plain steps update the statistics, too"
     assert not told(resnet(), ascent_every=16, gradient_accumulation_steps=8), "each micro-batch counts"
     assert not told(convnext(), ascent_every=16)
+    (text,) = told(resnet(), steps=4, ascent_every=2)
+    assert text.endswith("Train for longer."), "no `ascent_every` would do"
+    without = resnet()
+    for layer in without.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+    assert not told(without, ascent_every=16)

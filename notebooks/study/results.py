@@ -75,6 +75,10 @@ def runs_of(study: str, kind: str = "") -> pd.DataFrame:
     return RUNS[(RUNS["study"] == study) & RUNS["method"].str.startswith(kind)]
 
 
+def _with_parts(name: str, *parts: str) -> pd.DataFrame:
+    return RUNS[RUNS["study"].isin([name, *(f"{name}-{part}" for part in parts)])]
+
+
 def _with_rho(runs: pd.DataFrame, *values: str) -> pd.DataFrame:
     return runs[runs["options"].map(lambda options: settings_of(options)["rho"] in values)]
 
@@ -472,10 +476,6 @@ def photograph_runs(name: str) -> pd.DataFrame:
     """Take the runs of a study of photographs and of those that add to it, each method by its title."""
     runs = _with_parts(name, "more", "stopping", "cheap", "cheap-more", "variants")
     return runs.assign(method=runs["method"].map(_title))
-
-
-def _with_parts(name: str, *parts: str) -> pd.DataFrame:
-    return RUNS[RUNS["study"].isin([name, *(f"{name}-{part}" for part in parts)])]
 
 
 def _times(name: str) -> pd.Series:
