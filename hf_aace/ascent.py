@@ -26,6 +26,7 @@ from .isolation import frozen_running_statistics, gradients_set_aside, in_traini
 from .loss_meter import LossMeter
 from .losses import aace_loss, count_correct, count_labels
 from .parameters import parameters_to_perturb
+from .pass_checks import images_given_to, refuse_changed_parameters, warn_of_other_images
 from .perturbation import perturbed
 
 
@@ -68,6 +69,7 @@ class Ascent(TrainerCallback):
         self._uses_backward = False  # reentrant activation checkpointing cannot serve `autograd.grad`
         self._first_descent_done = False  # which modules it has in evaluation mode is not known before
         self._modules_in_eval: set[nn.Module] = set()  # in the last descent
+        self._images: list[torch.Tensor] | None = None  # of the first ascent pass, until the descent after it
         self._statistics: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # layer, buffer, new value
         self._ascent_batches: list[tuple[Any, torch.Tensor, int]] = []  # micro-batch, labels, samples used
         self._label_count: torch.Tensor | int = 0  # labels other than -100 among these samples
@@ -183,8 +185,15 @@ class Ascent(TrainerCallback):
         """
         try:
             ascended = self._last_step == self.trainer.state.global_step
-            with frozen_running_statistics(model), self.meter.watch(model) if ascended else nullcontext():
+            with (
+                frozen_running_statistics(model),
+                self.meter.watch(model) if ascended else nullcontext(),
+                nullcontext() if self._images is None else images_given_to(model, self.trainer) as images,
+            ):
                 yield
+            if self._images is not None:
+                warn_of_other_images(self.trainer, self._images, images)
+                self._images = None
         except BaseException:
             reshard(model)  # or FSDP2 might go on with the perturbed weights that it gathered
             raise
@@ -247,6 +256,7 @@ class Ascent(TrainerCallback):
         scale).
         """
         trainer, scaler, sharded = self.trainer, self.trainer.accelerator.scaler, self.trainer.accelerator.is_fsdp2
+        first = not self._checks_done
         use_backward = sharded or self._uses_backward
         keep = len(window) > 1 or self.args.ascent_every > 1
         gradients: list[torch.Tensor | None] = [None] * len(parameters)
@@ -257,7 +267,9 @@ class Ascent(TrainerCallback):
             outside_ddp(model) as inner,
             unchanged_buffers(trainer.model) as statistics,
             in_training(model, except_modules=self._modules_in_eval),
-            gradients_set_aside(trainer.model) if use_backward or not self._checks_done else nullcontext(),
+            gradients_set_aside(trainer.model) if use_backward or first else nullcontext(),
+            images_given_to(inner, trainer) if first else nullcontext() as images,
+            refuse_changed_parameters(trainer.model) if first and not sharded else nullcontext(),
         ):
             samples = [self._samples(inputs) for inputs in window]
             self._ascent_batches = [
@@ -276,7 +288,7 @@ class Ascent(TrainerCallback):
                     outputs = trainer.ascent_outputs(inner, recursively_apply(torch.clone, inputs))
                     logits = trainer.ascent_logits(outputs)
                     loss = self._loss(logits, labels)
-                if not self._checks_done and not sharded and checks.check_reentrant(trainer, loss):
+                if first and not sharded and checks.check_reentrant(trainer, loss):
                     self._uses_backward = use_backward = True
                 losses["ascent_loss"] += loss.detach() / count
                 loss = loss / divisor if scaler is None else scaler.scale(loss / divisor)
@@ -294,6 +306,8 @@ class Ascent(TrainerCallback):
                 del outputs, logits
             if use_backward:
                 gradients = [p.grad for p in parameters]
+        if first:
+            self._images = images
         self._statistics = statistics
         if self._first_descent_done:  # else it is known only after the descent which layers train
             self._apply_statistics()

@@ -155,30 +155,35 @@ class AACEArguments:
         },
     )
 
-    _method_applied: ClassVar[bool] = False
-    _applied_method: ClassVar[str | None] = None  # the method that the fields were last set by
+    _base: ClassVar[str | None] = None  # the method whose values the fields have that were not given
+    _applied_method: ClassVar[str | None] = None  # `method` as it was then
+    _given: ClassVar[frozenset[str]] = frozenset()  # the fields of a method that were given
 
     def __post_init__(self):
         self.check_aace_arguments()
         if isinstance(self, TrainingArguments):
             super().__post_init__()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A value that was given may equal the one that the method would set, and is to stay when the method changes.
+        if name in METHODS["aace"]:
+            self._given = self._given - {name} if value is None else self._given | {name}
+        super().__setattr__(name, value)
+
     def _apply_method(self) -> None:
-        """Set the fields that were left out as the method has them; later, those that an earlier method set."""
+        """Set the fields that were not given as the method has them."""
         if self.method not in (None, *METHODS):
             raise ValueError(f"`method` must be one of {list(METHODS)}, or left out, got {self.method!r}.")
-        if self._method_applied and self.method == self._applied_method:
-            return
-        settings = METHODS[self.method or "aace"]
-        earlier = METHODS[self._applied_method or "aace"] if self._method_applied else dict.fromkeys(settings)
-        given = [name for name in settings if getattr(self, name) != earlier[name]]
-        for name in settings.keys() - set(given):
-            setattr(self, name, settings[name])
+        if self._base is None or self.method != self._applied_method:
+            self._base = self.method or "aace"
+        settings, given = METHODS[self._base], self._given
+        for name in settings.keys() - given:
+            super().__setattr__(name, settings[name])
         if "rho" not in given and self.perturb_modules == "norm":
             for name, row in METHODS.items():
                 if all(getattr(self, key) == value for key, value in row.items() if key != "rho"):
-                    self.rho = _RHO_OF_NORM_LAYERS[name]
-        changed = [name for name in given if name != "rho" and getattr(self, name) != settings[name]]
+                    super().__setattr__("rho", _RHO_OF_NORM_LAYERS[name])
+        changed = [name for name in settings if name in given - {"rho"} and getattr(self, name) != settings[name]]
         if self.method is not None and changed and len(given) == len(settings):
             raise ValueError(
                 f"`method={self.method!r}` was given together with all that it sets, of which "
@@ -187,7 +192,7 @@ class AACEArguments:
             )
         if changed:
             self.method = None  # the settings are of no method's paper any more
-        self._method_applied, self._applied_method = True, self.method
+        self._applied_method = self.method
 
     def check_aace_arguments(self) -> None:
         """

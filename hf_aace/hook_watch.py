@@ -44,7 +44,8 @@ class HookWatch(TrainerCallback):
         within_a_step = (
             self._called and not trainer.accelerator.sync_gradients and not trainer.control.should_epoch_stop
         )
-        if self._expected and within_a_step and self._micro_batches == 1 < steps:
+        # A stream without a length ends in an empty window; its last, short one goes on in the next epoch.
+        if batches and self._expected and within_a_step and self._micro_batches == 1 < steps:
             self._raise("get_batch_samples", f"was called for one micro-batch of {steps}, not for all of them")
         self._micro_batches = len(batches)
 

@@ -52,7 +52,7 @@ def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.
                 layers.append(module)
                 buffers.append(buffer)
             else:
-                kept.append((module, name, buffer, buffer.clone(), buffer._version))
+                kept.append((module, name, buffer, buffer.clone()))
     before = [buffer.clone() for buffer in buffers]
     statistics = []
     try:
@@ -62,10 +62,19 @@ def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.
             statistics += zip(layers, buffers, [buffer.clone() for buffer in buffers], strict=True)
             if buffers:
                 torch._foreach_copy_(buffers, before)
-            for module, name, buffer, value, version in kept:
-                if buffer._version != version:
-                    buffer.copy_(value)
+            for module, name, buffer, value in kept:
+                if _is_writable(buffer):
+                    # Always, as a write to `buffer.data` leaves no sign; observers of quantization change the shape too.
+                    buffer.resize_(value.shape).copy_(value)
                 setattr(module, name, buffer)  # the model may have put another in its place
+
+
+def _is_writable(buffer: torch.Tensor) -> bool:
+    """False for a tensor that no forward pass can write to either: an expanded one, or one made in inference mode."""
+    expanded = buffer.layout == torch.strided and any(
+        stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    )
+    return not expanded and not buffer.is_inference()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from .isolation import replayed_rng
 from .losses import count_labels
 
 
@@ -52,11 +53,13 @@ class LossMeter:
         """
         loss_func, smoothing = self._trainer.compute_loss_func, self._trainer.args.label_smoothing_factor
         try:
-            with torch.no_grad():
-                if loss_func is None:
+            if loss_func is None:
+                with torch.no_grad():
                     return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-                # As Trainer counts them: of probabilities every entry.
-                items = labels.numel() if labels.is_floating_point() else count_labels(labels)
+            # As Trainer counts them: of probabilities every entry.
+            items = labels.numel() if labels.is_floating_point() else count_labels(labels)
+            # It may draw random numbers, which would be missing in later steps.
+            with torch.no_grad(), replayed_rng({logits.device}):
                 return loss_func(outputs, labels, num_items_in_batch=items).detach() * count_labels(labels)
         except Exception as error:
             self._leave_out(f"measuring it without gradients failed ({type(error).__name__}: {error}).")
@@ -142,10 +145,16 @@ class LossMeter:
             if first and self._trainer.is_world_process_zero():
                 self._warn_of_scale(trained / right[0], micro_batches)
             return
-        self._leave_out(
-            f"the loss that is trained on ({trained:.4g}) is not the cross-entropy of the model's logits ({right[0]:.4g}). "
-            "Give your loss as `compute_loss_func` instead of overriding `compute_loss` to have them."
-        )
+        if self._trainer.compute_loss_func is None:
+            self._leave_out(
+                f"the loss that is trained on ({trained:.4g}) is not the cross-entropy of the model's logits ({right[0]:.4g}). "
+                "Give your loss as `compute_loss_func` instead of overriding `compute_loss` to have them."
+            )
+        else:
+            self._leave_out(
+                f"the loss that is trained on ({trained:.4g}) is not what `compute_loss_func` returns when it is called again "
+                f"({right[0]:.4g}), as if it draws random numbers or `compute_loss` adds to it."
+            )
 
     def _warn_of_scale(self, factor: float, micro_batches: int) -> None:
         trainer, cure = self._trainer, "Divide the sum of the losses by it."

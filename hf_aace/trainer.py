@@ -109,7 +109,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     def ascent_outputs(self, model: nn.Module, inputs: Mapping[str, torch.Tensor | Any]) -> Any:
         """
         The model's outputs in the ascent pass. By default the model gets of the batch what its `forward` has an argument for,
-        by name, but no labels unless it demands them. Override it for a model that your `compute_loss` calls otherwise, as
+        by name (all of it, if that takes any keyword), but no labels unless it demands them. Override it for a model that your `compute_loss` calls otherwise, as
         one of torchvision: `return model(inputs["pixel_values"])`.
 
         Args:
@@ -152,16 +152,18 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         Raises:
             `ValueError`: If there are none.
         """
-        if isinstance(outputs, torch.Tensor):
-            return outputs
-        if not isinstance(outputs, Mapping):
-            return outputs[1] if outputs[0] is None else outputs[0]  # some have a loss that is None without labels
-        if "logits" not in outputs:
+        logits, found = outputs, f"a {type(outputs).__name__}"
+        if isinstance(outputs, Mapping):
+            logits, found = outputs.get("logits"), sorted(outputs)
+        elif isinstance(outputs, (tuple, list)):
+            # Some have a loss that is None without labels.
+            logits = next((value for value in outputs[:2] if value is not None), None)
+        if not isinstance(logits, torch.Tensor):
             raise ValueError(
-                f"The outputs of {type(self.model).__name__} hold no `logits`, only {sorted(outputs)}. Override "
+                f"The outputs of {type(self.model).__name__} hold no tensor `logits`, only {found}. Override "
                 f"`ascent_logits` of {type(self).__name__} to return them."
             )
-        return outputs["logits"]
+        return logits
 
     def train(self, *args, **kwargs):
         try:
@@ -221,9 +223,15 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
         language: str | None = None,
         license: str | None = None,
         tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
         *,
         facts: dict[str, str] | None = None,
-        **kwargs,
+        **metadata,
     ) -> None:
         """
         Writes the model card, `README.md` in the output directory: Trainer's metadata, and a text that tells the settings,
@@ -233,13 +241,28 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
             language (`str`, *optional*): The language of the model, if it has one.
             license (`str`, *optional*): The licence. Defaults to that of the model on the Hub that it started from.
             tags (`str` or `list[str]`, *optional*): Tags besides those of the trainer and those of a card that is there.
+            model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args:
+                As [`~transformers.Trainer.create_model_card`] has them.
             facts (`dict[str, str]`, *optional*): Facts about the run by title, for the section on the training.
-            **kwargs: Everything else that [`~transformers.Trainer.create_model_card`] takes.
+            **metadata: What else [`~transformers.modelcard.TrainingSummary.from_trainer`] takes, such as `dataset_metadata`.
         """
         if self.is_world_process_zero():
-            first_step = self._ascent.first_step
-            metadata = {"language": language, "license": license, **kwargs}
-            write_model_card(self, self._ascent.args, first_step, tags, facts, **metadata)
+            write_model_card(
+                self,
+                self._ascent.args,
+                self._ascent.first_step,
+                tags,
+                facts,
+                language=language,
+                license=license,
+                model_name=model_name,
+                finetuned_from=finetuned_from,
+                tasks=tasks,
+                dataset_tags=dataset_tags,
+                dataset=dataset,
+                dataset_args=dataset_args,
+                **metadata,
+            )
 
 
 def _load_model(name: str) -> PreTrainedModel:

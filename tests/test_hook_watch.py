@@ -4,7 +4,7 @@
 import pytest
 import torch
 from comparison import train
-from tiny import convnext, digits, identical, weights
+from tiny import VANISHING, convnext, digits, identical, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_aace import AACEConfig, AACETrainer, SharpnessAwareMixin
@@ -161,3 +161,19 @@ def test_an_epoch_that_ends_within_an_optimizer_step_raises_no_alarm(scope, tmp_
         rows=digits(40), **ACCUMULATION,
     )  # fmt: skip
     assert trainer.state.global_step == 2  # of the two epochs' 6 steps
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Three micro-batches of four, without a length."""
+
+    def __iter__(self):
+        return iter(digits(12))
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
+def test_a_stream_that_ends_within_an_optimizer_step_trains_as_plain(scope, tmp_path):
+    """Trainer goes on with the step in the next epoch."""
+    settings = {"rows": Stream(), "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    plain = train(Trainer, TrainingArguments, convnext(), tmp_path, **settings)
+    ours = train(AACETrainer, AACEConfig, convnext(), tmp_path, rho=VANISHING, ascent_scope=scope, **settings)
+    assert ours.state.global_step == 6 and identical(weights(plain.model), weights(ours.model))

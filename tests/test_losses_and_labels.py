@@ -37,6 +37,19 @@ def test_compute_loss_func_with_class_weights_keeps_working(accumulate, tmp_path
     )
 
 
+def test_a_compute_loss_func_that_draws_random_numbers_keeps_working(tmp_path):
+    """It is called for the log too, which is not to move the generators."""
+
+    def of_some(outputs, labels, num_items_in_batch):
+        losses = F.cross_entropy(outputs["logits"], labels, reduction="none")
+        return (losses * (torch.rand(len(labels)) < 0.8)).sum() / num_items_in_batch
+
+    def make_model():
+        return vit(dropout=0.1)
+
+    check_goes_on_working(make_model, tmp_path, compute_loss_func=of_some)
+
+
 def test_compute_loss_func_gets_the_number_of_labels(tmp_path):
     """Trainer gives it one whenever a batch has labels, so it may rely on that."""
 

@@ -62,9 +62,7 @@ def test_card_of_plain_arguments(tmp_path, kwargs):
 def test_card_takes_what_trainer_takes(tmp_path):
     def write(trainer):
         trainer.create_model_card(tags="first", dataset="beans", dataset_tags="AI/beans", finetuned_from="google/vit")
-        trainer.create_model_card(
-            "en", "mit", ["second"], model_name="Sorter", dataset="beans", finetuned_from="google/vit"
-        )
+        trainer.create_model_card("en", "mit", ["second"], "Sorter", "google/vit", dataset="beans")
 
     written, _ = card(tmp_path, write=write)
     assert written.text.strip().startswith("# Sorter")

@@ -287,3 +287,46 @@ def test_a_sampler_of_ones_own_is_in_step_without_use_seedable_sampler_alone():
     assert TrainingArguments().accelerator_config.use_seedable_sampler
     assert len(torch.cat([*loader(0, True), *loader(1, True)]).unique()) < 64
     assert loader(0, False).synchronized_generator is not None
+
+
+def flipped(inputs):
+    return {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
+
+
+class ChangesInTrainingStep(Trainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        return super().training_step(model, flipped(inputs), *args, **kwargs)
+
+
+class ChangesInComputeLoss(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, flipped(inputs), *args, **kwargs)
+
+
+class InTrainingStep(SharpnessAwareMixin, ChangesInTrainingStep):
+    pass
+
+
+class InComputeLoss(SharpnessAwareMixin, ChangesInComputeLoss):
+    pass
+
+
+class InFront(AACETrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        return super().training_step(model, flipped(inputs), *args, **kwargs)
+
+
+class InBoth(InComputeLoss):
+    def ascent_outputs(self, model, inputs):
+        return super().ascent_outputs(model, flipped(inputs))
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+@pytest.mark.parametrize("cls", [InTrainingStep, InComputeLoss, InFront, InBoth, AACETrainer])
+def test_a_batch_that_only_the_descent_sees_changed_is_told(cls, fraction, tmp_path, monkeypatch):
+    """The perturbation would silently be that of other images."""
+    said = []
+    monkeypatch.setattr("hf_aace.pass_checks.logger.warning", said.append)
+    train(cls, AACEConfig, convnext(), tmp_path, rho=0.1, ascent_fraction=fraction)
+    assert len(said) == (cls in (InTrainingStep, InComputeLoss))
+    assert all("gets another `pixel_values`" in warning and cls.__name__ in warning for warning in said)

@@ -145,8 +145,19 @@ def test_outputs_without_logits_are_refused_naming_the_method_to_override(tmp_pa
             return {"loss": self.weight, "scores": self.weight * torch.randn(len(pixel_values), 10)}
 
     trainer = trainer_for_single_steps(Model(), tmp_path)
-    with pytest.raises(ValueError, match=r"hold no `logits`, only \['loss', 'scores'\]. Override `ascent_logits`"):
+    with pytest.raises(
+        ValueError, match=r"hold no tensor `logits`, only \['loss', 'scores'\]. Override `ascent_logits`"
+    ):
         trainer.training_step(trainer.model, batch())
+
+    for outputs, kind in [
+        ((None, None), "a tuple"),
+        ([], "a list"),
+        (None, "a NoneType"),
+        ({"logits": [1]}, "logits"),
+    ]:
+        with pytest.raises(ValueError, match=rf"hold no tensor `logits`, only .*{kind}"):
+            trainer.ascent_logits(outputs)
 
     class WithScores(AACETrainer):
         def ascent_logits(self, outputs):

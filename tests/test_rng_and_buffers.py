@@ -138,6 +138,31 @@ class MovingMean(nn.Module):
         return x - self.mean[:, None, None]
 
 
+class MovingMeanByData(nn.Module):
+    """As codebooks and observers of quantization keep theirs: without autograd's knowledge, and empty at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(0))
+
+    def forward(self, x):
+        if len(self.mean) == 0:
+            self.mean.resize_(8).zero_()
+        self.mean.data.mul_(0.9).add_(x.detach().mean((0, 2, 3)), alpha=0.1)
+        return x - self.mean[:, None, None].clone()
+
+
+class WithBuffersThatNoPassCanWrite(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("expanded", torch.ones(1).expand(8))
+        with torch.inference_mode():
+            self.register_buffer("of_inference", torch.ones(8))
+
+    def forward(self, x):
+        return x * self.expanded[:, None, None]
+
+
 class Convolutional(nn.Module):
     def __init__(self, layer):
         super().__init__()
@@ -158,12 +183,43 @@ class Convolutional(nn.Module):
         lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1)),
         lambda: MovingMean(rebinds=False),
         lambda: MovingMean(rebinds=True),
+        MovingMeanByData,
+        WithBuffersThatNoPassCanWrite,
         lambda: nn.BatchNorm2d(8),
     ],
-    ids=["instance norm", "spectral norm", "moving mean", "moving mean, another tensor", "batch norm"],
+    ids=[
+        "instance norm",
+        "spectral norm",
+        "moving mean",
+        "moving mean, another tensor",
+        "moving mean, by data",
+        "not writable",
+        "batch norm",
+    ],
 )
 def test_what_a_forward_pass_keeps_is_updated_once(layer, accumulate, tmp_path):
     check_goes_on_working(lambda: Convolutional(layer), tmp_path, **accumulate)
+
+
+@pytest.mark.parametrize("write", [lambda a, b: a.lerp_(b, 0.1), lambda a, b: a.data.lerp_(b.data, 0.1)])
+def test_a_teacher_that_the_forward_pass_moves_is_refused(write, tmp_path):
+    """It would move twice in a step, the second time towards the perturbed weights."""
+
+    class WithTeacher(Convolutional):
+        def __init__(self):
+            super().__init__(nn.Identity)
+            self.teacher = nn.Linear(8, 10).requires_grad_(False)
+
+        def forward(self, pixel_values, labels=None):
+            with torch.no_grad():
+                write(self.teacher.weight, self.linear.weight)
+            return super().forward(pixel_values, labels)
+
+    trainer = trainer_for_single_steps(WithTeacher(), tmp_path)
+    before = weights(trainer.model)["linear.weight"]
+    with pytest.raises(ValueError, match=r"forward pass of WithTeacher changes 1 frozen .*'teacher.weight'"):
+        trainer.training_step(trainer.model, batch())
+    assert torch.equal(trainer.model.linear.weight, before)
 
 
 @pytest.mark.parametrize("where", ["compute_loss", "training_step"])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The swap: what `AACETrainer` and `AACEConfig` take."""
 
+import copy
 import inspect
 import pickle
 from dataclasses import asdict, fields
@@ -128,6 +129,32 @@ def test_a_method_sets_what_its_paper_sets_and_a_field_beside_it_wins(method, se
     assert settings_of(AACEConfig(str(tmp_path), method=method, rho=0.3)) == (*settings[:3], 0.3)
     plain = AACEConfig(str(tmp_path), method=method, rho=0.0)
     assert settings_of(plain) == (*settings[:3], 0.0), "0 is a value, not one left out"
+
+
+@pytest.mark.parametrize("rho", [0.01, 0.05, 0.3])
+def test_a_method_that_is_set_later_keeps_what_was_given(rho, tmp_path):
+    """As a hyperparameter search sets both: a trial that trains with another `rho` than it records is lost."""
+    config = AACEConfig(str(tmp_path))
+    for method in ("sam", "aace", "sam", "asam", "aace"):
+        config.method, config.rho = method, rho
+        config.check_aace_arguments()
+        assert config.rho == rho and config.normalize_perturbation == (method != "aace")
+    config.rho = None
+    config.check_aace_arguments()
+    assert config.rho == 0.01, "None is left out"
+
+
+def test_rho_follows_the_method_and_the_layers_unless_it_was_given(tmp_path):
+    config = AACEConfig(str(tmp_path))
+    for method, modules, rho in [("aace", "norm", 10), ("sam", "norm", 1), ("sam", None, 0.05), ("aace", "norm", 10)]:
+        config.method, config.perturb_modules = method, modules
+        config.check_aace_arguments()
+        assert config.rho == rho, (method, modules)
+    copied = copy.copy(config)
+    copied.rho = 3.0
+    config.method = "sam"
+    config.check_aace_arguments()
+    assert (config.rho, copied.rho) == (1, 3), "a copy has its own"
 
 
 def test_an_unknown_method_is_refused_by_the_names_that_there_are(tmp_path):

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks in the first step that both passes through a model get the same images, and that the ascent pass changes no weight."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from .checks import bare_model
+
+
+logger = logging.get_logger(__name__)
+
+
+@contextmanager
+def images_given_to(model: nn.Module, trainer: Trainer) -> Iterator[list[torch.Tensor]]:
+    """
+    Collect copies of the main input of each forward pass inside this context manager.
+
+    Args:
+        model (`nn.Module`): The model that is called.
+        trainer ([`~transformers.Trainer`]): Its trainer.
+
+    Returns:
+        `list[torch.Tensor]`: Filled as the model is called.
+    """
+    seen, name = [], _main_input(trainer)
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        images = kwargs.get(name, args[0] if args else None)
+        if isinstance(images, torch.Tensor):
+            seen.append(images.detach().clone())
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def warn_of_other_images(trainer: Trainer, ascent: list[torch.Tensor], descent: list[torch.Tensor]) -> None:
+    """
+    Warn if the first images of the descent are not those of the ascent. This waits for the device.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+        ascent (`list[torch.Tensor]`): What the model got in the ascent pass, perhaps of a part of the batch.
+        descent (`list[torch.Tensor]`): What it got in the descent.
+    """
+    if not ascent or not descent or not trainer.is_world_process_zero():
+        return
+    first, second = ascent[0], descent[0][: len(ascent[0])]
+    if first.shape != second.shape or not torch.equal(first, second.to(first.dtype)):
+        cls = type(trainer).__name__
+        logger.warning(
+            f"The model gets another `{_main_input(trainer)}` in the descent than in the ascent pass, so that the perturbation is that of "
+            f"other images. If `training_step` of a class behind SharpnessAwareMixin changes the batch, change it in the data "
+            f"collator instead, or in `training_step` of {cls}. If `compute_loss` changes it, let `ascent_outputs` of {cls} do so too."
+        )
+
+
+def _main_input(trainer: Trainer) -> str:
+    model = bare_model(trainer)
+    return getattr(model, "main_input_name", None) or next(iter(inspect.signature(model.forward).parameters), "")
+
+
+@contextmanager
+def refuse_changed_parameters(model: nn.Module) -> Iterator[None]:
+    """
+    Refuse a forward pass that changes frozen parameters: it runs twice in a step, the second time at the perturbed weights. This waits
+    for the device.
+
+    Args:
+        model (`nn.Module`): The model that is run inside this context manager.
+
+    Raises:
+        `ValueError`: If a frozen parameter has changed on leaving. The message names it.
+    """
+    before = _norms_of_frozen_parameters(model)
+    yield
+    after = _norms_of_frozen_parameters(model)
+    changed = [name for name, norm in before.items() if norm != after.get(name, norm) and norm == norm]
+    if changed:
+        raise ValueError(
+            f"The forward pass of {type(model).__name__} changes {len(changed)} frozen parameters such as {changed[0]!r}. It runs twice in "
+            "a step, so that they would change twice, by perturbed weights too. Make them buffers (`register_buffer`), or "
+            "change them in a callback (`on_step_end`)."
+        )
+
+
+def _norms_of_frozen_parameters(model: nn.Module) -> dict[str, float]:
+    # Norms, not copies: with adapters nearly all of a large model is frozen.
+    common = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and p.dtype in common}
+    with torch.no_grad():
+        return {name: float(torch.linalg.vector_norm(p, dtype=torch.float32)) for name, p in frozen.items()}
