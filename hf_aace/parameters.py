@@ -27,10 +27,10 @@ def parameters_to_perturb(model: nn.Module, perturb_modules: str | None) -> list
     Raises:
         `ValueError`: If there are none.
     """
-    # FSDP2's activation checkpointing and compilation put their wrappers into the names.
+    # FSDP2's activation checkpointing and compilation put their wrappers into the names. A tied weight may be chosen by each.
     trainable = {
         name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): p
-        for name, p in model.named_parameters()
+        for name, p in model.named_parameters(remove_duplicate=False)
         if p.requires_grad
     }
     if perturb_modules == "norm":
@@ -48,4 +48,4 @@ def parameters_to_perturb(model: nn.Module, perturb_modules: str | None) -> list
     else:
         chosen = [p for name, p in trainable.items() if perturb_modules is None or re.search(perturb_modules, name)]
     check_parameters(trainable, chosen, perturb_modules)
-    return chosen
+    return list({id(p): p for p in chosen}.values())

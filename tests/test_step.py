@@ -232,6 +232,26 @@ def test_perturb_modules_moves_what_matches_and_nothing_else(tmp_path):
     assert moved == {name for name in before if "layernorm" in name or name == "classifier.weight"}
 
 
+@pytest.mark.parametrize("pattern", ["first", "second", "first|second|bias"])
+def test_a_tied_weight_is_perturbed_once_by_each_of_its_names(pattern, tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+            self.second.weight = self.first.weight
+
+        def forward(self, pixel_values, labels=None):
+            return (self.second(self.first(pixel_values.flatten(1)).relu())[:, :10],)
+
+    moved = []
+    for choice in (pattern, None):
+        torch.manual_seed(0)
+        trainer = trainer_for_single_steps(Tied(), tmp_path, rho=0.5, perturb_modules=choice)
+        with trainer.perturbed_weights(trainer.model, batch()):
+            moved.append(trainer.model.first.weight.detach().clone())
+    assert torch.equal(*moved) and not torch.equal(moved[0], trainer.model.first.weight)
+
+
 def test_the_ascent_takes_no_gradient_of_weights_that_it_does_not_move(tmp_path):
     """It is then two thirds of a plain step, forward and back through the layers, and not all of it."""
 
