@@ -66,6 +66,7 @@ class Ascent(TrainerCallback):
         self._last_step = -1  # the optimizer step of the last ascent pass
         self._random_draws = 0  # micro-batches of this optimizer step that random targets were drawn for
         self._checks_done = False
+        self._passes = 0  # ascent passes so far
         self._uses_backward = False  # reentrant activation checkpointing cannot serve `autograd.grad`
         self._first_descent_done = False  # which modules it has in evaluation mode is not known before
         self._modules_in_eval: set[nn.Module] = set()  # in the last descent
@@ -269,7 +270,8 @@ class Ascent(TrainerCallback):
             in_training(model, except_modules=self._modules_in_eval),
             gradients_set_aside(trainer.model) if use_backward or first else nullcontext(),
             images_given_to(inner, trainer) if first else nullcontext() as images,
-            refuse_changed_parameters(trainer.model) if first and not sharded else nullcontext(),
+            # In the second, too: a momentum teacher that starts as a copy does not move in the first.
+            refuse_changed_parameters(trainer.model) if self._passes < 2 and not sharded else nullcontext(),
         ):
             samples = [self._samples(inputs) for inputs in window]
             self._ascent_batches = [
@@ -306,6 +308,7 @@ class Ascent(TrainerCallback):
                 del outputs, logits
             if use_backward:
                 gradients = [p.grad for p in parameters]
+        self._passes += 1
         if first:
             self._images = images
         self._statistics = statistics

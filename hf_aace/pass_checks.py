@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks in the first step that both passes through a model get the same images, and that the ascent pass changes no weight."""
+"""Checks in the first steps that both passes through a model get the same images, and that the ascent pass changes no weight."""
 
 import inspect
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def warn_of_other_images(trainer: Trainer, ascent: list[torch.Tensor], descent: 
     if not ascent or not descent or not trainer.is_world_process_zero():
         return
     first, second = ascent[0], descent[0][: len(ascent[0])]
-    if first.shape != second.shape or not torch.equal(first, second.to(first.dtype)):
+    if first.shape != second.shape or not torch.equal(first, second.to(first)):
         cls = type(trainer).__name__
         logger.warning(
             f"The model gets another `{_main_input(trainer)}` in the descent than in the ascent pass, so that the perturbation is that of "
@@ -80,10 +80,10 @@ def refuse_changed_parameters(model: nn.Module) -> Iterator[None]:
     Raises:
         `ValueError`: If a frozen parameter has changed on leaving. The message names it.
     """
-    before = _norms_of_frozen_parameters(model)
+    before = _bits_of_frozen_parameters(model)
     yield
-    after = _norms_of_frozen_parameters(model)
-    changed = [name for name, norm in before.items() if norm != after.get(name, norm) and norm == norm]
+    after = _bits_of_frozen_parameters(model)
+    changed = [name for name, bits in before.items() if bits != after.get(name, bits)]
     if changed:
         raise ValueError(
             f"The forward pass of {type(model).__name__} changes {len(changed)} frozen parameters such as {changed[0]!r}. It runs twice in "
@@ -92,9 +92,11 @@ def refuse_changed_parameters(model: nn.Module) -> Iterator[None]:
         )
 
 
-def _norms_of_frozen_parameters(model: nn.Module) -> dict[str, float]:
-    # Norms, not copies: with adapters nearly all of a large model is frozen.
-    common = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and p.dtype in common}
-    with torch.no_grad():
-        return {name: float(torch.linalg.vector_norm(p, dtype=torch.float32)) for name, p in frozen.items()}
+def _bits_of_frozen_parameters(model: nn.Module) -> dict[str, int]:
+    # Sums, not copies: with adapters nearly all of a large model is frozen. Of the bits, as these show the least change.
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        name: int(p.detach().view(integer[p.element_size()]).sum(dtype=torch.int64))
+        for name, p in model.named_parameters()
+        if not p.requires_grad and p.is_floating_point() and p.element_size() in integer
+    }

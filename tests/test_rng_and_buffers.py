@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import check_goes_on_working, run
+from comparison import check_goes_on_working, run, train
 from tiny import (
     batch,
     convnext,
@@ -201,25 +201,33 @@ def test_what_a_forward_pass_keeps_is_updated_once(layer, accumulate, tmp_path):
     check_goes_on_working(lambda: Convolutional(layer), tmp_path, **accumulate)
 
 
-@pytest.mark.parametrize("write", [lambda a, b: a.lerp_(b, 0.1), lambda a, b: a.data.lerp_(b.data, 0.1)])
-def test_a_teacher_that_the_forward_pass_moves_is_refused(write, tmp_path):
+@pytest.mark.parametrize("write", [lambda a, b: a.lerp_(b, 1e-3), lambda a, b: a.data.lerp_(b.data, 1e-3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_teacher_that_the_forward_pass_moves_is_refused(dtype, write, tmp_path):
     """It would move twice in a step, the second time towards the perturbed weights."""
 
     class WithTeacher(Convolutional):
         def __init__(self):
             super().__init__(nn.Identity)
-            self.teacher = nn.Linear(8, 10).requires_grad_(False)
+            self.teacher = nn.Linear(8, 10, dtype=dtype).requires_grad_(False)
 
         def forward(self, pixel_values, labels=None):
             with torch.no_grad():
-                write(self.teacher.weight, self.linear.weight)
+                write(self.teacher.weight, self.linear.weight.to(dtype))
             return super().forward(pixel_values, labels)
 
+    message = r"forward pass of WithTeacher changes 1 frozen .*'teacher.weight'"
     trainer = trainer_for_single_steps(WithTeacher(), tmp_path)
     before = weights(trainer.model)["linear.weight"]
-    with pytest.raises(ValueError, match=r"forward pass of WithTeacher changes 1 frozen .*'teacher.weight'"):
+    with pytest.raises(ValueError, match=message):
         trainer.training_step(trainer.model, batch())
     assert torch.equal(trainer.model.linear.weight, before)
+
+    copied = WithTeacher()
+    copied.teacher.load_state_dict(copied.linear.state_dict())
+    copied.linear.to(dtype).float()  # so that both are equal, and the first step moves nothing
+    with pytest.raises(ValueError, match=message):
+        train(AACETrainer, AACEConfig, copied, tmp_path, steps=2, rho=0.1)
 
 
 @pytest.mark.parametrize("where", ["compute_loss", "training_step"])
