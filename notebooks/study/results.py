@@ -196,7 +196,8 @@ def main_table(names=tuple(SETTINGS), columns=tuple(COLUMNS)) -> pd.DataFrame:
     table = []
     for name in names:
         rows = gains(name).reindex(columns)
-        cells = [percent(row.gain, row.gain_standard_error, "+") if row.seeds > 0 else "" for row in rows.itertuples()]
+        pairs = zip(rows["gain"], rows["gain_standard_error"], strict=True)
+        cells = ["" if pd.isna(gain) else percent(gain, error, "+") for gain, error in pairs]
         cells[0] = percent(rows["accuracy"].iloc[0], rows["standard_error"].iloc[0])
         best = rows["gain"].fillna(0.0).where(rows["seeds"] > 0).drop("clean labels", errors="ignore").idxmax()
         place = list(columns).index(best)
