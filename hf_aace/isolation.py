@@ -65,7 +65,9 @@ def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.
             for module, name, buffer, value in kept:
                 if _is_writable(buffer):
                     # Always, as a write to `buffer.data` leaves no sign; observers of quantization change the shape too.
-                    buffer.resize_(value.shape).copy_(value)
+                    if buffer.shape != value.shape:
+                        buffer.resize_(value.shape)
+                    buffer.copy_(value)
                 setattr(module, name, buffer)  # the model may have put another in its place
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks in the first steps that both passes through a model get the same images, and that the ascent pass changes no weight."""
+"""Checks in the first steps that both passes through a model get the same images, and leave frozen parameters alone."""
 
 import inspect
 from collections.abc import Iterator
@@ -19,20 +19,20 @@ logger = logging.get_logger(__name__)
 @contextmanager
 def images_given_to(model: nn.Module, trainer: Trainer) -> Iterator[list[torch.Tensor]]:
     """
-    Collect copies of the main input of each forward pass inside this context manager.
+    Keep a copy of the main input of the first forward pass inside this context manager.
 
     Args:
         model (`nn.Module`): The model that is called.
         trainer ([`~transformers.Trainer`]): Its trainer.
 
     Returns:
-        `list[torch.Tensor]`: Filled as the model is called.
+        `list[torch.Tensor]`: Empty until the model is called with a tensor.
     """
     seen, name = [], _main_input(trainer)
 
     def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
         images = kwargs.get(name, args[0] if args else None)
-        if isinstance(images, torch.Tensor):
+        if not seen and isinstance(images, torch.Tensor):
             seen.append(images.detach().clone())
 
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
@@ -58,7 +58,7 @@ def warn_of_other_images(trainer: Trainer, ascent: list[torch.Tensor], descent: 
         cls = type(trainer).__name__
         logger.warning(
             f"The model gets another `{_main_input(trainer)}` in the descent than in the ascent pass, so that the perturbation is that of "
-            f"other images. If `training_step` of a class behind SharpnessAwareMixin changes the batch, change it in the data "
+            "other images. If `training_step` of a class behind SharpnessAwareMixin changes the batch, change it in the data "
             f"collator instead, or in `training_step` of {cls}. If `compute_loss` changes it, let `ascent_outputs` of {cls} do so too."
         )
 

@@ -109,8 +109,8 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     def ascent_outputs(self, model: nn.Module, inputs: Mapping[str, torch.Tensor | Any]) -> Any:
         """
         The model's outputs in the ascent pass. By default the model gets of the batch what its `forward` has an argument for,
-        by name (all of it, if that takes any keyword), but no labels unless it demands them. Override it for a model that your `compute_loss` calls otherwise, as
-        one of torchvision: `return model(inputs["pixel_values"])`.
+        by name (all of it, if that takes any keyword), but no labels unless it demands them. Override it for a model that your
+        `compute_loss` calls otherwise, as one of torchvision: `return model(inputs["pixel_values"])`.
 
         Args:
             model (`nn.Module`): The model to call.

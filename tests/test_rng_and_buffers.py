@@ -152,12 +152,15 @@ class MovingMeanByData(nn.Module):
         return x - self.mean[:, None, None].clone()
 
 
-class WithBuffersThatNoPassCanWrite(nn.Module):
+class WithUnusualBuffers(nn.Module):
+    """Expanded or made in inference mode, which no pass can write to, and sparse."""
+
     def __init__(self):
         super().__init__()
         self.register_buffer("expanded", torch.ones(1).expand(8))
         with torch.inference_mode():
             self.register_buffer("of_inference", torch.ones(8))
+        self.register_buffer("sparse", torch.eye(8).to_sparse(), persistent=False)
 
     def forward(self, x):
         return x * self.expanded[:, None, None]
@@ -184,7 +187,7 @@ class Convolutional(nn.Module):
         lambda: MovingMean(rebinds=False),
         lambda: MovingMean(rebinds=True),
         MovingMeanByData,
-        WithBuffersThatNoPassCanWrite,
+        WithUnusualBuffers,
         lambda: nn.BatchNorm2d(8),
     ],
     ids=[
@@ -193,7 +196,7 @@ class Convolutional(nn.Module):
         "moving mean",
         "moving mean, another tensor",
         "moving mean, by data",
-        "not writable",
+        "unusual buffers",
         "batch norm",
     ],
 )
