@@ -18,16 +18,17 @@ from transformers import Trainer, TrainerCallback
 from . import checks
 from ._compat import BATCH_NORM
 from .callbacks import PerturbationCallback
-from .config import AACEArguments
-from .distributed import average_gradients, mean_over_processes, outside_ddp, reshard
+from .config import AACEArguments, perturbs
+from .distributed import average_gradients, outside_ddp, reshard, sum_over_processes
 from .hook_watch import HookWatch
 from .interval_metrics import IntervalMetrics
 from .isolation import frozen_running_statistics, gradients_set_aside, in_training, replayed_rng, unchanged_buffers
 from .loss_meter import LossMeter
 from .losses import aace_loss, count_correct, count_labels
 from .parameters import parameters_to_perturb
-from .pass_checks import images_given_to, refuse_changed_parameters, warn_of_other_images
+from .pass_checks import images_given_to, refuse_changed_parameters, refuse_lost_changes, warn_of_other_images
 from .perturbation import perturbed
+from .tensor_checks import check_classification, explained_labels
 
 
 @dataclass
@@ -57,17 +58,20 @@ class Ascent(TrainerCallback):
         self.metrics, self.meter, self.watch = IntervalMetrics(), LossMeter(trainer), HookWatch(trainer)
         self._default_args = AACEArguments()
         self.first_step = 0
-        self.release()
+        self.reset()
 
-    def release(self) -> None:
-        """Let go of batches and gradients, as when training ends."""
+    def reset(self) -> None:
+        """Forget all batches and gradients: when training begins, and when it ends."""
         self._window: list[Any] = []
         self._gradient: _Gradient | None = None
         self._last_step = -1  # the optimizer step of the last ascent pass
         self._random_draws = 0  # micro-batches of this optimizer step that random targets were drawn for
         self._checks_done = False
+        self._perturbed = False  # the weights are, at present
+        self._parameters: list[nn.Parameter] = []  # the perturbed ones
+        self._descents = 0  # so far
         self._passes = 0  # ascent passes so far
-        self._uses_backward = False  # reentrant activation checkpointing cannot serve `autograd.grad`
+        self._uses_backward = False  # some models give `autograd.grad` no gradients
         self._first_descent_done = False  # which modules it has in evaluation mode is not known before
         self._modules_in_eval: set[nn.Module] = set()  # in the last descent
         self._images: list[torch.Tensor] | None = None  # of the first ascent pass, until the descent after it
@@ -98,7 +102,7 @@ class Ascent(TrainerCallback):
         self.check()  # the model or the arguments may have changed since construction
         self.first_step = state.global_step  # above 0 after a resume
         checks.warn_of_rare_statistics(self.trainer, self.args, state.max_steps)
-        self.release()
+        self.reset()
         self.metrics.reset()
         self.meter.reset()
 
@@ -131,16 +135,18 @@ class Ascent(TrainerCallback):
             [`perturbed`]: The perturbation, not made yet; `None` if the step is a plain one.
         """
         args, trainer = self.args, self.trainer
-        if args.rho == 0 or trainer.state.global_step % args.perturb_every != 0:
+        if not perturbs(args, trainer.state.global_step):
             return None
         window = [inputs]
         if args.ascent_scope == "full_batch" and len(self._window) > 1:
             window = self._window
             checks.check_window(inputs, window)
+        # Before the weights are looked at: a schedule-free optimizer moves them here, as do layers that merge adapters in `eval()`.
         if isinstance(trainer.optimizer, AcceleratedOptimizer):
-            trainer.optimizer.train()  # a schedule-free one moves the weights here: before we look at them
+            trainer.optimizer.train()
+        model.train()
         reshard(model)  # evaluation may leave full weights gathered; the optimizer updates the shards
-        parameters = parameters_to_perturb(trainer.model, args.perturb_modules)
+        self._parameters = parameters = parameters_to_perturb(trainer.model, args.perturb_modules)
         new = self._gradient is None or not self._may_reuse(self._gradient, window, parameters)
         if new:
             self._gradient = None  # free it before the next one is made
@@ -184,9 +190,12 @@ class Ascent(TrainerCallback):
         Args:
             model (`nn.Module`): The model that the training step got.
         """
+        self._perturbed = True
         try:
             ascended = self._last_step == self.trainer.state.global_step
+            check = self._descents < 2 and not self.trainer.accelerator.is_fsdp2
             with (
+                refuse_lost_changes(self.trainer, self._parameters) if check else nullcontext(),
                 frozen_running_statistics(model),
                 self.meter.watch(model) if ascended else nullcontext(),
                 nullcontext() if self._images is None else images_given_to(model, self.trainer) as images,
@@ -198,11 +207,22 @@ class Ascent(TrainerCallback):
         except BaseException:
             reshard(model)  # or FSDP2 might go on with the perturbed weights that it gathered
             raise
+        finally:
+            self._perturbed, self._parameters = False, []
         # A layer that the descent has in evaluation mode, frozen by `compute_loss`, for example, keeps its statistics, and the
         # next ascent leaves it in evaluation mode.
         self._modules_in_eval = {module for module in model.modules() if not module.training}
         self._first_descent_done = True
+        self._descents += 1
         self._apply_statistics()
+
+    def check_unperturbed(self, method: str) -> None:
+        """Raise a `RuntimeError` if a method of the trainer is called while the weights are perturbed."""
+        if self._perturbed:
+            raise RuntimeError(
+                f"`{method}` was called inside `training_step` or `compute_loss`, where the weights are perturbed. Call it in a "
+                "callback (`on_step_end`), or in `training_step` of a subclass of the trainer with SharpnessAwareMixin."
+            )
 
     def _apply_statistics(self) -> None:
         """Give BatchNorm the running statistics that the ascent came to."""
@@ -281,16 +301,17 @@ class Ascent(TrainerCallback):
             count = divisor = sum(count_labels(labels) for _, labels, _ in samples)
             self._label_count = count
             if self.in_sync:  # with this divisor the mean over the processes is that over all their samples
-                divisor = mean_over_processes(torch.as_tensor(count, dtype=torch.float32, device=trainer.args.device))
-            for index, (inputs, labels, _) in enumerate(samples):
+                count_here = torch.as_tensor(count, dtype=torch.float32, device=trainer.args.device)
+                divisor = sum_over_processes(count_here) / trainer.args.world_size
+            for index, (inputs, labels, whole) in enumerate(samples):
                 if sharded:
                     model.set_requires_gradient_sync(index == len(samples) - 1)
                 with trainer.compute_loss_context_manager():
-                    # A copy: some models change their inputs in place, and the descent is to get them unchanged.
-                    outputs = trainer.ascent_outputs(inner, recursively_apply(torch.clone, inputs))
+                    outputs = trainer.ascent_outputs(inner, inputs)
                     logits = trainer.ascent_logits(outputs)
+                    checks.check_part(logits, labels.shape[:1].numel(), whole.shape[:1].numel())
                     loss = self._loss(logits, labels)
-                if first and not sharded and checks.check_reentrant(trainer, loss):
+                if first and not sharded and checks.uses_reentrant_checkpointing(trainer, loss):
                     self._uses_backward = use_backward = True
                 losses["ascent_loss"] += loss.detach() / count
                 loss = loss / divisor if scaler is None else scaler.scale(loss / divisor)
@@ -308,6 +329,13 @@ class Ascent(TrainerCallback):
                 del outputs, logits
             if use_backward:
                 gradients = [p.grad for p in parameters]
+            # Layers that run a backward pass inside their own (reversible ones) leave gradients here, and give `grad` none.
+            by_backward_only = (
+                first and not use_backward and any(p.grad is not None for p in trainer.model.parameters())
+            )
+        if by_backward_only:
+            self._uses_backward = True
+            return self._pass(model, window, parameters)
         self._passes += 1
         if first:
             self._images = images
@@ -322,13 +350,14 @@ class Ascent(TrainerCallback):
 
     def _samples(self, inputs: Any) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
         """Prepare one micro-batch on the device: the samples that the ascent uses, their labels, and the labels of all."""
-        inputs, name = self.trainer._prepare_inputs(inputs), self.label_name
+        # A copy: a model, or `_prepare_inputs` of the user's, may change it in place, and the descent is to get it unchanged.
+        inputs, name = self.trainer._prepare_inputs(recursively_apply(torch.clone, inputs)), self.label_name
         checks.check_batch(inputs, name)
-        labels = inputs[name]
+        labels = inputs[name].clone()
         if not labels.is_floating_point():
             # As models flatten them; and -100 is no class, which in 8 bits it might look like.
             labels = (labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels).long()
-        batch = labels.shape[:1].numel()
+        batch = labels.shape[:1].numel()  # not len(), which fails on a scalar before a check names the fix
         # BatchNorm takes its running statistics from these samples, and cannot train on one.
         least = 12 if any(isinstance(m, BATCH_NORM) and m.training for m in self.trainer.model.modules()) else 2
         used = min(batch, max(least, round(self.args.ascent_fraction * batch)))
@@ -345,13 +374,14 @@ class Ascent(TrainerCallback):
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The ascent loss, summed over the samples."""
-        checks.check_classification(logits, labels)
+        check_classification(logits, labels)
         if not self._checks_done:
             checks.check_labels(self.trainer, labels, logits.shape[1])
+            checks.warn_of_other_width(self.trainer, logits.shape[1])
         if self.args.perturbation_loss == "aace":
             generator = self._new_generator(logits.device) if self.args.aace_target == "random" else None
             return aace_loss(logits, labels, target=self.args.aace_target, reduction="sum", generator=generator)
-        with checks.explained_labels(labels, logits.shape[1]):
+        with explained_labels(labels, logits.shape[1]):
             return F.cross_entropy(logits, labels, reduction="sum")
 
     def _new_generator(self, device: torch.device) -> torch.Generator:

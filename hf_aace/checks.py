@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of trainers, batches and labels: each refuses what cannot be trained, before any weight moves, and names the fix."""
+"""Checks of trainers and batches: each refuses what cannot be trained, before any weight moves, and names the fix."""
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import unwrap_peft_model
-from transformers.training_args import ParallelMode
+from transformers.training_args import OptimizerNames, ParallelMode
 from transformers.utils import logging
 
 from ._compat import BATCH_NORM, BATCH_OR_INSTANCE_NORM
 from .config import AACEArguments
+from .tensor_checks import check_label_values, check_precision
 
 
 logger = logging.get_logger(__name__)
@@ -47,7 +47,7 @@ def check_trainer(trainer: Trainer, args: AACEArguments, parameters: list[nn.Par
             "`sync_ascent=False` is taken as True with FSDP2: the shards of each weight live on many processes, which "
             "can only perturb it together."
         )
-    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    optimizer = OptimizerNames(trainer.args.optim).value
     if "lomo" in optimizer or "layerwise" in optimizer:
         raise ValueError(
             f"`optim={optimizer!r}` updates the weights inside the backward pass, while they are perturbed, so that "
@@ -90,8 +90,8 @@ def _warn_of_lost_statistics(trainer: Trainer) -> None:
 
 def warn_of_rare_statistics(trainer: Trainer, args: AACEArguments, steps: int) -> None:
     """
-    Warn if BatchNorm, which updates its running statistics on steps with an ascent pass only, would keep more than a tenth of those
-    from before the training.
+    Warn if the training is too short for BatchNorm. With `ascent_every` it updates its running statistics on steps with an ascent
+    pass only; more than a tenth of their values would remain as they were before the training.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer.
@@ -219,10 +219,17 @@ def check_backward_hooks(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def check_reentrant(trainer: Trainer, loss: torch.Tensor) -> bool:
+def uses_reentrant_checkpointing(trainer: Trainer, loss: torch.Tensor) -> bool:
     """
-    Tell if a loss was computed with reentrant activation checkpointing: `autograd.grad` then takes no gradients of what is inside,
-    often without an error, while `backward()` does.
+    Tell whether a loss was computed with reentrant activation checkpointing: `autograd.grad` then takes no gradients of what is
+    inside, often without an error, while `backward()` does.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+        loss (`torch.Tensor`): The loss, with its graph.
+
+    Returns:
+        `bool`: `True` if it was.
 
     Raises:
         `ValueError`: If it was, and `backward()` cannot serve instead.
@@ -302,11 +309,47 @@ def check_inputs_of_model(
         name for name, argument in named.items() if argument.default is argument.empty and name not in kept
     )
     if named and not missing and not kept & named.keys():
-        missing = [getattr(bare_model(trainer), "main_input_name", next(iter(named)))]
+        missing = [main_input_name(trainer)]
     if missing:
         raise ValueError(
             f"`forward` of {type(trainer.model).__name__} needs {missing}, got a batch with {sorted(batch)}. Name the "
             f"columns alike, or override `ascent_outputs` of {type(trainer).__name__} to call the model."
+        )
+
+
+def check_part(logits: torch.Tensor, used: int, batch: int) -> None:
+    """
+    Check that the model got as many samples as `ascent_fraction` takes.
+
+    Args:
+        logits (`torch.Tensor`): What it returned.
+        used (`int`): The number of samples that the ascent is to use.
+        batch (`int`): The number of samples in the batch.
+
+    Raises:
+        `ValueError`: If it got the whole batch.
+    """
+    if used < batch and logits.dim() > 0 and len(logits) == batch:
+        raise ValueError(
+            f"`ascent_fraction` takes {used} of the {batch} samples of a batch, but the model returned {batch}: its inputs do not have the "
+            "samples in their first dimension. Set `ascent_fraction=1`, or override `ascent_outputs` to cut them."
+        )
+
+
+def warn_of_other_width(trainer: Trainer, classes: int) -> None:
+    """
+    Warn if what was taken for logits has another width than the model has classes.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+        classes (`int`): The width.
+    """
+    num_labels = getattr(getattr(bare_model(trainer), "config", None), "num_labels", classes)
+    if num_labels != classes and trainer.is_world_process_zero():
+        logger.warning(
+            f"The ascent takes a tensor of {classes} columns for the logits, but the configuration of the model has `num_labels={num_labels}`. If "
+            f"its outputs hold the logits elsewhere, override `ascent_logits` of {type(trainer).__name__}; if its head has been replaced, set "
+            "`num_labels`."
         )
 
 
@@ -328,129 +371,11 @@ def check_labels(trainer: Trainer, labels: torch.Tensor, classes: int) -> None:
 
 
 def bare_model(trainer: Trainer) -> nn.Module:
-    """The model of a trainer without the wrappers of accelerate, `torch.compile` and peft."""
+    """Return the model of a trainer without the wrappers of accelerate, `torch.compile` and peft."""
     return unwrap_peft_model(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
 
 
-def check_classification(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """
-    Check that `logits` and `labels` are those of a single-label classifier, by shape and dtype alone: no value is
-    read, so that no device is waited for.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch, classes)`): The scores.
-        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
-
-    Raises:
-        `ValueError`: If they are not; the message says what was found and what is needed.
-    """
-    if logits.dim() != 2:
-        raise ValueError(
-            f"Sharpness-aware training needs logits of shape (batch, classes), got {tuple(logits.shape)}. Use a model "
-            "with one score for each class, such as any `AutoModelForImageClassification`."
-        )
-    batch, classes = logits.shape
-    if classes < 2:
-        raise ValueError(
-            f"AACE needs at least 2 classes, got logits of shape {tuple(logits.shape)}. A model with one output is a "
-            "regression: give a binary classifier two classes (`num_labels=2`)."
-        )
-    if labels.is_floating_point():
-        if labels.shape != logits.shape:
-            raise ValueError(
-                f"Floating-point labels must be class probabilities of shape {tuple(logits.shape)}, like the logits, "
-                f"got {tuple(labels.shape)}. For class indices use an integer dtype; regression has no AACE loss."
-            )
-    elif labels.shape != (batch,):
-        raise ValueError(
-            f"Integer labels must have shape ({batch},), one class for each sample, got {tuple(labels.shape)}. For "
-            "soft labels (mixup, cutmix) use floating-point probabilities; multi-label targets have no AACE loss."
-        )
-
-
-def check_label_values(labels: torch.Tensor, classes: int, ignore_index: int = -100) -> None:
-    """
-    Check the values of the labels. This reads them, which waits for the device: call it once, or after a failure.
-
-    Args:
-        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
-        classes (`int`): Number of classes.
-        ignore_index (`int`, *optional*, defaults to `-100`): The index that marks samples to leave out.
-
-    Raises:
-        `ValueError`: If a class index lies outside `[0, classes)`, or if probabilities do not sum to one.
-    """
-    if labels.is_floating_point():
-        sums = labels.sum(dim=1)
-        if bool((labels < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
-            raise ValueError(
-                "Floating-point labels must be class probabilities, none negative and each row summing to 1, got rows "
-                f"that sum to {sums.min().item():g} .. {sums.max().item():g}. Multi-label targets have no AACE loss: "
-                "give each sample one label, or probabilities, or train plainly (`rho=0`)."
-            )
-        return
-    valid = labels[labels != ignore_index]
-    if valid.numel() > 0 and (int(valid.min()) < 0 or int(valid.max()) >= classes):
-        raise ValueError(
-            f"Labels must lie in [0, {classes}) for a model with {classes} classes, got {int(valid.min())} .. "
-            f"{int(valid.max())}. Set `num_labels` of the model to the number of classes in the data."
-        )
-
-
-@contextmanager
-def explained_labels(labels: torch.Tensor, classes: int, ignore_index: int = -100) -> Iterator[None]:
-    """
-    Turn an error of indexing in a loss into one of [`check_label_values`], inside this context manager, if the labels are its
-    reason.
-    """
-    try:
-        yield
-    except (IndexError, RuntimeError):
-        check_label_values(labels, classes, ignore_index)
-        raise
-
-
-def check_perturbation(
-    parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], rho: float
-) -> None:
-    """
-    Check that weights can be perturbed along gradients.
-
-    Raises:
-        `ValueError`: If `rho` is negative or not finite, the lengths differ, there is no gradient at all, or a parameter with
-            one is of 16 bits.
-    """
-    if not 0 <= rho < float("inf"):
-        raise ValueError(f"`rho` must be a finite number >= 0, got {rho}.")
-    if len(parameters) != len(gradients):
-        raise ValueError(
-            f"`gradients` must hold one entry for each parameter, got {len(gradients)} for {len(parameters)}."
-        )
-    moved = [p for p, g in zip(parameters, gradients, strict=True) if g is not None]
-    if not moved:
-        raise ValueError(
-            "None of the parameters has a gradient, so there is no direction to perturb in. Pass parameters that "
-            "the loss depends on."
-        )
-    check_precision(moved)
-
-
-def check_precision(parameters: Iterable[torch.Tensor]) -> None:
-    """
-    Check that the parameters can hold a perturbation.
-
-    Args:
-        parameters (iterable of `torch.Tensor`): The parameters to be perturbed.
-
-    Raises:
-        `ValueError`: If one of them is of 16 bits or fewer: a step of 5e-6, for example, on a weight of 0.02 is then
-            rounded away.
-    """
-    for parameter in parameters:
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"The parameters to perturb must be float32 (or float64), got {parameter.dtype}: its rounding would "
-                "swallow the perturbation. Load the model with `dtype=torch.float32` and train with `bf16=True` or "
-                "`fp16=True` for mixed precision. (`bf16_full_eval` and `fp16_full_eval` cast it, too, if it is evaluated "
-                "before it is trained.)"
-            )
+def main_input_name(trainer: Trainer) -> str:
+    """Return the name of the argument of `forward` that gets the images: the model's `main_input_name`, or its first argument."""
+    model = bare_model(trainer)
+    return getattr(model, "main_input_name", None) or next(iter(inspect.signature(model.forward).parameters), "")

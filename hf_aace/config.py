@@ -32,9 +32,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "rho": 0.5,
     },
 }
-# The default rho of each method if only the normalization layers are perturbed, which takes longer steps: the least of those that
-# were best on validation images of the digits in the study (notebooks/study); in fine-tuning on photographs 1 to 3 were. Not
-# measured for ASAM, which is nearly SAM where weights are near 1.
+# The default rho of each method for `perturb_modules="norm"`, where steps have to be longer: the smallest value that was best on
+# validation images in a study of digits (notebooks/study); in fine-tuning on photographs 1 to 3 were best. Not measured for ASAM,
+# which is nearly SAM where weights are near 1.
 _RHO_OF_NORM_LAYERS = {"aace": 10.0, "sam": 1.0, "asam": 1.0}
 
 _CHOICES = {
@@ -44,9 +44,14 @@ _CHOICES = {
 }
 
 
+def perturbs(args: "AACEArguments", step: int) -> bool:
+    """Tell whether the optimizer step with this number, from 0, is perturbed."""
+    return args.rho != 0 and step % args.perturb_every == 0
+
+
 def method_title(args: "AACEArguments") -> str:
     """
-    The short name of a method for tables, plots and model cards.
+    Return the short name of a method for tables, plots and model cards.
 
     Args:
         args ([`AACEArguments`]): The settings.
@@ -139,12 +144,12 @@ class AACEArguments:
     )
     perturb_every: int = field(
         default=1,
-        metadata={"help": "Perturb on every this many optimizer steps; the others are plain steps."},
+        metadata={"help": "Perturb on every n-th optimizer step; the others are plain steps."},
     )
     ascent_every: int = field(
         default=1,
         metadata={
-            "help": "Take an ascent pass on every this many optimizer steps; perturbed steps between reuse its gradient."
+            "help": "Take an ascent pass on every n-th optimizer step; perturbed steps between reuse its gradient."
         },
     )
     perturb_modules: str | None = field(
@@ -155,8 +160,8 @@ class AACEArguments:
         },
     )
 
-    _base: ClassVar[str | None] = None  # the method whose values the fields have that were not given
-    _applied_method: ClassVar[str | None] = None  # `method` as it was then
+    _base: ClassVar[str | None] = None  # the method whose values the fields that were not given have
+    _applied_method: ClassVar[str | None] = None  # `method` when `_apply_method` last ran
     _given: ClassVar[frozenset[str]] = frozenset()  # the fields of a method that were given
 
     def __post_init__(self):
@@ -248,8 +253,8 @@ class AACEConfig(AACEArguments, TrainingArguments):
 
     Args:
         method (`str`, *optional*):
-            Sets the following four fields as a paper has them; one that is given beside it wins (and `method` is then `None`,
-            unless it is `rho`).
+            Sets the following four fields as a paper has them. A field that is given wins; if it differs from the paper's, `method`
+            becomes `None`, unless the field is `rho`.
 
             - `"aace"`, the default (Ratchatorn & Tanaka, [arXiv 2406.14329](https://huggingface.co/papers/2406.14329)):
               `perturbation_loss="aace"`, not normalized, `rho=0.01`, which is for fine-tuning with AdamW. The paper has 0.2,
@@ -286,9 +291,9 @@ class AACEConfig(AACEArguments, TrainingArguments):
             With several processes, whether to perturb by the gradient averaged over them (that of the mean over all their
             samples) instead of by each one's own. Costs one all-reduce more. With FSDP2 it is always so.
         perturb_every (`int`, *optional*, defaults to `1`):
-            Perturb on every this many optimizer steps; the steps between are plain.
+            Perturb on every n-th optimizer step; the steps between are plain.
         ascent_every (`int`, *optional*, defaults to `1`):
-            Take an ascent pass on every this many optimizer steps only; perturbed steps between move the weights along the
+            Take an ascent pass on every n-th optimizer step only; perturbed steps between move the weights along the
             gradient of the last one again (of its last micro-batch, with `ascent_scope="micro_batch"` under accumulation; one
             that is not finite skips them all).
             That gradient is kept, in memory of the size of the perturbed parameters, but in no checkpoint: the step after a

@@ -41,14 +41,7 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """Average a tensor over all processes into a new one; with a single process, return the tensor."""
-    return sum_over_processes(tensor) / (dist.get_world_size() if dist.is_initialized() else 1)
-
-
-def average_gradients(
-    gradients: list[torch.Tensor | None], parameters: list[nn.Parameter]
-) -> list[torch.Tensor | None]:
+def average_gradients(gradients: list[torch.Tensor | None], parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     """
     Average gradients over all processes, by a single collective. A gradient that one process lacks counts as zero there.
 
@@ -57,10 +50,8 @@ def average_gradients(
         parameters (`list[nn.Parameter]`): Their parameters, the same on all processes and all on one device.
 
     Returns:
-        `list[torch.Tensor | None]`: The averaged gradients; with a single process, `gradients`.
+        `list[torch.Tensor]`: The averaged gradients.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return gradients
     flat = torch.cat(
         [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, gradients, strict=True)]
     )

@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .config import AACEArguments
+from .config import AACEArguments, perturbs
 
 
 _INSTEAD = "Call it by `super()` where you override it. If you do not, this Transformers calls other methods: use an older one."
@@ -22,24 +22,27 @@ class HookWatch(TrainerCallback):
         trainer ([`~transformers.Trainer`]): The trainer.
 
     Raises:
-        `RuntimeError`: At the end of the first step without the call. The message names the method.
+        `RuntimeError`: If `training_step` was not called by the end of a step, or `get_batch_samples` not before one. The message
+            names the method.
     """
 
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
+        self._default_args = AACEArguments()
         self._expected = False  # the step that began is to be perturbed
         self._called = False  # `training_step` was called since
+        self._ever_called = False
         self._micro_batches = 0  # in the present optimizer step
 
-    def training_step(self) -> None:
+    def note_training_step(self) -> None:
         """Note that `training_step` was called."""
-        self._called = True
+        self._called = self._ever_called = True
         # Trainer has this number from what its `get_batch_samples` returned. With one micro-batch nothing depends on it.
         if self._expected and 1 < self._trainer.current_gradient_accumulation_steps != self._micro_batches:
             self._raise("get_batch_samples", "does not know the micro-batches of the optimizer step")
 
-    def begin_window(self, batches: list[Any]) -> None:
-        """Note that `get_batch_samples` was called."""
+    def note_window(self, batches: list[Any]) -> None:
+        """Note that `get_batch_samples` was called, and the micro-batches that it returned."""
         trainer, steps = self._trainer, self._trainer.args.gradient_accumulation_steps
         within_a_step = (
             self._called and not trainer.accelerator.sync_gradients and not trainer.control.should_epoch_stop
@@ -50,29 +53,28 @@ class HookWatch(TrainerCallback):
         self._micro_batches = len(batches)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._expected, self._called, self._micro_batches = False, False, 0
+        self._expected, self._called, self._ever_called, self._micro_batches = False, False, False, 0
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._expected, self._called = _perturbs(args, state.global_step), False
+        self._expected, self._called = self._perturbs(args, state.global_step), False
 
     def on_step_end(self, args, state, control, **kwargs):
-        # Looked at twice: a callback may have changed `rho` meanwhile.
-        if self._expected and not self._called and _perturbs(args, state.global_step - 1):
+        # Later steps may leave it out: a subclass may skip a batch. Looked at twice: a callback may have changed `rho` meanwhile.
+        if self._expected and not self._ever_called and self._perturbs(args, state.global_step - 1):
             self._raise("training_step", "was not called, so that this would be plain training")
+
+    def _perturbs(self, args: TrainingArguments, step: int) -> bool:
+        return perturbs(args if isinstance(args, AACEArguments) else self._default_args, step)
 
     def _raise(self, method: str, what: str) -> None:
         raise RuntimeError(f"`{method}` of SharpnessAwareMixin {what} ({type(self._trainer).__name__}). {_INSTEAD}")
 
 
-def _perturbs(args: TrainingArguments, step: int) -> bool:
-    settings = args if isinstance(args, AACEArguments) else AACEArguments()
-    return settings.rho > 0 and step % settings.perturb_every == 0
-
-
 @contextmanager
 def no_optimizer_steps(trainer: Trainer) -> Iterator[None]:
     """
-    Refuse steps of any optimizer inside this context manager, where weights are perturbed: they would be put back over the update.
+    Refuse steps of an optimizer of the model inside this context manager, where its weights are perturbed: they would be put back
+    over the update.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer, which the message names.
@@ -82,6 +84,9 @@ def no_optimizer_steps(trainer: Trainer) -> Iterator[None]:
     """
 
     def refuse(optimizer, args, kwargs):
+        own = {id(p) for p in trainer.model.parameters()}
+        if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+            return  # of a discriminator, for example
         raise RuntimeError(
             f"`training_step` of {type(trainer).__name__} steps {type(optimizer).__name__} itself, while the weights are perturbed: "
             "the update would be lost. Leave the step to Trainer, or make it in a callback (`on_step_end`)."

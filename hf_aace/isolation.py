@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Context managers that keep a second pass through a model from leaving traces: random numbers, buffers, modes, gradients."""
 
+import copy
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from ._compat import BATCH_NORM
+
+
+_FORWARD_OF_BATCH_NORM = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
 
 @contextmanager
@@ -23,6 +27,8 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
     """
     # Not `momentum = 0`, the usual trick: that still counts the batch, and breaks layers with `momentum=None`.
     layers = [module for module in model.modules() if isinstance(module, BATCH_NORM) and module.track_running_stats]
+    # A subclass may update them by a `forward` of its own, whatever `track_running_stats` says.
+    kept = _values_of_buffers(layer for layer in layers if type(layer).forward not in _FORWARD_OF_BATCH_NORM)
     try:
         for layer in layers:
             layer.track_running_stats = False
@@ -30,13 +36,14 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
+        _restore(kept)
 
 
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.Tensor, torch.Tensor]]]:
     """
-    Restore the buffers of a model after this context manager. Forward passes update the running statistics of BatchNorm, for
-    example, and the vectors of spectral normalization.
+    Restore the buffers of a model, and its extra state, after this context manager. Forward passes update the running statistics
+    of BatchNorm, for example, and the vectors of spectral normalization.
 
     Args:
         model (`nn.Module`): The model.
@@ -45,30 +52,55 @@ def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.
         `list[tuple[nn.Module, torch.Tensor, torch.Tensor]]`: Filled on leaving, with an entry for each buffer of BatchNorm: the
         layer, the buffer, and the value that the buffer had come to.
     """
-    kept, layers, buffers = [], [], []
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if isinstance(module, BATCH_NORM):
-                layers.append(module)
-                buffers.append(buffer)
-            else:
-                kept.append((module, name, buffer, buffer.clone()))
-    before = [buffer.clone() for buffer in buffers]
+    layers = [module for module in model.modules() if isinstance(module, BATCH_NORM)]
+    kept = _values_of_buffers(module for module in model.modules() if not isinstance(module, BATCH_NORM))
+    of_layers = _values_of_buffers(layers)
+    names = [
+        (module, set(module._buffers), dict(module.named_buffers(recurse=False)).keys()) for module in model.modules()
+    ]
+    extra = [
+        (module, copy.deepcopy(module.get_extra_state()))
+        for module in model.modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    ]
     statistics = []
     try:
         yield statistics
     finally:
-        with torch.no_grad():
-            statistics += zip(layers, buffers, [buffer.clone() for buffer in buffers], strict=True)
-            if buffers:
-                torch._foreach_copy_(buffers, before)
-            for module, name, buffer, value in kept:
-                if _is_writable(buffer):
-                    # Always, as a write to `buffer.data` leaves no sign; observers of quantization change the shape too.
-                    if buffer.shape != value.shape:
-                        buffer.resize_(value.shape)
-                    buffer.copy_(value)
-                setattr(module, name, buffer)  # the model may have put another in its place
+        for module, state in extra:
+            module.set_extra_state(state)
+        statistics += [(layer, buffer, getattr(layer, name).clone()) for layer, name, buffer, _ in of_layers]
+        _restore(of_layers)
+        _restore(kept)
+        # What this pass filled or made, the next one is to fill or make.
+        for module, registered, filled in names:
+            for name in dict(module.named_buffers(recurse=False)).keys() - filled:
+                if name in registered:
+                    setattr(module, name, None)
+                else:
+                    delattr(module, name)
+
+
+def _values_of_buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]:
+    return [
+        (module, name, buffer, buffer.clone())
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+
+
+@torch.no_grad()
+def _restore(kept: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]) -> None:
+    """Give buffers the values of before."""
+    for module, name, buffer, value in kept:
+        if _is_writable(buffer) and buffer.shape != value.shape:
+            buffer.resize_(value.shape)  # as observers of quantization do
+        if getattr(module, name) is not buffer:
+            setattr(module, name, buffer)
+    # Always, as a write to `buffer.data` leaves no sign.
+    written = [(buffer, value) for _, _, buffer, value in kept if _is_writable(buffer)]
+    if written:
+        torch._foreach_copy_(*map(list, zip(*written, strict=True)))
 
 
 def _is_writable(buffer: torch.Tensor) -> bool:

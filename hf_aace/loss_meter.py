@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loss before and after the perturbation, measured alike for the log, and compared with the loss that is trained on."""
 
+import copy
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -52,6 +55,8 @@ class LossMeter:
             labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): The labels.
         """
         loss_func, smoothing = self._trainer.compute_loss_func, self._trainer.args.label_smoothing_factor
+        if not self._measurable:
+            return torch.full((), math.nan, device=logits.device)
         try:
             if loss_func is None:
                 with torch.no_grad():
@@ -60,10 +65,19 @@ class LossMeter:
             items = labels.numel() if labels.is_floating_point() else count_labels(labels)
             # It may draw random numbers, which would be missing in later steps.
             with torch.no_grad(), replayed_rng({logits.device}):
-                return loss_func(outputs, labels, num_items_in_batch=items).detach() * count_labels(labels)
+                own = self._copy(loss_func)
+                return own(outputs, labels, num_items_in_batch=items).detach() * count_labels(labels)
         except Exception as error:
             self._leave_out(f"measuring it without gradients failed ({type(error).__name__}: {error}).")
             return torch.full((), math.nan, device=logits.device)
+
+    def _copy(self, loss_func: Any) -> Any:
+        """Copy an object that is called as a function, as a call may change it. Large things that it holds are shared."""
+        if isinstance(loss_func, (FunctionType, MethodType, functools.partial)):
+            return loss_func
+        modules = [value for value in (loss_func, *vars(loss_func).values()) if isinstance(value, nn.Module)]
+        shared = [self._trainer, self._trainer.model, *(p for module in modules for p in module.parameters())]
+        return copy.deepcopy(loss_func, {id(value): value for value in shared})
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
@@ -75,8 +89,11 @@ class LossMeter:
         """
 
         def keep(module: nn.Module, args: tuple, outputs: Any) -> None:
-            self._outputs = recursively_apply(lambda tensor: tensor.detach().clone(), outputs)
             self._forwards += 1
+            try:
+                self._outputs = recursively_apply(lambda tensor: tensor.detach().clone(), outputs)
+            except Exception as error:  # such as of a dictionary with a constructor of its own
+                self._leave_out(f"the outputs of the model cannot be copied ({type(error).__name__}: {error}).")
 
         self._outputs, self._forwards = None, 0
         handle = model.register_forward_hook(keep)
@@ -153,7 +170,7 @@ class LossMeter:
         else:
             self._leave_out(
                 f"the loss that is trained on ({trained:.4g}) is not what `compute_loss_func` returns when it is called again "
-                f"({right[0]:.4g}), as if it draws random numbers or `compute_loss` adds to it."
+                f"({right[0]:.4g}), as if it draws random numbers, keeps a state, or `compute_loss` adds to it."
             )
 
     def _warn_of_scale(self, factor: float, micro_batches: int) -> None:

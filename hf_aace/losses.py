@@ -6,12 +6,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .checks import check_classification, explained_labels
+from .tensor_checks import check_classification, explained_labels
 
 
 def count_labels(labels: torch.Tensor) -> torch.Tensor | int:
     """
-    The number of samples that count: all but those with the index -100, which cross-entropy ignores too.
+    Count the samples, but not those with the index -100, which cross-entropy ignores too.
 
     Args:
         labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
@@ -21,7 +21,7 @@ def count_labels(labels: torch.Tensor) -> torch.Tensor | int:
 
 def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
-    The number of samples whose label has the highest score. Those with the index -100 do not count; of probabilities the
+    Count the samples whose label has the highest score. Those with the index -100 do not count; of probabilities the
     highest is the label.
 
     Args:
@@ -73,7 +73,8 @@ def aace_loss(
         `torch.Tensor`: The loss, a scalar, or of shape `(batch,)` for `reduction="none"` (0 where ignored).
 
     Raises:
-        `ValueError`: If the shapes or dtypes are not those of a single-label classifier, or a choice is unknown.
+        `ValueError`: If the shapes or dtypes are not those of a single-label classifier, a choice is unknown, or (on a CPU) a class
+            index lies outside `[0, classes)`.
 
     Example:
 

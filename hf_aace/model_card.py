@@ -38,7 +38,7 @@ def write_model_card(
         first_step (`int`, *optional*, defaults to 0): The step that the last training began at; above 0 it was resumed.
         tags (`str` or `list[str]`, *optional*): Tags besides those of the trainer and those of a card that is there.
         facts (`dict[str, str]`, *optional*): Facts about the run by title, for the section on the training.
-        **metadata: Everything else that [`~transformers.Trainer.create_model_card`] takes.
+        **metadata: Passed on to [`~transformers.modelcard.TrainingSummary.from_trainer`].
     """
     path = Path(trainer.args.output_dir, "README.md")
     present = ModelCard.load(path).data if path.is_file() else ModelCardData()
@@ -58,7 +58,7 @@ def write_model_card(
         log_history=history,
         best=best,
         first_step=first_step,
-        facts=facts or {},
+        facts=facts,
         hardware=describe_hardware(trainer.args.device, trainer.args.world_size),
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks in the first steps that both passes through a model get the same images, and leave frozen parameters alone."""
+"""Checks in the first steps: both passes get the same images, and change no parameters."""
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from .checks import bare_model
+from .checks import main_input_name
 
 
 logger = logging.get_logger(__name__)
@@ -28,11 +27,12 @@ def images_given_to(model: nn.Module, trainer: Trainer) -> Iterator[list[torch.T
     Returns:
         `list[torch.Tensor]`: Empty until the model is called with a tensor.
     """
-    seen, name = [], _main_input(trainer)
+    seen, name = [], main_input_name(trainer)
 
     def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
         images = kwargs.get(name, args[0] if args else None)
-        if not seen and isinstance(images, torch.Tensor):
+        # Not a sparse or a nested tensor, which cannot be cut to the samples of the ascent.
+        if not seen and isinstance(images, torch.Tensor) and images.layout == torch.strided and not images.is_nested:
             seen.append(images.detach().clone())
 
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
@@ -54,18 +54,13 @@ def warn_of_other_images(trainer: Trainer, ascent: list[torch.Tensor], descent: 
     if not ascent or not descent or not trainer.is_world_process_zero():
         return
     first, second = ascent[0], descent[0][: len(ascent[0])]
-    if first.shape != second.shape or not torch.equal(first, second.to(first)):
+    if first.shape != second.shape or not torch.equal(first.nan_to_num(), second.to(first).nan_to_num()):
         cls = type(trainer).__name__
         logger.warning(
-            f"The model gets another `{_main_input(trainer)}` in the descent than in the ascent pass, so that the perturbation is that of "
+            f"The model gets another `{main_input_name(trainer)}` in the descent than in the ascent pass, so that the perturbation is that of "
             "other images. If `training_step` of a class behind SharpnessAwareMixin changes the batch, change it in the data "
             f"collator instead, or in `training_step` of {cls}. If `compute_loss` changes it, let `ascent_outputs` of {cls} do so too."
         )
-
-
-def _main_input(trainer: Trainer) -> str:
-    model = bare_model(trainer)
-    return getattr(model, "main_input_name", None) or next(iter(inspect.signature(model.forward).parameters), "")
 
 
 @contextmanager
@@ -80,9 +75,9 @@ def refuse_changed_parameters(model: nn.Module) -> Iterator[None]:
     Raises:
         `ValueError`: If a frozen parameter has changed on leaving. The message names it.
     """
-    before = _bits_of_frozen_parameters(model)
+    before = _bits({name: p for name, p in model.named_parameters() if not p.requires_grad})
     yield
-    after = _bits_of_frozen_parameters(model)
+    after = _bits({name: p for name, p in model.named_parameters() if not p.requires_grad})
     changed = [name for name, bits in before.items() if bits != after.get(name, bits)]
     if changed:
         raise ValueError(
@@ -92,11 +87,37 @@ def refuse_changed_parameters(model: nn.Module) -> Iterator[None]:
         )
 
 
-def _bits_of_frozen_parameters(model: nn.Module) -> dict[str, int]:
-    # Sums, not copies: with adapters nearly all of a large model is frozen. Of the bits, as these show the least change.
+@contextmanager
+def refuse_lost_changes(trainer: Trainer, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """
+    Refuse a training step that changes the weights while they are perturbed. This waits for the device.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer, whose step is run inside this context manager.
+        parameters (`list[nn.Parameter]`): The perturbed parameters.
+
+    Raises:
+        `ValueError`: If one of them has changed on leaving. The message names it.
+    """
+    perturbed = {id(p) for p in parameters}
+    own = {name: p for name, p in trainer.model.named_parameters() if id(p) in perturbed}
+    before = _bits(own)
+    yield
+    after = _bits(own)
+    changed = [name for name, bits in before.items() if bits != after[name]]
+    if changed:
+        raise ValueError(
+            f"`training_step` of {type(trainer).__name__}, or what it calls, changes {len(changed)} parameters such as {changed[0]!r} "
+            "while the weights are perturbed: the change would be lost. Change them in a callback (`on_step_end`)."
+        )
+
+
+def _bits(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    # Sums, not copies, which take memory: with adapters nearly all of a large model is frozen. Of the bits, as these show the
+    # least change.
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return {
         name: int(p.detach().view(integer[p.element_size()]).sum(dtype=torch.int64))
-        for name, p in model.named_parameters()
-        if not p.requires_grad and p.is_floating_point() and p.element_size() in integer
+        for name, p in parameters.items()
+        if p.is_floating_point() and p.element_size() in integer
     }

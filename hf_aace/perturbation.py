@@ -9,10 +9,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.utils import get_total_norm
 from torch.profiler import record_function
 
-from .checks import check_perturbation
+from .tensor_checks import check_perturbation
 
 
-# Begins the names under which profilers, and `hf-aace benchmark`, see what a step takes beside its two passes.
+# Prefix of the profiler labels of the perturbation; `hf-aace benchmark` adds up their times.
 PROFILED = "perturbation: "
 
 # Keeps the step of a zero gradient zero instead of 0/0; far below any gradient norm that matters.
@@ -57,16 +57,16 @@ class perturbed:
         grad_scale (`torch.Tensor`, *optional*):
             The factor, a scalar, by which `gradients` are too large (the loss scale of fp16).
 
-    Attributes (scalar tensors on the device):
-        grad_norm: Norm of the gradient.
-        norm: Norm of the step, 0 if it is skipped.
-        skipped: 1 if the gradient was not finite and no step was made, else 0.
+    Attributes:
+        grad_norm (`torch.Tensor`): Norm of the gradient, a scalar on the device.
+        norm (`torch.Tensor`): Norm of the step, a scalar on the device; 0 if it is skipped.
+        skipped (`torch.Tensor`): 1 if the gradient was not finite and no step was made, else 0; a scalar on the device.
         direction (`list[torch.Tensor]`): The direction of the step up to a positive factor and the sign, as this process holds
             it. Empty after the weights have moved; clone what is to last longer.
 
     Raises:
         `ValueError`: If `rho` is negative or not finite, the lengths differ, there is no gradient at all, or a
-            parameter is of 16 bits, where rounding would swallow the step.
+            parameter with a gradient is neither float32 nor float64, so that rounding would swallow the step.
         `RuntimeError`: If it is entered a second time.
 
     Example:

@@ -55,6 +55,8 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         `ValueError`: When it is made, or when training starts, if the model, the data or another setting cannot be
             trained so; the message says what was found and how to mend it. Not with `rho=0`.
         `TypeError`: When a class puts it behind the Trainer among its bases.
+        `RuntimeError`: In training, if its `training_step` or `get_batch_samples` is not called, or an optimizer steps while the
+            weights are perturbed.
     """
 
     def __init__(self, *args, **kwargs):
@@ -62,9 +64,8 @@ class SharpnessAwareMixin(TrainerWorkarounds):
             kwargs["model"] = _load_model(kwargs["model"])
         elif args and isinstance(args[0], str):
             first = next(iter(inspect.signature(super().__init__).parameters.values()))
-            if (
-                first.name == "model" or first.kind is first.VAR_POSITIONAL
-            ):  # in a custom Trainer the first argument may be another string
+            # In a custom Trainer the first argument may be another string.
+            if first.name == "model" or first.kind is first.VAR_POSITIONAL:
                 args = (_load_model(args[0]), *args[1:])
         super().__init__(*args, **kwargs)
         self._ascent = Ascent(self)
@@ -77,7 +78,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         check_mixin_order(cls, SharpnessAwareMixin)
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args, **kwargs) -> torch.Tensor:
-        self._ascent.watch.training_step()
+        self._ascent.watch.note_training_step()
         with self.perturbed_weights(model, inputs):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self._ascent.log_descent(inputs, loss, kwargs.get("num_items_in_batch", args[0] if args else None))
@@ -108,7 +109,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
 
     def ascent_outputs(self, model: nn.Module, inputs: Mapping[str, torch.Tensor | Any]) -> Any:
         """
-        The model's outputs in the ascent pass. By default the model gets of the batch what its `forward` has an argument for,
+        Compute the model's outputs in the ascent pass. By default the model gets of the batch what its `forward` has an argument for,
         by name (all of it, if that takes any keyword), but no labels unless it demands them. Override it for a model that your
         `compute_loss` calls otherwise, as one of torchvision: `return model(inputs["pixel_values"])`.
 
@@ -118,7 +119,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
                 The samples of the ascent pass, with their labels and all else that batches hold.
 
         Returns:
-            `Any`: What [`~SharpnessAwareMixin.ascent_logits`] finds the logits in, without a loss at the head of a tuple.
+            `Any`: The outputs, for [`~SharpnessAwareMixin.ascent_logits`]. A tuple begins with the logits.
 
         Raises:
             `ValueError`: If `forward` needs what the batch does not hold.
@@ -136,12 +137,20 @@ class SharpnessAwareMixin(TrainerWorkarounds):
             if (anything or key in accepted) and (needs_label or key != label)
         }
         check_inputs_of_model(self, accepted, kept.keys(), inputs.keys())
-        outputs = model(**kept)
+        try:
+            outputs = model(**kept)
+        except KeyError as error:
+            if error.args != (label,):
+                raise
+            raise ValueError(
+                f"`forward` of {type(self.model).__name__} needs `{label}`, for which it has no argument of that name. Give it one, or "
+                f"override `ascent_outputs` of {type(self).__name__} to call the model with the labels."
+            ) from error
         return outputs[1:] if needs_label and isinstance(outputs, tuple) else outputs
 
     def ascent_logits(self, outputs: Any) -> torch.Tensor:
         """
-        The logits that the ascent loss is computed from. Override it for a model that returns them elsewhere.
+        Return the logits that the ascent loss is computed from. Override it for a model that returns them elsewhere.
 
         Args:
             outputs (`Any`): What [`~SharpnessAwareMixin.ascent_outputs`] returned.
@@ -169,11 +178,23 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._ascent.release()
+            self._ascent.reset()
+
+    def evaluate(self, *args, **kwargs):
+        self._ascent.check_unperturbed("evaluate")
+        return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        self._ascent.check_unperturbed("predict")
+        return super().predict(*args, **kwargs)
+
+    def save_model(self, *args, **kwargs):
+        self._ascent.check_unperturbed("save_model")
+        super().save_model(*args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):
         batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        self._ascent.watch.begin_window(batch_samples)
+        self._ascent.watch.note_window(batch_samples)
         self._ascent.begin_window(batch_samples)
         return batch_samples, num_items_in_batch
 
@@ -234,7 +255,7 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
         **metadata,
     ) -> None:
         """
-        Writes the model card, `README.md` in the output directory: Trainer's metadata, and a text that tells the settings,
+        Write the model card, `README.md` in the output directory: Trainer's metadata, and a text that tells the settings,
         the results, the cost, and how to load and to cite the model. `push_to_hub` calls it.
 
         Args:

@@ -76,6 +76,16 @@ def test_a_call_that_is_taken_away_stops_the_run_before_the_second_step(cls, met
 
 
 @pytest.mark.parametrize("cls", [WithoutTrainingStep, OverAnotherStep, WithoutWindow, OneMicroBatchAtATime])
+def test_a_subclass_may_skip_a_batch(tmp_path):
+    class Skips(AACETrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 2:
+                return torch.zeros(())
+            return super().training_step(*args, **kwargs)
+
+    assert train(Skips, AACEConfig, convnext(), tmp_path, rho=0.1).state.global_step == 6
+
+
 def test_plain_training_is_not_watched(cls, tmp_path):
     plain = train(Trainer, TrainingArguments, convnext(), tmp_path, steps=3)
     ours = train(cls, AACEConfig, convnext(), tmp_path, steps=3, rho=0.0)
@@ -124,6 +134,70 @@ def test_what_steps_outside_the_perturbation_is_not_refused(tmp_path):
             torch.optim.SGD([parameter], lr=0.1).step()
 
     assert train(AACETrainer, AACEConfig, convnext(), tmp_path, rho=0.1, callbacks=[Other()]).state.global_step == 6
+
+
+class WithDiscriminator(Trainer):
+    """Trains a second network, by an optimizer of its own, on the logits."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        if not self.state.global_step:
+            self.discriminator = torch.nn.Linear(10, 1)
+            self.its_optimizer = torch.optim.SGD(self.discriminator.parameters(), lr=0.1)
+        self.discriminator(outputs.logits.detach()).square().mean().backward()
+        self.its_optimizer.step()
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class OverWithDiscriminator(SharpnessAwareMixin, WithDiscriminator):
+    pass
+
+
+def test_an_optimizer_of_another_network_may_step_in_compute_loss(tmp_path):
+    trainer = train(OverWithDiscriminator, AACEConfig, convnext(), tmp_path, rho=0.1)
+    assert trainer.state.global_step == 6 and trainer.discriminator.weight.grad is not None
+
+
+class Clamps(Trainer):
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        for parameter in model.classifier.parameters():
+            parameter.data.clamp_(-0.01, 0.01)
+        return loss
+
+
+def test_weights_that_the_trainer_changes_while_they_are_perturbed_are_refused(tmp_path):
+    """The change would be lost, without a word."""
+
+    class Mine(SharpnessAwareMixin, Clamps):
+        pass
+
+    model = convnext()
+    before = weights(model)
+    with pytest.raises(
+        ValueError, match=r"Mine.* changes 1 parameters such as 'classifier.weight' while .* perturbed"
+    ):
+        train(Mine, AACEConfig, model, tmp_path, rho=0.5)
+    assert identical(before, weights(model))
+    # Parameters that are not perturbed keep the change.
+    kept = train(Mine, AACEConfig, convnext(), tmp_path, rho=0.5, perturb_modules="embeddings", learning_rate=0.0)
+    assert kept.model.classifier.weight.abs().max() <= 0.01 < before["classifier.weight"].abs().max()
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict", "save_model"])
+def test_what_is_to_see_the_clean_weights_is_refused_while_they_are_perturbed(method, tmp_path):
+    class Base(Trainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            getattr(self, method)(*([digits(16)] if method != "save_model" else []))
+            return loss
+
+    class Mine(SharpnessAwareMixin, Base):
+        pass
+
+    with pytest.raises(RuntimeError, match=rf"`{method}` was called .* weights are perturbed"):
+        train(Mine, AACEConfig, convnext(), tmp_path, rho=0.5)
+    assert train(Mine, AACEConfig, convnext(), tmp_path, rho=0.0, steps=2).state.global_step == 2
 
 
 class Raises(TrainerCallback):

@@ -9,7 +9,7 @@ import hf_aace
 
 # What each knows of: losses of tensors, perturbations of parameters, the ascent of a trainer, the commands of everything.
 ORDER = [
-    "_compat", "config", "checks", "losses", "perturbation", "parameters", "isolation", "distributed", "interval_metrics",
+    "_compat", "config", "tensor_checks", "checks", "losses", "perturbation", "parameters", "isolation", "distributed", "interval_metrics",
     "loss_meter", "callbacks", "hook_watch", "pass_checks", "ascent", "model_card", "trainer", "vision", "analysis", "study", "cli",
 ]  # fmt: skip
 ROOT = Path(hf_aace.__file__).parent

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_aace import aace_loss
-from hf_aace.checks import check_label_values
+from hf_aace.tensor_checks import check_label_values
 
 
 def definition(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,40 @@ def test_a_compute_loss_func_that_draws_random_numbers_keeps_working(tmp_path):
     check_goes_on_working(make_model, tmp_path, compute_loss_func=of_some)
 
 
+class EarlyLearning(nn.Module):
+    """Keeps a moving average of the predictions, which it pulls new ones to (ELR, arXiv 2007.00151)."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("target", torch.zeros(10))
+
+    def forward(self, outputs, labels, num_items_in_batch=None):
+        probabilities = outputs["logits"].softmax(1)
+        self.target = 0.7 * self.target + 0.3 * probabilities.detach().mean(0)
+        return F.cross_entropy(outputs["logits"], labels) + 3 * (probabilities.mean(0) * self.target).sum()
+
+
+class LaterDoubled:
+    """Doubles the loss after six calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        self.calls += 1
+        return (2 if self.calls > 6 else 1) * F.cross_entropy(outputs["logits"], labels)
+
+
+@pytest.mark.parametrize("make_loss", [EarlyLearning, LaterDoubled])
+def test_a_compute_loss_func_that_keeps_a_state_is_called_once_in_a_step(make_loss, tmp_path):
+    """The log is not to change what is trained."""
+    plain = train(Trainer, TrainingArguments, convnext(), tmp_path, compute_loss_func=make_loss(), steps=9)
+    ours = train(AACETrainer, AACEConfig, convnext(), tmp_path, compute_loss_func=make_loss(), steps=9, rho=VANISHING)
+    assert identical(weights(plain.model), weights(ours.model))
+    logs = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (plain, ours)]
+    assert logs[0] == logs[1]
+
+
 def test_compute_loss_func_gets_the_number_of_labels(tmp_path):
     """Trainer gives it one whenever a batch has labels, so it may rely on that."""
 

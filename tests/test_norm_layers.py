@@ -165,6 +165,22 @@ def test_parameters_of_normalization_layers_that_are_left_out_are_named_with_an_
     assert not [text for text in warnings if "leaves out" in text]
 
 
+def test_the_weight_of_a_normalization_layer_is_perturbed_where_a_parametrization_has_moved_it(tmp_path):
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    model = Unusual()
+    nn.utils.parametrize.register_parametrization(model.usual, "weight", Doubled())
+    columns = {"pixel_values": torch.stack([row["pixel_values"] for row in digits(16)])}
+    moved = perturbed_in_one_step(model, columns, tmp_path, perturb_modules="norm")
+    assert {name for name, was_moved in moved.items() if was_moved} == {
+        "usual.parametrizations.weight.original",
+        "usual.bias",
+        "head.bias",
+    }
+
+
 def test_frozen_normalization_layers_stay(tmp_path):
     model = resnet()
     frozen = [p for name, p in model.named_parameters() if "embedder" in name]

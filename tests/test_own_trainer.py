@@ -2,6 +2,7 @@
 """The mixin over a Trainer of the user's own, with its constructor, its `compute_loss`, its batches and its logs."""
 
 import copy
+from collections import defaultdict
 from dataclasses import dataclass
 
 import pytest
@@ -20,8 +21,10 @@ from tiny import (
     vit,
     weights,
 )
+from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler
 from transformers import (
+    PreTrainedConfig,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -227,6 +230,85 @@ def test_the_users_batch_is_not_modified(tmp_path):
         assert identical(inputs, before)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_batch_that_is_changed_where_it_is_prepared_is_changed_once(in_place, tmp_path):
+    """Both passes prepare it."""
+
+    class Scales(Trainer):
+        def _prepare_inputs(self, inputs):
+            inputs.pop("index")
+            if in_place:
+                inputs["pixel_values"].mul_(3)
+            else:
+                inputs["pixel_values"] = 3 * inputs["pixel_values"]
+            return super()._prepare_inputs(inputs)
+
+    class Mine(SharpnessAwareMixin, Scales):
+        pass
+
+    rows = [{**row, "index": index} for index, row in enumerate(digits(64))]
+    check_goes_on_working(
+        convnext, tmp_path, trainer=Scales, ours=Mine, rows=rows, remove_unused_columns=False, rho=0.5
+    )
+
+
+def test_a_model_that_looks_for_its_labels_among_all_arguments_is_told_how(tmp_path):
+    class TakesAll(Linear):
+        def forward(self, **inputs):
+            return super().forward(inputs["pixel_values"], inputs["labels"])
+
+    class CallsItWithLabels(AACETrainer):
+        def ascent_outputs(self, model, inputs):
+            return model(**inputs)[1:]
+
+    settings = {"remove_unused_columns": False, "label_names": ["labels"], "rho": 0.1}
+    with pytest.raises(ValueError, match=r"`forward` of TakesAll needs `labels`.* override `ascent_outputs`"):
+        train(AACETrainer, AACEConfig, TakesAll(), tmp_path, **settings)
+    assert train(CallsItWithLabels, AACEConfig, TakesAll(), tmp_path, **settings).state.global_step == 6
+
+
+class SparseImages(Linear):
+    def forward(self, pixel_values, labels=None):
+        return super().forward(pixel_values.to_dense(), labels)
+
+
+class ReturnsADefault(Linear):
+    """Returns a dictionary that cannot be made again from its items alone."""
+
+    def forward(self, pixel_values, labels=None):
+        outputs = super().forward(pixel_values, labels)
+        made = defaultdict(lambda: None, logits=outputs[-1])
+        if labels is not None:
+            made["loss"] = outputs[0]
+        return made
+
+
+def sparse(rows):
+    dense = default_data_collator(rows)
+    return {**dense, "pixel_values": dense["pixel_values"].to_sparse()}
+
+
+def with_missing_values(rows):
+    dense = default_data_collator(rows)
+    return {**dense, "pixel_values": dense["pixel_values"].where(dense["pixel_values"] > 0, torch.nan)}
+
+
+class IgnoresMissing(Linear):
+    def forward(self, pixel_values, labels=None):
+        return super().forward(pixel_values.nan_to_num(), labels)
+
+
+@pytest.mark.parametrize(
+    ("model", "collator"),
+    [(SparseImages, sparse), (IgnoresMissing, with_missing_values), (ReturnsADefault, default_data_collator)],
+)
+def test_what_is_looked_at_for_warnings_and_the_log_cannot_end_a_run(model, collator, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_aace.pass_checks.logger.warning", said.append)
+    check_goes_on_working(model, tmp_path, data_collator=collator)
+    assert not said
+
+
 def test_lists_of_images_are_cut_by_ascent_fraction(tmp_path):
     class OfLists(AACETrainer):
         def ascent_outputs(self, model, inputs):
@@ -239,6 +321,57 @@ def test_lists_of_images_are_cut_by_ascent_fraction(tmp_path):
     reference = trainer_for_single_steps(convnext(), tmp_path, rho=0.1)
     with reference.perturbed_weights(reference.model, batch(4)):
         assert identical(weights(reference.model), moved)
+
+
+class TimeFirst(Linear):
+    """Takes images with the samples in the second dimension."""
+
+    def forward(self, pixel_values, labels=None):
+        return super().forward(pixel_values.transpose(0, 1), labels)
+
+
+def test_inputs_that_ascent_fraction_cannot_cut_are_told(tmp_path):
+    def collate(rows):
+        columns = default_data_collator(rows)
+        return {**columns, "pixel_values": columns["pixel_values"].transpose(0, 1)}
+
+    settings = {"data_collator": collate, "rho": 0.1}
+    with pytest.raises(ValueError, match=r"`ascent_fraction` takes 8 of the 16 samples .* Set `ascent_fraction=1`"):
+        train(AACETrainer, AACEConfig, TimeFirst(), tmp_path, ascent_fraction=0.5, **settings)
+    assert train(AACETrainer, AACEConfig, TimeFirst(), tmp_path, **settings).state.global_step == 6
+
+
+class FeaturesFirst(nn.Module):
+    """Returns features before the logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config, self.first, self.last = config, nn.Linear(64, 32), nn.Linear(32, 10)
+
+    def forward(self, pixel_values):
+        features = self.first(pixel_values.flatten(1)).tanh()
+        return features, self.last(features)
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_features_that_are_taken_for_the_logits_are_told(mended, tmp_path, monkeypatch):
+    """The perturbation would silently be of another loss."""
+
+    class Mended(AACETrainer):
+        def ascent_logits(self, outputs):
+            return outputs[1]
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs[1], labels)
+
+    said = []
+    monkeypatch.setattr("hf_aace.checks.logger.warning", said.append)
+    model = FeaturesFirst(PreTrainedConfig(num_labels=10))
+    settings = {"compute_loss_func": loss, "remove_unused_columns": False}
+    train(Mended if mended else AACETrainer, AACEConfig, model, tmp_path, rho=0.1, **settings)
+    assert len(said) == (not mended)
+    assert all("32 columns" in text and "`num_labels=10`" in text and "`ascent_logits`" in text for text in said)
 
 
 def test_custom_sampler_and_overridden_log_keep_working(tmp_path):

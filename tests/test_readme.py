@@ -103,7 +103,7 @@ def test_what_a_small_ascent_is_said_to_keep_of_the_gain_is_what_was_measured(re
 def test_what_fine_tuning_is_said_to_gain_is_what_was_measured(results):
     number = r"([\d.]+ ± [\d.]+\d)"
     (said,) = re.findall(
-        rf"AACE on all weights gained {number} points with right labels, {number} with one person's and {number} with the worst .*? twice "
+        rf"AACE on all weights gained {number} points with right labels, {number} with one person's .*? and {number} with the worst .*? twice "
         rf"the epochs, which take the same time, gained {number}, {number} and {number}",
         " ".join(_README.split()),
     )

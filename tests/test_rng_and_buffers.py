@@ -152,6 +152,55 @@ class MovingMeanByData(nn.Module):
         return x - self.mean[:, None, None].clone()
 
 
+class FilledWhenNeeded(nn.Module):
+    """Has a buffer that the first forward pass fills, or makes."""
+
+    def __init__(self, registered):
+        super().__init__()
+        if registered:
+            self.register_buffer("mean", None)
+
+    def forward(self, x):
+        mean = x.detach().mean((0, 2, 3))
+        if not hasattr(self, "mean"):
+            self.register_buffer("mean", mean)
+        else:
+            self.mean = mean if self.mean is None else 0.9 * self.mean + 0.1 * mean
+        return x - self.mean[:, None, None]
+
+
+class OwnBatchNorm(nn.BatchNorm2d):
+    """Updates its running statistics itself, as some batch norms over several processes do."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        self.running_mean += self.momentum * (mean.detach() - self.running_mean)
+        self.running_var = self.running_var + self.momentum * (variance.detach() - self.running_var)
+        self.num_batches_tracked += 1
+        scale, shift = self.weight[:, None, None], self.bias[:, None, None]
+        return (x - mean[:, None, None]) * (variance[:, None, None] + self.eps).rsqrt() * scale + shift
+
+
+class Counts(nn.Module):
+    """Keeps a number that is no buffer, but is saved with the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def get_extra_state(self):
+        return torch.tensor(self.count)
+
+    def set_extra_state(self, state):
+        self.count = int(state)
+
+    def forward(self, x):
+        self.count += 1
+        return x / self.count
+
+
 class WithUnusualBuffers(nn.Module):
     """Expanded or made in inference mode, which no pass can write to, and sparse."""
 
@@ -187,8 +236,12 @@ class Convolutional(nn.Module):
         lambda: MovingMean(rebinds=False),
         lambda: MovingMean(rebinds=True),
         MovingMeanByData,
+        lambda: FilledWhenNeeded(registered=True),
+        lambda: FilledWhenNeeded(registered=False),
+        Counts,
         WithUnusualBuffers,
         lambda: nn.BatchNorm2d(8),
+        lambda: OwnBatchNorm(8),
     ],
     ids=[
         "instance norm",
@@ -196,8 +249,12 @@ class Convolutional(nn.Module):
         "moving mean",
         "moving mean, another tensor",
         "moving mean, by data",
+        "filled when needed",
+        "made when needed",
+        "extra state",
         "unusual buffers",
         "batch norm",
+        "batch norm with a forward of its own",
     ],
 )
 def test_what_a_forward_pass_keeps_is_updated_once(layer, accumulate, tmp_path):
@@ -277,6 +334,43 @@ def test_the_ascent_is_in_training_mode_after_an_evaluation(tmp_path):
     assert counts == {4} and modes == [True] * 4
 
 
+class MergesInEvaluation(nn.Module):
+    """Adds an adapter to its weights in evaluation mode, and takes it off in training mode, as loralib does."""
+
+    def __init__(self, as_buffer):
+        super().__init__()
+        torch.manual_seed(0)
+        weight = torch.randn(10, 64)
+        if as_buffer:
+            self.register_buffer("weight", weight)
+        else:
+            self.weight = nn.Parameter(weight, requires_grad=False)
+        self.a, self.b, self.merged = nn.Parameter(torch.randn(2, 64)), nn.Parameter(torch.randn(10, 2)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.b.data @ self.a.data
+            self.merged = not mode
+        return self
+
+    def forward(self, pixel_values, labels=None):
+        x = pixel_values.flatten(1)
+        logits = F.linear(x, self.weight) + (0 if self.merged else x @ self.a.T @ self.b.T)
+        return (logits,) if labels is None else (F.cross_entropy(logits, labels), logits)
+
+
+@pytest.mark.parametrize("ascent_every", [1, 3])
+@pytest.mark.parametrize("as_buffer", [False, True])
+def test_layers_that_change_their_weights_with_the_mode_are_in_training_mode_first(as_buffer, ascent_every, tmp_path):
+    """Or after an evaluation the frozen weights would lose the adapter as it is at the perturbed weights."""
+    model = MergesInEvaluation(as_buffer)
+    before = model.weight.detach().clone()
+    settings = {"rho": 0.5, "ascent_every": ascent_every, "eval_strategy": "steps", "eval_steps": 1}
+    train(AACETrainer, AACEConfig, model, tmp_path, eval_dataset=digits(16), **settings)
+    assert torch.allclose(model.train().weight, before, atol=1e-5)
+
+
 class CheckpointedBatchNorm(nn.Module):
     def __init__(self):
         super().__init__()
@@ -298,6 +392,45 @@ def test_reentrant_checkpointing_of_batch_norm(tmp_path):
 
     plain, *_ = check_goes_on_working(make_model, tmp_path)
     assert plain.model.norm.num_batches_tracked == 2 * 6  # PyTorch counts each forward pass, recomputed ones too
+
+
+class Reversible(torch.autograd.Function):
+    """Runs a backward pass of its own inside the backward pass, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(x.detach())
+        return x.detach() + layer(x.detach()).detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            torch.autograd.backward(ctx.layer(x), gradient)
+        return gradient + x.grad, None
+
+
+class WithReversibleLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.reversible, self.last = nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, 10)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.last(Reversible.apply(self.first(pixel_values.flatten(1)), self.reversible).tanh())
+        return (logits,) if labels is None else (F.cross_entropy(logits, labels), logits)
+
+
+def test_layers_that_run_a_backward_pass_of_their_own_are_perturbed_and_keep_their_gradients(tmp_path):
+    """`autograd.grad` gets none of their gradients: these would be added to those that the optimizer gets."""
+    check_goes_on_working(WithReversibleLayer, tmp_path, gradient_accumulation_steps=2)
+    trainer = trainer_for_single_steps(WithReversibleLayer(), tmp_path, rho=0.5)
+    before = weights(trainer.model)
+    with trainer.perturbed_weights(trainer.model, batch()):
+        moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
+    assert moved == set(before)
 
 
 def test_a_resumed_run_with_frozen_batch_norm_is_the_uninterrupted_one(tmp_path):

@@ -13,10 +13,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..checks import check_classification, check_label_values, check_precision
 from ..isolation import replayed_rng
 from ..losses import count_labels
 from ..perturbation import perturbed
+from ..tensor_checks import check_classification, check_label_values, check_precision
 from .derived_state import (
     OutsideTensors,
     check_logits_follow_weights,
@@ -207,17 +207,3 @@ def _mean(total: torch.Tensor | int, count: torch.Tensor | int) -> torch.Tensor:
             f"The loss, or a derivative of it, is {mean.norm():g}: has training diverged, or is a radius too great?"
         )
     return mean
-
-
-def check_at_least(least: int, **arguments: int) -> None:
-    """Raise a `ValueError` for an argument below `least`."""
-    for name, value in arguments.items():
-        if value < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-
-
-def check_positive(**arguments: float) -> None:
-    """Raise a `ValueError` for an argument that is not a positive finite number."""
-    for name, value in arguments.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"`{name}` must be a finite number > 0, got {value}.")

@@ -15,7 +15,8 @@ from datasets.fingerprint import Hasher
 from torch import nn
 
 from ..perturbation import perturbed
-from .empirical_risk import Batches, EmpiricalRisk, check_at_least, check_positive, measuring
+from ..tensor_checks import check_at_least, check_positive
+from .empirical_risk import Batches, EmpiricalRisk, measuring
 from .sharpness import hessian_eigenvalues
 
 
@@ -86,14 +87,18 @@ def loss_path(
         raise ValueError(
             f"Models of a line must have the same architecture. These differ in {', '.join(different[:3])}."
         )
+    if _ties(model) != _ties(other):
+        raise ValueError("Models of a line must have the same architecture. These tie different weights.")
 
     def compute() -> LossPath:
         position = np.linspace(start, stop, points)
-        parameters, ends = list(model.parameters()), other.parameters()
-        steps = [q.detach().to(p.device) - p.detach() for p, q in zip(parameters, ends, strict=True)]
+        # By name: equal architectures may hold their layers in another order, or tie other weights.
+        parameters, ends = list(model.parameters()), dict(other.named_parameters(remove_duplicate=False))
+        steps = [ends[name].detach().to(p.device) - p.detach() for name, p in model.named_parameters()]
+        others = dict(other.named_buffers(remove_duplicate=False))
         buffers = [
-            (b, b.detach().clone(), c.detach().to(b.device))
-            for b, c in zip(model.buffers(), other.buffers(), strict=True)
+            (b, b.detach().clone(), others[name].detach().to(b.device))
+            for name, b in model.named_buffers()
             if b.is_floating_point()
         ]
         losses = []
@@ -107,6 +112,14 @@ def loss_path(
 
     settings = {"start": start, "stop": stop, "points": points}
     return _cached(LossPath, cache_dir, settings, [model, other], batches, compute)
+
+
+def _ties(model: nn.Module) -> set[frozenset[str]]:
+    """Return the groups of names that each stand for one parameter."""
+    groups = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(p), []).append(name)
+    return {frozenset(names) for names in groups.values()}
 
 
 def loss_surface(

@@ -13,7 +13,8 @@ from scipy.stats import sem
 from torch import nn
 
 from ..losses import aace_loss, count_labels
-from .empirical_risk import Batches, EmpiricalRisk, check_at_least, check_positive, measuring, samples_in_groups
+from ..tensor_checks import check_at_least, check_positive
+from .empirical_risk import Batches, EmpiricalRisk, measuring, samples_in_groups
 
 
 class Estimate(NamedTuple):

@@ -16,10 +16,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 from transformers import set_seed
 
-from ..analysis.empirical_risk import check_at_least
 from ..config import AACEConfig
 from ..study.cost import default_methods, measure, random_batch, summarize
 from ..study.plots import plot_costs
+from ..tensor_checks import check_at_least
 from ..vision.models import model_from_architecture
 from .options import last_part, pick_device
 from .output import table, write_report

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..vision.messages import first_line
 from .launch import is_launched
 from .options import checkpoints_in, train_options, write_train_options
 
@@ -110,9 +111,8 @@ class Attempt:
             return "Nothing was saved. There is no checkpoint of this run to resume from."
         resume = ["--resume_from_checkpoint", str(saved[-1] if saved else self._checkpoint)]
         told = f"Saved up to {saved[-1]}." if saved else f"Nothing was saved after {self._checkpoint}."
-        if (
-            "LOCAL_RANK" in os.environ and not is_launched()
-        ):  # `torchrun ...`, which we do not know, started the command
+        # `torchrun ...` started the command, with options that are not known here.
+        if "LOCAL_RANK" in os.environ and not is_launched():
             return f"{told} To go on from there, add to the command:\n{shlex.join(resume)}"
         return f"{told} To go on from there:\n{shlex.join(['hf-aace', 'train', *self._argv, *resume])}"
 
@@ -149,11 +149,6 @@ def if_interrupted(told: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"\nInterrupted. {told}") from interrupt
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of the message of an error, without a full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _is_whole(checkpoint: Path) -> bool:

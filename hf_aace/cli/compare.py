@@ -14,11 +14,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..analysis.empirical_risk import check_at_least
 from ..config import AACEArguments, AACEConfig
 from ..study.plots import plot_accuracies, plot_accuracy_by_rho, plot_accuracy_by_time
 from ..study.runner import Runner, run_options
 from ..study.statistics import Candidate, candidates_of, choose, rho_values, short_name, summarize
+from ..tensor_checks import check_at_least
 from . import main
 from .checks import check_training
 from .options import DataArguments, ModelArguments, last_part
@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--rho",
         help="Values of rho to try, separated by commas, for methods that do not give their own. By default that of the "
-        "method, 0.01 for aace, 0.05 for sam, 0.5 for asam.",
+        "method: 0.01 for aace, 0.05 for sam, 0.5 for asam; with `--perturb_modules norm` 10, 1 and 1.",
     )
     parser.add_argument(
         "--search_seeds", type=int, default=3, help="Number of seeds to try the values with; the chosen one gets all."
@@ -175,6 +175,7 @@ class Study:
                     "`streaming` reads no images beforehand, so none can be set apart to choose settings by. Leave it "
                     "out, or compare methods of one setting each with `--validation_size 0`."
                 )
+        self.validation_size = data.validation_size
         self.title = f"{last_part(model.model_name_or_path)} on {last_part(data.dataset_name)}"
         record = self.folder / "study.json"
         begun_with = json.loads(record.read_text(encoding="utf-8"))["options"] if record.is_file() else common

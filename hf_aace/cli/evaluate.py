@@ -15,8 +15,9 @@ from sklearn.metrics import confusion_matrix
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..analysis.empirical_risk import check_at_least
 from ..analysis.plots import plot_confusion_matrix, plot_image_grid
+from ..tensor_checks import check_at_least
+from ..vision.images import decode_image
 from ..vision.inference import classify
 from ..vision.metrics import compute_metrics_fn
 from .checks import check_exists, check_folder
@@ -48,7 +49,7 @@ class EvaluationArguments(ImagesArguments):
     device: str = option("auto", "`cpu`, `cuda`, or `auto`: a GPU if there is one.")
     output_dir: str | None = option(
         None,
-        "Where evaluation.json, answers.csv, confusion_matrix.png and mistakes.png go. By default a folder in `runs` named by "
+        "Where evaluation.json, predictions.csv, confusion_matrix.png and mistakes.png go. By default a folder in `runs` named by "
         "model and data.",
     )
 
@@ -66,7 +67,7 @@ def run(argv: list[str]) -> int:
     parser = command_parser(
         "evaluate",
         "Measures how good an image classifier is, and leaves metrics, the confusion matrix, the worst mistakes and all "
-        "answers in output_dir. With --split train the first answers are the training images whose label the model believes "
+        "predictions in output_dir. With --split train the first predictions are those of the training images whose label the model believes "
         "least, which is where to look for wrong labels.",
         (PretrainedArguments, EvaluationArguments),
         argv,
@@ -88,7 +89,7 @@ def run(argv: list[str]) -> int:
     compute_metrics = compute_metrics_fn([name for name in options.metrics if name != "confusion_matrix"])
     model, processor = load_pretrained(source)
     splits = load_images(options, seed=0)
-    data = concatenate_datasets([splits["train"], splits["test"]]) if options.split == "all" else splits[options.split]
+    data = concatenate_datasets(list(splits.values())) if options.split == "all" else splits[options.split]
     data = in_the_classes_of(model.config.id2label, data)
 
     started = time.perf_counter()
@@ -96,10 +97,14 @@ def run(argv: list[str]) -> int:
     seconds = time.perf_counter() - started
     labels, predicted = np.array(data["label"][:]), probabilities.argmax(axis=-1)
     scores = compute_metrics(EvalPrediction(probabilities, labels))
-    classes = list(model.config.id2label.values())
+    classes = [
+        model.config.id2label[index] for index in range(model.config.num_labels)
+    ]  # a file may list them in another order
     matrix = confusion_matrix(labels, predicted, labels=range(len(classes))).tolist()
-    answers = _answers(data, probabilities, labels, classes)
-    mistakes = answers[(predicted != labels)[answers.index]].head(options.num_mistakes)  # two classes may share a name
+    predictions = _predictions(data, probabilities, labels, classes)
+    mistakes = predictions[(predicted != labels)[predictions.index]].head(
+        options.num_mistakes
+    )  # two classes may share a name
 
     folder.mkdir(parents=True, exist_ok=True)
     report = {
@@ -116,12 +121,15 @@ def run(argv: list[str]) -> int:
         "worst_mistakes": mistakes.to_dict("records"),
     }
     write_report(report, folder / "evaluation.json")
-    answers.to_csv(folder / "answers.csv", index=False, float_format="%.6f")
+    predictions.to_csv(folder / "predictions.csv", index=False, float_format="%.6f")
     plot_confusion_matrix(matrix, classes, folder / "confusion_matrix.png")
     (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier call
     if len(mistakes):
         plot_image_grid(
-            [data[row]["image"] for row in mistakes.index],
+            [
+                decode_image(image, image_range=options.image_range)
+                for image in data.cast_column("image", Image(decode=False))[mistakes.index.tolist()]["image"]
+            ],
             [
                 f"{row.label} ({row.label_score:.2f})\ntaken for {row.prediction} ({row.score:.2f})"
                 for row in mistakes.itertuples()
@@ -133,7 +141,7 @@ def run(argv: list[str]) -> int:
     print(f"Result:  {told} on {len(data)} images")
     print(f"Speed:   {len(data) / seconds:.0f} images a second")
     print(f"Numbers: {folder / 'evaluation.json'}")
-    print(f"Answers: {folder / 'answers.csv'}, an image a line, the least probable label first")
+    print(f"Table:   {folder / 'predictions.csv'}, an image a line, the least probable label first")
     print(f"Drawn:   {folder / 'confusion_matrix.png'}" + (f", {folder / 'mistakes.png'}" if len(mistakes) else ""))
     return 0
 
@@ -143,20 +151,20 @@ def _classify(
 ) -> np.ndarray:
     """Return the probabilities of the classes, of shape `(images, classes)`."""
     encoded = data.cast_column("image", Image(decode=False))["image"]
-    answers = classify(model, processor, encoded, batch_size=options.batch_size, image_range=options.image_range)
+    predictions = classify(model, processor, encoded, batch_size=options.batch_size, image_range=options.image_range)
     probabilities = []
-    for answer in tqdm(answers, total=len(data), desc="Evaluating", unit="image"):
-        if isinstance(answer, ValueError):
-            raise answer
-        probabilities.append(answer)
+    for prediction in tqdm(predictions, total=len(data), desc="Evaluating", unit="image"):
+        if isinstance(prediction, ValueError):
+            raise prediction
+        probabilities.append(prediction)
     return np.stack(probabilities)
 
 
-def _answers(data: Dataset, probabilities: np.ndarray, labels: np.ndarray, classes: list[str]) -> pd.DataFrame:
+def _predictions(data: Dataset, probabilities: np.ndarray, labels: np.ndarray, classes: list[str]) -> pd.DataFrame:
     """Tabulate label and prediction of each image with their probabilities, the least probable label first."""
     every, predicted = np.arange(len(labels)), probabilities.argmax(axis=-1)
     images = data.cast_column("image", Image(decode=False))["image"]
-    answers = pd.DataFrame(
+    predictions = pd.DataFrame(
         {
             "image": [image["path"] or f"image {row}" for row, image in enumerate(images)],
             "label": np.array(classes)[labels],
@@ -165,4 +173,4 @@ def _answers(data: Dataset, probabilities: np.ndarray, labels: np.ndarray, class
             "score": probabilities[every, predicted].astype(float),
         }
     )
-    return answers.sort_values("label_score", kind="stable")
+    return predictions.sort_values("label_score", kind="stable")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hf-aace find-rho`: which rho to train with, by a search on validation images."""
+"""`hf-aace find-rho`: search for the best rho on validation images."""
 
 import shlex
 
@@ -38,6 +38,10 @@ def run(argv: list[str]) -> int:
     candidates = [Candidate("trainer", (("rho", "0"),)), *(Candidate(method, (("rho", value),)) for value in values)]
 
     study = Study(options, common, candidates)
+    if study.validation_size == 0:
+        raise ValueError(
+            "`validation_size` is 0, but it takes validation images to choose `rho`. Give 0.2, or leave it out."
+        )
     todo = [(candidate, seed) for seed in study.seeds for candidate in candidates]
     with study.runner(len(todo)) as runner:
         runs = runner.run(todo)

@@ -16,11 +16,11 @@ from ..vision.augmentation import Augmentation, AugmentedAACETrainer
 from ..vision.datasets import load_image_dataset
 from ..vision.images import image_transform
 from ..vision.lora import add_lora
+from ..vision.messages import first_line
 from ..vision.metrics import compute_metrics_fn
 from ..vision.models import freeze_backbone, load_classifier, load_model_and_processor
 from ..vision.streaming import stream_image_dataset, transform_stream
 from ..vision.weighted_loss import WeightedCrossEntropy, balanced_class_weights
-from .checkpoints import first_line
 from .checks import check_exists, check_metrics, naming_the_folder
 from .options import DataArguments, ImagesArguments, ModelArguments, PretrainedArguments
 

@@ -81,7 +81,9 @@ class ImagesArguments:
         "images for each class (perhaps below `train` and `test`), a folder written by `save_to_disk`, a file or folder "
         "in parquet or of WebDataset shards (.tar), or the id of a dataset on the Hub.",
     )
-    image_column_name: str | None = option(None, "The column of the images. By default the first that holds images.")
+    image_column_name: str | None = option(
+        None, "The column of the images. By default `image`, else the first that holds images."
+    )
     label_column_name: str | None = option(
         None,
         "The column of the labels: classes, strings or integers (a field of a JSON column as `json.label`). By "

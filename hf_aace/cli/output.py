@@ -10,14 +10,14 @@ from typing import Any
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells of each option its default, if it has one."""
+    """Show the default of each option that has one."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """The rows below the header, the first column to the left, the others to the right."""
+    """Format a table for a terminal, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -30,7 +30,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def write_report(report: dict[str, Any], path: str | os.PathLike) -> None:
     """
-    Writes numbers as JSON, which has neither NaN nor infinity: what is not finite, as a single seed's standard error, is `null`.
+    Write numbers as JSON, which has neither NaN nor infinity: what is not finite, as a single seed's standard error, is `null`.
 
     Args:
         report (`dict`): What is to be written; dictionaries and lists of them, and numbers.

@@ -90,9 +90,8 @@ class OptionParser(HfArgumentParser):
 
     def add_argument(self, *flags, **kwargs):
         kind = kwargs.get("type")
-        if (
-            kind is string_to_bool
-        ):  # a flag without a value is true, which HfArgumentParser has for `bool | None` not so
+        # A flag without a value means true. HfArgumentParser has this for `bool`, but not for `bool | None`.
+        if kind is string_to_bool:
             kwargs |= {"nargs": "?", "const": True, "metavar": "true|false"}
         elif kind in (int, float, str):
             kwargs.setdefault("metavar", {int: "N", float: "X", str: "TEXT"}[kind])

@@ -9,16 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, Features, Image
 from datasets.utils import tqdm
+from transformers.utils import logging
 
-from ..analysis.empirical_risk import check_at_least
-from ..vision.folders import files_in
-from ..vision.images import IMAGE_SUFFIXES
+from ..tensor_checks import check_at_least
+from ..vision.folders import files_in, is_image
+from ..vision.images import IMAGE_SUFFIXES, has_more_pages
 from ..vision.inference import classify
+from ..vision.messages import first_few
+from ..vision.value_range import check_image_range
 from .checks import check_folder
 from .loading import load_pretrained
 from .options import PretrainedArguments, pick_device, required, train_options
 from .parser import command_parser, option
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -64,6 +71,9 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"`output_file` is {options.output_file!r}, which is a folder. Give a file in it.")
     check_folder("output_file", Path(options.output_file).parent)
     root, paths = _find_images(images)
+    encoded = [{"path": str(path), "bytes": None} for path in paths]
+    features = Features(image=Image(decode=False))
+    check_image_range(images, [Dataset.from_dict({"image": encoded}, features)], options.image_range)
     model, processor = load_pretrained(source)
     if not 1 <= options.top_k <= model.config.num_labels:
         raise ValueError(
@@ -72,7 +82,7 @@ def run(argv: list[str]) -> int:
     answers = classify(
         model.to(device),
         processor,
-        ({"path": str(path), "bytes": None} for path in paths),
+        encoded,
         batch_size=options.batch_size,
         image_range=options.image_range,
     )
@@ -107,10 +117,29 @@ def _find_images(name: str) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     if not path.is_dir():
         raise ValueError(f"`images` must be a folder or an image, but there is no {name!r}.")
-    found = sorted(file for file in files_in(path) if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(files_in(path))
+    found = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    others = [str(file.relative_to(path)) for file in files if file not in found and is_image(file)]
+    if others:
+        logger.warning(
+            f"{len(others)} images in {name!r} are of a kind that is not read, or have no ending, and are left out: {first_few(others)}. "
+            f"Convert them to PNG or JPEG, or name them accordingly."
+        )
     if not found:
-        raise ValueError(f"The folder {name!r} given as `images` holds no images.")
+        raise ValueError(f"The folder {name!r} given as `images` holds no images that can be read.")
+    paged = [str(file.relative_to(path)) for file in found if _has_more_pages(file)]
+    if paged:
+        logger.warning(
+            f"{len(paged)} of the images in {name!r} have more than one page or frame, of which the first is taken: {first_few(paged)}."
+        )
     return path, found
+
+
+def _has_more_pages(file: Path) -> bool:
+    try:
+        return has_more_pages({"path": str(file), "bytes": None})
+    except ValueError:  # is named in the table
+        return False
 
 
 def _best(probabilities: np.ndarray, id2label: dict[int, str], count: int) -> list[str]:

@@ -15,10 +15,11 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
-from ..analysis.empirical_risk import check_at_least
 from ..config import AACEArguments, method_title
+from ..tensor_checks import check_at_least
 from ..vision.datasets import load_image_dataset
 from ..vision.images import image_transform
+from ..vision.messages import first_few
 from ..vision.models import model_classes
 from .options import TRAIN_OPTIONS_NAME, checkpoints_in, last_part, pick_device, train_options
 from .parser import OptionParser, option
@@ -237,8 +238,8 @@ def in_the_classes_of(id2label: dict[int, str], data: Dataset) -> Dataset:
     unknown = sorted(set(labels) - set(known), key=names.index)
     if unknown:
         raise ValueError(
-            f"The model does not know these classes of the data: {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}. It "
-            f"knows {', '.join(known[:5])}{', ...' * (len(known) > 5)}. Evaluate it on images of its own classes."
+            f"The model does not know these classes of the data: {first_few(unknown)}. It "
+            f"knows {first_few(known)}. Evaluate it on images of its own classes."
         )
     numbers = {name: known.index(name) for name in set(labels)}
     return data.remove_columns("label").add_column("label", [numbers[label] for label in labels])

@@ -54,7 +54,7 @@ def describe_run(trainer: Trainer, dataset: DatasetDict | IterableDatasetDict, m
     Returns:
         `dict[str, str]`: Sentences by title: `"Images"`, `"Classes"`, `"Pixels"`, `"Model"` and `"Method"`.
     """
-    classes = list(trainer.model.config.id2label.values())
+    classes = [trainer.model.config.id2label[index] for index in range(trainer.model.config.num_labels)]
     if isinstance(dataset, DatasetDict):
         labels = np.array(dataset["train"].with_format(None)["label"][:])
         facts = {

@@ -18,8 +18,9 @@ from ..analysis.plots import plot_training_curves
 from ..config import AACEArguments, AACEConfig
 from ..trainer import AACETrainer
 from ..vision.lora import merge_lora
+from ..vision.messages import first_line
 from ..vision.metrics import predicted_classes
-from .checkpoints import Attempt, KeepOptions, check_options, checkpoint_to_resume, first_line, if_interrupted
+from .checkpoints import Attempt, KeepOptions, check_options, checkpoint_to_resume, if_interrupted
 from .checks import check_training
 from .launch import LaunchArguments, is_one_of_several, launch
 from .loading import load_data, make_trainer

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +149,8 @@ class _Stopwatch(TrainerCallback):
             self._round, self._index, self._is_last = next(self._turns)
             settings = self._settings[self._index]
             self._remaining = settings.ascent_every
-            for name, value in vars(settings).items():
-                setattr(args, name, value)
+            for option in fields(settings):
+                setattr(args, option.name, getattr(settings, option.name))
             self._trainer.forget_ascent()  # the gradient of another method
             self._begin()
         self._start()

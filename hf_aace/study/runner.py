@@ -90,7 +90,7 @@ class Runner:
         return pd.DataFrame([self._result(*run) for run in runs], columns=RUN_COLUMNS)
 
     def _result(self, candidate: Candidate, seed: int) -> dict | None:
-        """The row of a run, `None` if it has not ended."""
+        """Return the row of a run, `None` if it has not ended."""
         path = run_folder(self._folder, candidate, seed) / "all_results.json"
         metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if "eval_accuracy" not in metrics:  # the last thing that a run writes
@@ -107,12 +107,12 @@ class Runner:
 
 
 def run_folder(folder: Path, candidate: Candidate, seed: int) -> Path:
-    """The folder of a run in that of its study."""
+    """Return the folder of a run in that of its study."""
     return folder / candidate.folder / f"seed-{seed}"
 
 
 def run_options(folder: Path, common: list[str], candidate: Candidate, seed: int) -> list[str]:
-    """The options of `hf-aace train` for a run."""
+    """Return the options of `hf-aace train` for a run."""
     own = [part for name, value in candidate.settings for part in (f"--{name}", value)]
     last = ["--seed", str(seed), "--output_dir", str(run_folder(folder, candidate, seed)), "--disable_tqdm", "true"]
     return [*common, *own, *last]

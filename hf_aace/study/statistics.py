@@ -38,7 +38,7 @@ class Candidate:
 
     @property
     def options(self) -> str:
-        """The settings as the column `options` of the runs has them."""
+        """Return the settings as the column `options` of the runs has them."""
         return " ".join(f"{name}={value}" for name, value in self.settings)
 
     @property
@@ -54,7 +54,7 @@ class Candidate:
 
 
 def _implied(name: str) -> dict[str, str]:
-    """The options that the name of a method stands for."""
+    """Return the options that the name of a method stands for."""
     return {"rho": "0"} if name == "trainer" else {"method": name}
 
 
@@ -93,18 +93,18 @@ def candidates_of(method: str, rhos: list[str] | None = None) -> list[Candidate]
 
 def rho_values(text: str) -> list[str]:
     """
-    Read values of rho, numbers separated by commas, and keep them as they are written, each once.
+    Read values of rho, numbers separated by commas, and keep each as it is first written.
 
     Raises:
         `ValueError`: If one is not a number.
     """
-    values = list(dict.fromkeys(text.split(",")))
-    for value in values:
+    values = {}
+    for value in text.split(","):
         try:
-            float(value)
+            values.setdefault(float(value), value)
         except ValueError as error:
             raise ValueError(f"`rho` must be numbers separated by commas, got {value!r} in {text!r}.") from error
-    return values
+    return list(values.values())
 
 
 def settings_of(options: str) -> dict[str, str]:
@@ -113,13 +113,13 @@ def settings_of(options: str) -> dict[str, str]:
 
 
 def searched_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """The options of one method's runs that have several values, a column for each and a row for each run."""
+    """Return the options of one method's runs that have several values, a column for each and a row for each run."""
     settings = pd.DataFrame(runs["options"].map(settings_of).tolist(), index=runs.index)
     return settings.loc[:, settings.nunique(dropna=False) > 1]
 
 
 def short_name(method: str) -> str:
-    """The name of a method without the values that were searched."""
+    """Return the name of a method without the values that were searched."""
     return ":".join(part for part in method.split(":") if "|" not in part)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, Value
 from transformers.utils import logging
 
-from .images import first_few
+from .messages import first_few
 
 
 logger = logging.get_logger(__name__)

@@ -8,7 +8,8 @@ from datasets import Dataset, DatasetDict, Image
 from datasets.utils import tqdm
 from transformers.utils import logging
 
-from .images import decode_image, first_few, has_more_pages
+from .images import decode_image, has_more_pages
+from .messages import first_few
 
 
 logger = logging.get_logger(__name__)
@@ -83,9 +84,8 @@ def _look(image: dict[str, Any] | None) -> tuple[str | None, bool]:
     if image is None:
         return "no image", False
     try:
-        decode_image(
-            image, min_size=1
-        )  # reads the whole file, also of a JPEG that is decoded at an eighth of its size
+        # This reads the whole file, also of a JPEG that is decoded at an eighth of its size.
+        decode_image(image, min_size=1)
         return None, has_more_pages(image)
     except ValueError as error:
         return str(error.__cause__) or type(error.__cause__).__name__, False

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .columns import TEST_SPLITS, image_and_label, unseen_classes, with_classes
 from .corrupt import without_corrupt_images
 from .folders import load_splits, metadata_hint, warn_of_unused_images
-from .images import first_few
+from .messages import first_few
 from .value_range import check_image_range
 
 

@@ -16,7 +16,8 @@ from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers.utils import logging
 
-from .images import IMAGE_SUFFIXES, first_few
+from .images import IMAGE_SUFFIXES
+from .messages import first_few, first_line
 
 
 logger = logging.get_logger(__name__)
@@ -96,8 +97,7 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except (DatasetsError, OSError, ValueError, LookupError, tarfile.TarError) as error:
         cause = error.__cause__ or error  # `datasets` itself only says that it failed
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise ValueError(f"The dataset {name!r} cannot be read: {reason.rstrip('.')}.{metadata_hint(name)}") from error
+        raise ValueError(f"The dataset {name!r} cannot be read: {first_line(cause)}.{metadata_hint(name)}") from error
 
 
 def _builder(folder: Path) -> str | None:
@@ -235,7 +235,7 @@ def _unread_images(folder: Path, builder: str | None, read: set[str]) -> dict[st
     reasons = {}
     for file in sorted(files_in(folder)):
         holds_images = builder == "imagefolder" and file.suffix.lower() in (*_BUILDERS, ".npy")
-        if os.path.abspath(file) not in read and file.name not in _METADATA and (holds_images or _is_image(file)):
+        if os.path.abspath(file) not in read and file.name not in _METADATA and (holds_images or is_image(file)):
             reasons.setdefault(reason(file), []).append(str(file.relative_to(folder)))
     return reasons
 
@@ -248,7 +248,8 @@ def _listed(reasons: dict[str, list[str]]) -> str:
     )
 
 
-def _is_image(file: Path) -> bool:
+def is_image(file: Path) -> bool:
+    """Tell whether a file holds an image, also one that is not read."""
     suffix = file.suffix.lower()
     if file.name.startswith("._"):  # a Mac's notes on the file of that name
         return False

@@ -105,9 +105,8 @@ def has_more_pages(image: dict[str, Any]) -> bool:
         `ValueError`: If the image cannot be opened.
     """
     with _opened(image, min_size=None) as opened:
-        return (
-            opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1
-        )  # photographs of telephones, with previews
+        # Photographs of telephones are of the format MPO, with previews as further pages.
+        return opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1
 
 
 @contextmanager
@@ -238,8 +237,3 @@ def _sufficient_size(processor: BaseImageProcessor) -> int | None:
         sizes.append(dict(processor.crop_size))
     known = [value for size in sizes for value in size.values() if value is not None]
     return _DRAFT_MARGIN * max(known) if known else None
-
-
-def first_few(items: list[str]) -> str:
-    """Join the first five for a message."""
-    return ", ".join(items[:5]) + (", ..." if len(items) > 5 else "")

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .._compat import BATCH_OR_INSTANCE_NORM
-from .models import _head_and_last_layer, _trainable_in_32_bits
+from .messages import first_line
+from .models import cast_trainable_to_float32, head_and_last_layer
 
 
 logger = logging.get_logger(__name__)
@@ -47,7 +48,7 @@ def add_lora(
         from peft.tuners.lora import LoraLayer
     except ImportError as error:
         raise ImportError("`lora` needs the package peft: pip install 'hf-aace[peft]'.") from error
-    head = {name.rpartition(".")[0] for name in _head_and_last_layer(model)} - {""}
+    head = {name.rpartition(".")[0] for name in head_and_last_layer(model)} - {""}
     with_statistics = {name for name, module in model.named_modules() if _keeps_statistics(module)}
     grouped = [
         name
@@ -72,9 +73,9 @@ def add_lora(
         raise ValueError(
             f"`lora_target_modules` is {list(target_modules)}, which names no {'other ' if grouped else ''}layers of "
             f"{type(model).__name__} that can be adapted. Give the ends of the names of some, as `model.named_modules()` lists them (in a ResNet, "
-            f"`convolution`). peft says: {str(error).strip().splitlines()[0]}"
+            f"`convolution`). peft says: {first_line(error)}."
         ) from error
-    _trainable_in_32_bits(adapted)
+    cast_trainable_to_float32(adapted)
     for module in adapted.modules():
         if _keeps_statistics(module):
             module.float()  # the statistics too: small updates of a running mean would be rounded away

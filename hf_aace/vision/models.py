@@ -22,6 +22,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from .._compat import forget_old_class_names
+from .messages import first_line
 
 
 logger = logging.get_logger(__name__)
@@ -182,7 +183,7 @@ def _explained(model_name_or_path: str, allow_pickle: bool) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = f"{first_line(error)}."
         if "trust_remote_code" in str(error):
             reason += " If you trust it, set `trust_remote_code`."
         elif not allow_pickle and "safetensors" in reason:
@@ -226,8 +227,8 @@ def _renew_head(model: PreTrainedModel) -> None:
             parameters[name].copy_(fresh[name])
 
 
-def _head_and_last_layer(model: PreTrainedModel) -> set[str]:
-    """Find the parameters outside the backbone and those of the last layer, which in a few models lies inside it."""
+def head_and_last_layer(model: PreTrainedModel) -> set[str]:
+    """Return the names of the parameters outside the backbone and of the last layer, which in a few models lies inside it."""
     backbone = {id(p) for p in model.base_model.parameters()}
     return head_parameters(model) | {name for name, p in model.named_parameters() if id(p) not in backbone}
 
@@ -239,13 +240,14 @@ def freeze_backbone(model: PreTrainedModel) -> None:
     Args:
         model ([`~transformers.PreTrainedModel`]): The model, modified in place.
     """
-    head = _head_and_last_layer(model)
+    head = head_and_last_layer(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in head)
-    _trainable_in_32_bits(model)
+    cast_trainable_to_float32(model)
 
 
-def _trainable_in_32_bits(model: nn.Module) -> None:
+def cast_trainable_to_float32(model: nn.Module) -> None:
+    """Cast the parameters that require a gradient to 32 bits, in place."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -282,5 +284,5 @@ def model_from_architecture(name: str, overrides: dict[str, Any] | None = None) 
         raise ValueError(
             f"`model_name_or_path` is {name!r}, from which no image classifier can be made. Give a built-in model "
             f"({', '.join(BUILTIN_MODELS)}), a model type such as `vit` or `convnext`, a folder, or a model id on the Hub: "
-            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error

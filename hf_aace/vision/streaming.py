@@ -12,7 +12,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .columns import TEST_SPLITS, class_name, image_and_label
 from .folders import load_splits, warn_of_unused_images
-from .images import first_few, image_transform
+from .images import image_transform
+from .messages import first_few
 from .value_range import check_image_range
 
 

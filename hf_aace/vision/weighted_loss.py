@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
+from ..losses import count_labels
+
 
 class WeightedCrossEntropy:
     """
@@ -64,8 +66,8 @@ class WeightedCrossEntropy:
             logits.float(), labels, weight=self._weights, reduction="sum", label_smoothing=self._label_smoothing
         )
         if num_items_in_batch is None:
-            num_items_in_batch = labels.numel() if labels.is_floating_point() else (labels != -100).sum()
-        elif isinstance(num_items_in_batch, torch.Tensor):
+            return total / count_labels(labels)
+        if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / (num_items_in_batch / labels.shape[1] if labels.is_floating_point() else num_items_in_batch)
 

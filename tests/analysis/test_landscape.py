@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import MODELS, Small, batch, identical, resnet, small_data, weights
+from torch import nn
 
 import hf_aace.analysis.landscape
 from hf_aace.analysis.landscape import loss_path, loss_surface
@@ -44,6 +45,29 @@ def test_the_middle_and_the_outside_of_a_path():
             {k: torch.lerp(v, second.state_dict()[k], float(position)) for k, v in first.state_dict().items()}
         )
         assert loss == pytest.approx(loss_at(between, data), rel=1e-4)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, order, tied=False):
+        super().__init__()
+        for name in order:
+            setattr(self, name, nn.Linear(10, 10, bias=False))
+        self.first = nn.Flatten()
+        if tied:
+            self.a.weight = self.b.weight
+
+    def forward(self, pixel_values, labels=None):
+        return (self.b(self.a(pixel_values.flatten(1)[:, :10]).tanh()),)
+
+
+def test_a_path_pairs_weights_by_their_names():
+    """Models of the same names and shapes may hold their layers in another order."""
+    torch.manual_seed(0)
+    first, second, data = TwoLayers("ab"), TwoLayers("ba"), [batch(8)]
+    path = loss_path(first, second, data, start=0, stop=1, points=2)
+    assert path.loss == pytest.approx([loss_at(first, data), loss_at(second, data)], rel=1e-5)
+    with pytest.raises(ValueError, match=r"same architecture.* tie different weights"):
+        loss_path(first, TwoLayers("ab", tied=True), data)
 
 
 def test_no_path_between_architectures():

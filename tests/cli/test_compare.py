@@ -228,6 +228,14 @@ def test_bad_input_is_told_before_the_first_run(argv, expected, tmp_path, monkey
     assert not list(tmp_path.rglob("seed-*"))
 
 
+def test_rho_is_not_searched_without_validation_images(tmp_path, monkeypatch, capsys):
+    """Not even one value, which is compared with plain training."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["find-rho", "--rho", "0.1", "--validation_size", "0"]) == 1
+    assert "`validation_size` is 0" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("seed-*"))
+
+
 class Interrupted(Pretended):
     """Makes one run. Then comes Ctrl-C."""
 

@@ -3,6 +3,7 @@
 
 import csv
 import json
+import logging
 from pathlib import Path
 
 import datasets
@@ -80,7 +81,7 @@ def test_results_are_those_of_the_model_on_the_test_images(capsys, drawn):
     assert all(row["label"] != row["prediction"] for row in mistakes)
 
     # The table of all images begins with those whose label the model believes least: there wrong labels would be.
-    answers = table(folder / "answers.csv")
+    answers = table(folder / "predictions.csv")
     rows = [int(row["image"].removeprefix("image ")) for row in answers]
     believed = [float(row["label_score"]) for row in answers]
     assert sorted(rows) == list(range(500)) and believed == sorted(believed)
@@ -135,6 +136,46 @@ def test_classes_are_matched_by_name_whatever_their_order():
             right += model.config.id2label[model.eval()(**inputs).logits.argmax().item()] == path.parent.name
     assert results["accuracy"] == pytest.approx(right / 24)
     assert all(Path(row["image"]).is_file() for row in results["worst_mistakes"])
+
+
+def test_classes_are_told_by_their_numbers_in_whatever_order_the_file_lists_them():
+    """As texts, 10 comes before 2."""
+    save_model("model", COLOURS)
+    save_images("images")
+    path = Path("model/config.json")
+    config = json.loads(path.read_text())
+    config["id2label"] = {key: config["id2label"][key] for key in ("2", "0", "1")}
+    path.write_text(json.dumps(config))
+    argv = ["evaluate", "--model_name_or_path", "model", "--dataset_name", "images", "--split", "all"]
+    assert main([*argv, "--output_dir", "out"]) == 0
+    assert json.loads(Path("out/evaluation.json").read_text())["classes"] == COLOURS
+    assert all(row["label"] == Path(row["image"]).parent.name for row in table("out/predictions.csv"))
+
+
+def test_all_images_are_those_of_every_split():
+    save_model("model", COLOURS)
+    for split, count in {"train": 3, "validation": 2, "test": 1}.items():
+        save_images(f"images/{split}", count=count)
+    argv = ["evaluate", "--model_name_or_path", "model", "--dataset_name", "images", "--split", "all"]
+    assert main([*argv, "--output_dir", "out"]) == 0
+    assert len(table("out/predictions.csv")) == 18
+
+
+def test_mistakes_are_drawn_in_the_range_that_the_model_got_them(monkeypatch):
+    """Pillow shows nearly all of 12 bits as white."""
+    drawn = []
+    monkeypatch.setattr("hf_aace.cli.evaluate.plot_image_grid", lambda images, *args: drawn.extend(images))
+    save_model("model", COLOURS)
+    for number, name in enumerate(COLOURS):
+        Path("images", name).mkdir(parents=True)
+        for index in range(8):
+            pixels = np.full((8, 8), 2000 * number + index, dtype=np.uint16)
+            pixels[0] = 4095
+            PIL.Image.fromarray(pixels).save(f"images/{name}/{index}.png")
+    argv = ["evaluate", "--model_name_or_path", "model", "--dataset_name", "images", "--split", "all"]
+    assert main([*argv, "--image_range", "0", "4095", "--output_dir", "out"]) == 0
+    levels = {image.getpixel((4, 4))[0] for image in drawn}
+    assert drawn and all(image.mode == "RGB" for image in drawn) and max(levels) < 255
 
 
 def test_a_perfect_model_has_no_mistakes_to_draw(monkeypatch):
@@ -209,6 +250,29 @@ def test_unreadable_images_are_named_and_do_not_stop_it(capsys):
     assert [row["image"] for row in bad] == ["black/broken.jpg"]
     assert bad[0]["label_1"] == "" and "broken.jpg" in bad[0]["error"]
     assert sum(row["label_1"] in COLOURS for row in table()) == 6
+
+
+def test_images_that_are_left_out_or_read_in_part_are_told(caplog, monkeypatch):
+    """As `train` and `evaluate` tell it."""
+    monkeypatch.setattr(logging.getLogger("hf_aace"), "propagate", True)
+    save_model("model", COLOURS)
+    save_images("images", count=2)
+    Path("images/black/0.png").rename("images/black/0")
+    Path("images/photo.heic").write_bytes(b"of a telephone")
+    Path("images/notes.txt").write_text("not an image")
+    frames = [PIL.Image.new("L", (8, 8), value) for value in (0, 128, 255)]
+    frames[0].save("images/pages.tiff", save_all=True, append_images=frames[1:])
+    dark = np.random.default_rng(0).integers(0, 4096, (8, 8)).astype(np.uint16)
+    for index in range(4):
+        PIL.Image.fromarray(dark).save(f"images/dark-{index}.png")
+    assert main(["predict", "--model_name_or_path", "model", "--images", "images"]) == 0
+    assert len(table()) == 10
+    assert "2 images in 'images' are of a kind that is not read, or have no ending" in caplog.text
+    assert "black/0" in caplog.text and "photo.heic" in caplog.text and "notes.txt" not in caplog.text
+    assert (
+        "1 of the images in 'images' have more than one page or frame" in caplog.text and "pages.tiff" in caplog.text
+    )
+    assert "The images of 16 bits in 'images'" in caplog.text
 
 
 def test_images_behind_links_to_folders_are_found():

@@ -33,7 +33,7 @@ def test_values_of_rho_are_for_what_perturbs_and_gives_none_itself(method, rhos)
 
 def test_values_of_rho_that_come_twice_are_one():
     """Or two runs would write into one folder."""
-    assert rho_values("0.1,0.2,0.1") == ["0.1", "0.2"]
+    assert rho_values("0.1,0.2,1e-1,0.1") == ["0.1", "0.2"]
 
 
 @pytest.mark.parametrize("method", METHODS)
