@@ -20,7 +20,7 @@ from ._compat import BATCH_NORM
 from .callbacks import PerturbationCallback
 from .config import AACEArguments, perturbs
 from .distributed import average_gradients, outside_ddp, reshard, sum_over_processes
-from .hook_watch import HookWatch
+from .hook_watch import HookWatch, no_optimizer_steps
 from .interval_metrics import IntervalMetrics
 from .isolation import frozen_running_statistics, gradients_set_aside, in_training, replayed_rng, unchanged_buffers
 from .loss_meter import LossMeter
@@ -67,11 +67,12 @@ class Ascent(TrainerCallback):
         self._last_step = -1  # the optimizer step of the last ascent pass
         self._random_draws = 0  # micro-batches of this optimizer step that random targets were drawn for
         self._checks_done = False
-        self._perturbed = False  # the weights are, at present
-        self._parameters: list[nn.Parameter] = []  # the perturbed ones
-        self._descents = 0  # so far
+        self._checked: list[int] = []  # the trainable parameters that the checks were done with
+        self.training = False  # a training step is run at perturbed weights
+        self._parameters: list[nn.Parameter] = []  # those of the present perturbation
+        self._descents = 0  # since training began
         self._passes = 0  # ascent passes so far
-        self._uses_backward = False  # some models give `autograd.grad` no gradients
+        self._uses_backward = False  # take gradients by `backward()`: `autograd.grad` gives none for some models
         self._first_descent_done = False  # which modules it has in evaluation mode is not known before
         self._modules_in_eval: set[nn.Module] = set()  # in the last descent
         self._images: list[torch.Tensor] | None = None  # of the first ascent pass, until the descent after it
@@ -144,7 +145,8 @@ class Ascent(TrainerCallback):
         # Before the weights are looked at: a schedule-free optimizer moves them here, as do layers that merge adapters in `eval()`.
         if isinstance(trainer.optimizer, AcceleratedOptimizer):
             trainer.optimizer.train()
-        model.train()
+        with in_training(model, except_modules=()):
+            pass
         reshard(model)  # evaluation may leave full weights gathered; the optimizer updates the shards
         self._parameters = parameters = parameters_to_perturb(trainer.model, args.perturb_modules)
         new = self._gradient is None or not self._may_reuse(self._gradient, window, parameters)
@@ -190,12 +192,12 @@ class Ascent(TrainerCallback):
         Args:
             model (`nn.Module`): The model that the training step got.
         """
-        self._perturbed = True
         try:
             ascended = self._last_step == self.trainer.state.global_step
             check = self._descents < 2 and not self.trainer.accelerator.is_fsdp2
             with (
-                refuse_lost_changes(self.trainer, self._parameters) if check else nullcontext(),
+                no_optimizer_steps(self.trainer, self._parameters),
+                refuse_lost_changes(self.trainer, model, self._parameters) if check else nullcontext(),
                 frozen_running_statistics(model),
                 self.meter.watch(model) if ascended else nullcontext(),
                 nullcontext() if self._images is None else images_given_to(model, self.trainer) as images,
@@ -208,7 +210,7 @@ class Ascent(TrainerCallback):
             reshard(model)  # or FSDP2 might go on with the perturbed weights that it gathered
             raise
         finally:
-            self._perturbed, self._parameters = False, []
+            self._parameters = []
         # A layer that the descent has in evaluation mode, frozen by `compute_loss`, for example, keeps its statistics, and the
         # next ascent leaves it in evaluation mode.
         self._modules_in_eval = {module for module in model.modules() if not module.training}
@@ -216,13 +218,14 @@ class Ascent(TrainerCallback):
         self._descents += 1
         self._apply_statistics()
 
-    def check_unperturbed(self, method: str) -> None:
-        """Raise a `RuntimeError` if a method of the trainer is called while the weights are perturbed."""
-        if self._perturbed:
-            raise RuntimeError(
-                f"`{method}` was called inside `training_step` or `compute_loss`, where the weights are perturbed. Call it in a "
-                "callback (`on_step_end`), or in `training_step` of a subclass of the trainer with SharpnessAwareMixin."
-            )
+    @contextmanager
+    def only_training(self, perturbed: bool) -> Iterator[None]:
+        """Set `training`, by which the trainer refuses to evaluate and to save, inside this context manager, if weights are perturbed."""
+        self.training = perturbed
+        try:
+            yield
+        finally:
+            self.training = False
 
     def _apply_statistics(self) -> None:
         """Give BatchNorm the running statistics that the ascent came to."""
@@ -262,6 +265,9 @@ class Ascent(TrainerCallback):
     def _ascend(self, model: nn.Module, window: list[Any], parameters: list[nn.Parameter]) -> _Gradient:
         """Take the gradient of the mean ascent loss over the micro-batches of the window."""
         trainer = self.trainer
+        trained = [id(p) for p in trainer.model.parameters() if p.requires_grad]
+        if trained != self._checked:  # in the first ascent, and where layers have been frozen or unfrozen
+            self._checks_done, self._checked = False, trained
         if not self._checks_done:
             self.check()  # a callback may have raised a `rho` of 0
             checks.check_backward_hooks(parameters)
@@ -277,7 +283,7 @@ class Ascent(TrainerCallback):
         scale).
         """
         trainer, scaler, sharded = self.trainer, self.trainer.accelerator.scaler, self.trainer.accelerator.is_fsdp2
-        first = not self._checks_done
+        first, draws = not self._checks_done, self._random_draws
         use_backward = sharded or self._uses_backward
         keep = len(window) > 1 or self.args.ascent_every > 1
         gradients: list[torch.Tensor | None] = [None] * len(parameters)
@@ -307,11 +313,15 @@ class Ascent(TrainerCallback):
                 if sharded:
                     model.set_requires_gradient_sync(index == len(samples) - 1)
                 with trainer.compute_loss_context_manager():
-                    outputs = trainer.ascent_outputs(inner, inputs)
+                    # A copy: some models change their inputs in place, and the descent is to get them unchanged.
+                    outputs = trainer.ascent_outputs(inner, recursively_apply(torch.clone, inputs))
                     logits = trainer.ascent_logits(outputs)
                     checks.check_part(logits, labels.shape[:1].numel(), whole.shape[:1].numel())
                     loss = self._loss(logits, labels)
-                if first and not sharded and checks.uses_reentrant_checkpointing(trainer, loss):
+                if first and index == 0 and self._passes == 0:
+                    checks.warn_of_other_width(trainer, logits.shape[1])
+                if first and not sharded and checks.uses_reentrant_checkpointing(loss):
+                    checks.check_static_graph(trainer)
                     self._uses_backward = use_backward = True
                 losses["ascent_loss"] += loss.detach() / count
                 loss = loss / divisor if scaler is None else scaler.scale(loss / divisor)
@@ -334,7 +344,8 @@ class Ascent(TrainerCallback):
                 first and not use_backward and any(p.grad is not None for p in trainer.model.parameters())
             )
         if by_backward_only:
-            self._uses_backward = True
+            checks.check_static_graph(trainer)
+            self._uses_backward, self._random_draws = True, draws
             return self._pass(model, window, parameters)
         self._passes += 1
         if first:
@@ -350,10 +361,11 @@ class Ascent(TrainerCallback):
 
     def _samples(self, inputs: Any) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
         """Prepare one micro-batch on the device: the samples that the ascent uses, their labels, and the labels of all."""
-        # A copy: a model, or `_prepare_inputs` of the user's, may change it in place, and the descent is to get it unchanged.
-        inputs, name = self.trainer._prepare_inputs(recursively_apply(torch.clone, inputs)), self.label_name
+        if type(self.trainer)._prepare_inputs is not Trainer._prepare_inputs:
+            inputs = _copy(inputs)  # it may change the batch in place, and the descent prepares it again
+        inputs, name = self.trainer._prepare_inputs(inputs), self.label_name
         checks.check_batch(inputs, name)
-        labels = inputs[name].clone()
+        labels = inputs[name]
         if not labels.is_floating_point():
             # As models flatten them; and -100 is no class, which in 8 bits it might look like.
             labels = (labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels).long()
@@ -377,7 +389,6 @@ class Ascent(TrainerCallback):
         check_classification(logits, labels)
         if not self._checks_done:
             checks.check_labels(self.trainer, labels, logits.shape[1])
-            checks.warn_of_other_width(self.trainer, logits.shape[1])
         if self.args.perturbation_loss == "aace":
             generator = self._new_generator(logits.device) if self.args.aace_target == "random" else None
             return aace_loss(logits, labels, target=self.args.aace_target, reduction="sum", generator=generator)
@@ -390,6 +401,13 @@ class Ascent(TrainerCallback):
         place = (args.seed, self.trainer.state.global_step, args.process_index, self._random_draws)
         self._random_draws += 1
         return torch.Generator(device).manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
+
+def _copy(inputs: Any) -> Any:
+    try:
+        return recursively_apply(torch.clone, inputs)
+    except Exception:  # of a kind of batch that only the Trainer of the user knows
+        return inputs
 
 
 def _first(data: Any, used: int, batch: int) -> Any:

@@ -219,20 +219,16 @@ def check_backward_hooks(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def uses_reentrant_checkpointing(trainer: Trainer, loss: torch.Tensor) -> bool:
+def uses_reentrant_checkpointing(loss: torch.Tensor) -> bool:
     """
     Tell whether a loss was computed with reentrant activation checkpointing: `autograd.grad` then takes no gradients of what is
     inside, often without an error, while `backward()` does.
 
     Args:
-        trainer ([`~transformers.Trainer`]): The trainer.
         loss (`torch.Tensor`): The loss, with its graph.
 
     Returns:
         `bool`: `True` if it was.
-
-    Raises:
-        `ValueError`: If it was, and `backward()` cannot serve instead.
     """
     seen, nodes = set(), [loss.grad_fn]
     while nodes:
@@ -240,17 +236,28 @@ def uses_reentrant_checkpointing(trainer: Trainer, loss: torch.Tensor) -> bool:
         if node is None or node in seen:
             continue
         if node.name() == "CheckpointFunctionBackward":
-            break
+            return True
         seen.add(node)
         nodes += [following for following, _ in node.next_functions]
-    else:
-        return False
+    return False
+
+
+def check_static_graph(trainer: Trainer) -> None:
+    """
+    Check that the ascent may take its gradients by `backward()`.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+
+    Raises:
+        `ValueError`: If DDP has a static graph: it would count the ascent pass.
+    """
     if trainer.args.ddp_static_graph:
         raise ValueError(
-            "Reentrant activation checkpointing with `ddp_static_graph` does not go with sharpness-aware training: "
-            'DDP would count the ascent pass too. Set `activation_checkpointing_kwargs={"use_reentrant": False}`.'
+            "`ddp_static_graph` does not go with sharpness-aware training of layers that run a backward pass of their own, such as those of "
+            "reentrant activation checkpointing: DDP would count the ascent pass too. Leave it out, or set "
+            '`activation_checkpointing_kwargs={"use_reentrant": False}`.'
         )
-    return True
 
 
 def check_window(inputs: Any, window: list[Any]) -> None:
@@ -345,7 +352,7 @@ def warn_of_other_width(trainer: Trainer, classes: int) -> None:
         classes (`int`): The width.
     """
     num_labels = getattr(getattr(bare_model(trainer), "config", None), "num_labels", classes)
-    if num_labels != classes and trainer.is_world_process_zero():
+    if num_labels not in (classes, 2) and trainer.is_world_process_zero():  # 2 is the default of a configuration
         logger.warning(
             f"The ascent takes a tensor of {classes} columns for the logits, but the configuration of the model has `num_labels={num_labels}`. If "
             f"its outputs hold the logits elsewhere, override `ascent_logits` of {type(trainer).__name__}; if its head has been replaced, set "

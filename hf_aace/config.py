@@ -160,7 +160,7 @@ class AACEArguments:
         },
     )
 
-    _base: ClassVar[str | None] = None  # the method whose values the fields that were not given have
+    _base: ClassVar[str | None] = None  # the method that sets the fields that were not given
     _applied_method: ClassVar[str | None] = None  # `method` when `_apply_method` last ran
     _given: ClassVar[frozenset[str]] = frozenset()  # the fields of a method that were given
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -22,8 +23,8 @@ class HookWatch(TrainerCallback):
         trainer ([`~transformers.Trainer`]): The trainer.
 
     Raises:
-        `RuntimeError`: If `training_step` was not called by the end of a step, or `get_batch_samples` not before one. The message
-            names the method.
+        `RuntimeError`: If `training_step` was not called by the end of the first perturbed step, or `get_batch_samples`, under
+            gradient accumulation, not before a step. The message names the method.
     """
 
     def __init__(self, trainer: Trainer):
@@ -71,21 +72,22 @@ class HookWatch(TrainerCallback):
 
 
 @contextmanager
-def no_optimizer_steps(trainer: Trainer) -> Iterator[None]:
+def no_optimizer_steps(trainer: Trainer, parameters: list[nn.Parameter]) -> Iterator[None]:
     """
-    Refuse steps of an optimizer of the model inside this context manager, where its weights are perturbed: they would be put back
-    over the update.
+    Refuse steps of an optimizer of perturbed weights inside this context manager: they would be put back over the update.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer, which the message names.
+        parameters (`list[nn.Parameter]`): The perturbed parameters.
 
     Raises:
-        `RuntimeError`: If an optimizer steps.
+        `RuntimeError`: If an optimizer steps that holds one of them.
     """
 
+    perturbed = {id(p) for p in parameters}
+
     def refuse(optimizer, args, kwargs):
-        own = {id(p) for p in trainer.model.parameters()}
-        if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+        if perturbed.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
             return  # of a discriminator, for example
         raise RuntimeError(
             f"`training_step` of {type(trainer).__name__} steps {type(optimizer).__name__} itself, while the weights are perturbed: "

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Context managers that keep a second pass through a model from leaving traces: random numbers, buffers, modes, gradients."""
 
-import copy
 import random
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +42,8 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.Tensor, torch.Tensor]]]:
     """
-    Restore the buffers of a model, and its extra state, after this context manager. Forward passes update the running statistics
-    of BatchNorm, for example, and the vectors of spectral normalization.
+    Restore the buffers of a model after this context manager. Forward passes update the running statistics of BatchNorm, for
+    example, and the vectors of spectral normalization.
 
     Args:
         model (`nn.Module`): The model.
@@ -52,55 +52,63 @@ def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.
         `list[tuple[nn.Module, torch.Tensor, torch.Tensor]]`: Filled on leaving, with an entry for each buffer of BatchNorm: the
         layer, the buffer, and the value that the buffer had come to.
     """
-    layers = [module for module in model.modules() if isinstance(module, BATCH_NORM)]
-    kept = _values_of_buffers(module for module in model.modules() if not isinstance(module, BATCH_NORM))
-    of_layers = _values_of_buffers(layers)
-    names = [
-        (module, set(module._buffers), dict(module.named_buffers(recurse=False)).keys()) for module in model.modules()
-    ]
-    extra = [
-        (module, copy.deepcopy(module.get_extra_state()))
-        for module in model.modules()
-        if type(module).get_extra_state is not nn.Module.get_extra_state
-    ]
+    modules = list(model.modules())
+    kept = _values_of_buffers(modules)
+    registered = [(module, dict(module._buffers), dict(vars(module))) for module in modules]
     statistics = []
     try:
         yield statistics
     finally:
-        for module, state in extra:
-            module.set_extra_state(state)
-        statistics += [(layer, buffer, getattr(layer, name).clone()) for layer, name, buffer, _ in of_layers]
-        _restore(of_layers)
+        statistics += [
+            (module, buffer, getattr(module, name).clone())
+            for module, name, buffer, _ in kept
+            if isinstance(module, BATCH_NORM)
+        ]
         _restore(kept)
-        # What this pass filled or made, the next one is to fill or make.
-        for module, registered, filled in names:
-            for name in dict(module.named_buffers(recurse=False)).keys() - filled:
-                if name in registered:
-                    setattr(module, name, None)
-                else:
-                    delattr(module, name)
+        for module, before, attributes in registered:
+            _forget_new_buffers(module, before, attributes)
+
+
+def _forget_new_buffers(module: nn.Module, before: dict[str, torch.Tensor | None], attributes: dict[str, Any]) -> None:
+    """Take away what the pass filled or made, so that the next one fills or makes it."""
+    new = [name for name, buffer in module._buffers.items() if buffer is not None and before.get(name) is None]
+    for name in new:
+        if name in before:
+            setattr(module, name, None)
+        else:
+            delattr(module, name)
+    if new:  # and what the module noted of them, such as the size of the images that they are for
+        vars(module).clear()
+        vars(module).update(attributes)
 
 
 def _values_of_buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]:
     return [
         (module, name, buffer, buffer.clone())
         for module in modules
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
     ]
 
 
 @torch.no_grad()
 def _restore(kept: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]) -> None:
     """Give buffers the values of before."""
+    together = []
     for module, name, buffer, value in kept:
-        if _is_writable(buffer) and buffer.shape != value.shape:
-            buffer.resize_(value.shape)  # as observers of quantization do
         if getattr(module, name) is not buffer:
             setattr(module, name, buffer)
-    # Always, as a write to `buffer.data` leaves no sign.
-    written = [(buffer, value) for _, _, buffer, value in kept if _is_writable(buffer)]
-    if written:
-        torch._foreach_copy_(*map(list, zip(*written, strict=True)))
+        if not _is_writable(buffer):
+            continue
+        if buffer.shape != value.shape:
+            buffer.resize_(value.shape)  # as observers of quantization do
+        # Always, as a write to `buffer.data` leaves no sign.
+        if type(buffer) is torch.Tensor and not (buffer.is_nested or buffer.is_conj() or buffer.is_neg()):
+            together.append((buffer, value))
+        else:
+            buffer.copy_(value)
+    if together:
+        torch._foreach_copy_(*map(list, zip(*together, strict=True)))
 
 
 def _is_writable(buffer: torch.Tensor) -> bool:

@@ -72,12 +72,23 @@ class LossMeter:
             return torch.full((), math.nan, device=logits.device)
 
     def _copy(self, loss_func: Any) -> Any:
-        """Copy an object that is called as a function, as a call may change it. Large things that it holds are shared."""
-        if isinstance(loss_func, (FunctionType, MethodType, functools.partial)):
+        """
+        Copy an object that is called as a function, as a call may change it. Models in evaluation mode, such as a teacher, parameters,
+        and the trainer are shared.
+        """
+        state = getattr(loss_func, "__dict__", None)
+        if not state or isinstance(loss_func, (FunctionType, MethodType, functools.partial)):
             return loss_func
-        modules = [value for value in (loss_func, *vars(loss_func).values()) if isinstance(value, nn.Module)]
-        shared = [self._trainer, self._trainer.model, *(p for module in modules for p in module.parameters())]
-        return copy.deepcopy(loss_func, {id(value): value for value in shared})
+        tensors, modules = [], []
+        recursively_apply(tensors.append, dict(state))
+        recursively_apply(modules.append, dict(state), test_type=lambda value: isinstance(value, nn.Module))
+        modules = [inner for module in modules for inner in module.modules()]
+        shared = [self._trainer, self._trainer.model, *(module for module in modules if not module.training)]
+        shared += [p for module in (loss_func, *modules) if isinstance(module, nn.Module) for p in module.parameters()]
+        memo = {id(value): value for value in shared}
+        # A loss of an earlier step that it keeps has a graph, with which it cannot be copied.
+        memo |= {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+        return copy.deepcopy(loss_func, memo)
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks in the first steps: both passes get the same images, and change no parameters."""
+"""Checks in the first steps: both passes get the same images, the ascent changes no frozen parameter, the descent no perturbed one."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -88,27 +88,41 @@ def refuse_changed_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def refuse_lost_changes(trainer: Trainer, parameters: list[nn.Parameter]) -> Iterator[None]:
+def refuse_lost_changes(trainer: Trainer, model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
     """
-    Refuse a training step that changes the weights while they are perturbed. This waits for the device.
+    Refuse a training step that changes the weights while they are perturbed, unless the forward pass does it. This waits for the
+    device.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer, whose step is run inside this context manager.
+        model (`nn.Module`): The model that the step got.
         parameters (`list[nn.Parameter]`): The perturbed parameters.
 
     Raises:
         `ValueError`: If one of them has changed on leaving. The message names it.
     """
-    perturbed = {id(p) for p in parameters}
+    perturbed, changed = {id(p) for p in parameters}, []
     own = {name: p for name, p in trainer.model.named_parameters() if id(p) in perturbed}
     before = _bits(own)
-    yield
-    after = _bits(own)
-    changed = [name for name, bits in before.items() if bits != after[name]]
+
+    def compare(*_) -> None:
+        changed.extend(name for name, bits in _bits(own).items() if bits != before[name])
+
+    # What the forward pass changes (weights of a limited norm, for example), that of the ascent has changed at the clean weights.
+    handles = [
+        model.register_forward_pre_hook(compare),
+        model.register_forward_hook(lambda *_: before.update(_bits(own))),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    compare()
     if changed:
         raise ValueError(
-            f"`training_step` of {type(trainer).__name__}, or what it calls, changes {len(changed)} parameters such as {changed[0]!r} "
-            "while the weights are perturbed: the change would be lost. Change them in a callback (`on_step_end`)."
+            f"`training_step` of {type(trainer).__name__}, or what it calls, changes {len(set(changed))} parameters such as "
+            f"{changed[0]!r} while the weights are perturbed: the change would be lost. Change them in a callback (`on_step_end`)."
         )
 
 

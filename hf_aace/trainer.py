@@ -14,7 +14,6 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, Train
 from ._compat import TrainerWorkarounds
 from .ascent import Ascent
 from .checks import bare_model, check_inputs_of_model, check_mixin_order
-from .hook_watch import no_optimizer_steps
 from .model_card import write_model_card
 from .perturbation import perturbed
 
@@ -52,12 +51,14 @@ class SharpnessAwareMixin(TrainerWorkarounds):
       not finite; if each process perturbs by itself, the sum over them.
 
     Raises:
-        `ValueError`: When it is made, or when training starts, if the model, the data or another setting cannot be
+        `ValueError`: When it is made, when training starts or in its first steps, if the model, the data or another setting cannot be
             trained so; the message says what was found and how to mend it. Not with `rho=0`.
         `TypeError`: When a class puts it behind the Trainer among its bases.
-        `RuntimeError`: In training, if its `training_step` or `get_batch_samples` is not called, or an optimizer steps while the
-            weights are perturbed.
+        `RuntimeError`: In training, if its `training_step` or `get_batch_samples` is not called, or an optimizer of the perturbed
+            weights steps, or the trainer evaluates, predicts or saves, while they are perturbed.
     """
+
+    _ascent: Ascent | None = None  # until the Trainer is made: its constructor may evaluate or save
 
     def __init__(self, *args, **kwargs):
         if isinstance(kwargs.get("model"), str):
@@ -79,7 +80,10 @@ class SharpnessAwareMixin(TrainerWorkarounds):
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args, **kwargs) -> torch.Tensor:
         self._ascent.watch.note_training_step()
-        with self.perturbed_weights(model, inputs):
+        with (
+            self.perturbed_weights(model, inputs) as perturbation,
+            self._ascent.only_training(perturbation is not None),
+        ):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self._ascent.log_descent(inputs, loss, kwargs.get("num_items_in_batch", args[0] if args else None))
         return loss
@@ -100,7 +104,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         if perturbation is None:
             yield None
         else:
-            with perturbation, no_optimizer_steps(self), self._ascent.descent(model):
+            with perturbation, self._ascent.descent(model):
                 yield perturbation
 
     def forget_ascent(self) -> None:
@@ -181,16 +185,23 @@ class SharpnessAwareMixin(TrainerWorkarounds):
             self._ascent.reset()
 
     def evaluate(self, *args, **kwargs):
-        self._ascent.check_unperturbed("evaluate")
+        self._check_unperturbed("evaluate")
         return super().evaluate(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
-        self._ascent.check_unperturbed("predict")
+        self._check_unperturbed("predict")
         return super().predict(*args, **kwargs)
 
     def save_model(self, *args, **kwargs):
-        self._ascent.check_unperturbed("save_model")
-        super().save_model(*args, **kwargs)
+        self._check_unperturbed("save_model")
+        return super().save_model(*args, **kwargs)
+
+    def _check_unperturbed(self, method: str) -> None:
+        if self._ascent is not None and self._ascent.training:
+            raise RuntimeError(
+                f"`{method}` was called inside `training_step` or `compute_loss`, where the weights are perturbed. Call it in a "
+                f"callback (`on_step_end`), or in `training_step` of {type(self).__name__}, after `super().training_step`."
+            )
 
     def get_batch_samples(self, *args, **kwargs):
         batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)

@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-from comparison import train
-from tiny import VANISHING, convnext, digits, identical, weights
+from comparison import Linear, train
+from tiny import VANISHING, batch, convnext, digits, identical, training_arguments, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_aace import AACEConfig, AACETrainer, SharpnessAwareMixin
@@ -75,7 +75,6 @@ def test_a_call_that_is_taken_away_stops_the_run_before_the_second_step(cls, met
     assert len(steps) <= 1
 
 
-@pytest.mark.parametrize("cls", [WithoutTrainingStep, OverAnotherStep, WithoutWindow, OneMicroBatchAtATime])
 def test_a_subclass_may_skip_a_batch(tmp_path):
     class Skips(AACETrainer):
         def training_step(self, *args, **kwargs):
@@ -86,6 +85,7 @@ def test_a_subclass_may_skip_a_batch(tmp_path):
     assert train(Skips, AACEConfig, convnext(), tmp_path, rho=0.1).state.global_step == 6
 
 
+@pytest.mark.parametrize("cls", [WithoutTrainingStep, OverAnotherStep, WithoutWindow, OneMicroBatchAtATime])
 def test_plain_training_is_not_watched(cls, tmp_path):
     plain = train(Trainer, TrainingArguments, convnext(), tmp_path, steps=3)
     ours = train(cls, AACEConfig, convnext(), tmp_path, steps=3, rho=0.0)
@@ -182,6 +182,37 @@ def test_weights_that_the_trainer_changes_while_they_are_perturbed_are_refused(t
     # Parameters that are not perturbed keep the change.
     kept = train(Mine, AACEConfig, convnext(), tmp_path, rho=0.5, perturb_modules="embeddings", learning_rate=0.0)
     assert kept.model.classifier.weight.abs().max() <= 0.01 < before["classifier.weight"].abs().max()
+
+
+class LimitsItsWeights(Linear):
+    """In the forward pass, as `nn.Embedding` with a `max_norm` does."""
+
+    def forward(self, pixel_values, labels=None):
+        self.linear.weight.data.clamp_(-0.05, 0.05)
+        return super().forward(pixel_values, labels)
+
+
+def test_weights_that_the_forward_pass_limits_are_no_alarm(tmp_path):
+    """The ascent pass limits them, too, at the clean weights: nothing is lost."""
+    trainer = train(AACETrainer, AACEConfig, LimitsItsWeights(), tmp_path, rho=0.1, learning_rate=0.0)
+    assert trainer.state.global_step == 6 and trainer.model.linear.weight.abs().max() <= 0.05
+
+
+def test_a_trainer_may_evaluate_and_save_in_its_constructor_and_at_weights_that_its_user_perturbs(tmp_path):
+    class Base(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.before = self.evaluate()["eval_loss"]
+            self.save_model()
+
+    class Mine(SharpnessAwareMixin, Base):
+        pass
+
+    arguments = training_arguments(AACEConfig, tmp_path, rho=1.0)
+    trainer = Mine(convnext(), arguments, train_dataset=digits(16), eval_dataset=digits(16))
+    trainer.create_optimizer_and_scheduler(1)
+    with trainer.perturbed_weights(trainer.model, batch()):
+        assert trainer.evaluate()["eval_loss"] > trainer.before
 
 
 @pytest.mark.parametrize("method", ["evaluate", "predict", "save_model"])

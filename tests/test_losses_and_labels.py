@@ -75,13 +75,42 @@ class LaterDoubled:
 
 
 @pytest.mark.parametrize("make_loss", [EarlyLearning, LaterDoubled])
-def test_a_compute_loss_func_that_keeps_a_state_is_called_once_in_a_step(make_loss, tmp_path):
+def test_a_compute_loss_func_that_keeps_a_state_counts_each_step_once(make_loss, tmp_path):
     """The log is not to change what is trained."""
     plain = train(Trainer, TrainingArguments, convnext(), tmp_path, compute_loss_func=make_loss(), steps=9)
     ours = train(AACETrainer, AACEConfig, convnext(), tmp_path, compute_loss_func=make_loss(), steps=9, rho=VANISHING)
     assert identical(weights(plain.model), weights(ours.model))
     logs = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (plain, ours)]
     assert logs[0] == logs[1]
+
+
+class KeepsItsParts:
+    """Notes its last value, with its graph, and holds a model that no step changes."""
+
+    def __init__(self):
+        self.parts, self.teachers = {}, [Counting().eval()]
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        self.parts["loss"] = F.cross_entropy(outputs["logits"], labels)
+        return self.parts["loss"] + 0 * self.teachers[0](outputs["logits"].detach()).sum()
+
+
+class Counting(nn.Module):
+    copies = 0
+
+    def __deepcopy__(self, memo):
+        Counting.copies += 1
+        return Counting()
+
+    def forward(self, x):
+        return x
+
+
+def test_the_log_has_the_loss_of_an_object_that_keeps_its_parts_and_copies_no_teacher(tmp_path):
+    trainer = train(AACETrainer, AACEConfig, convnext(), tmp_path, compute_loss_func=KeepsItsParts(), rho=0.1)
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    assert log["loss"] - log["clean_loss"] == pytest.approx(log["sharpness"], abs=1e-4)
+    assert Counting.copies == 0
 
 
 def test_compute_loss_func_gets_the_number_of_labels(tmp_path):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from comparison import check_goes_on_working, run, train
 from tiny import (
+    VANISHING,
     batch,
     convnext,
     digits,
@@ -21,9 +22,9 @@ from tiny import (
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-from hf_aace import AACEConfig, AACETrainer
+from hf_aace import AACEConfig, AACETrainer, SharpnessAwareMixin
 
 
 def test_both_passes_see_the_same_dropout_mask(tmp_path):
@@ -183,26 +184,22 @@ class OwnBatchNorm(nn.BatchNorm2d):
         return (x - mean[:, None, None]) * (variance[:, None, None] + self.eps).rsqrt() * scale + shift
 
 
-class Counts(nn.Module):
-    """Keeps a number that is no buffer, but is saved with the model."""
+class MadeForASize(nn.Module):
+    """Makes a buffer for the size of its images, which it notes, as tables of positions are made."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
-
-    def get_extra_state(self):
-        return torch.tensor(self.count)
-
-    def set_extra_state(self, state):
-        self.count = int(state)
+        self.size = None
 
     def forward(self, x):
-        self.count += 1
-        return x / self.count
+        if self.size != x.shape[-2:]:
+            self.size = x.shape[-2:]
+            self.register_buffer("table", torch.linspace(0, 1, self.size.numel()).view(self.size))
+        return x + self.table
 
 
 class WithUnusualBuffers(nn.Module):
-    """Expanded or made in inference mode, which no pass can write to, and sparse."""
+    """Expanded or made in inference mode, which no pass can write to, sparse, and conjugate."""
 
     def __init__(self):
         super().__init__()
@@ -210,6 +207,7 @@ class WithUnusualBuffers(nn.Module):
         with torch.inference_mode():
             self.register_buffer("of_inference", torch.ones(8))
         self.register_buffer("sparse", torch.eye(8).to_sparse(), persistent=False)
+        self.register_buffer("conjugate", torch.ones(8, dtype=torch.complex64).conj(), persistent=False)
 
     def forward(self, x):
         return x * self.expanded[:, None, None]
@@ -238,7 +236,7 @@ class Convolutional(nn.Module):
         MovingMeanByData,
         lambda: FilledWhenNeeded(registered=True),
         lambda: FilledWhenNeeded(registered=False),
-        Counts,
+        MadeForASize,
         WithUnusualBuffers,
         lambda: nn.BatchNorm2d(8),
         lambda: OwnBatchNorm(8),
@@ -251,7 +249,7 @@ class Convolutional(nn.Module):
         "moving mean, by data",
         "filled when needed",
         "made when needed",
-        "extra state",
+        "made for a size",
         "unusual buffers",
         "batch norm",
         "batch norm with a forward of its own",
@@ -371,6 +369,12 @@ def test_layers_that_change_their_weights_with_the_mode_are_in_training_mode_fir
     assert torch.allclose(model.train().weight, before, atol=1e-5)
 
 
+class KeepsInEvaluation(TrainerCallback):
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        model.train()
+        model.layer.eval()
+
+
 class CheckpointedBatchNorm(nn.Module):
     def __init__(self):
         super().__init__()
@@ -431,6 +435,42 @@ def test_layers_that_run_a_backward_pass_of_their_own_are_perturbed_and_keep_the
     with trainer.perturbed_weights(trainer.model, batch()):
         moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
     assert moved == set(before)
+
+
+def test_reversible_layers_that_are_unfrozen_on_the_way(tmp_path):
+    class Unfreezes(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            model.reversible.requires_grad_(state.global_step >= 2)
+
+    def make_model():
+        model = WithReversibleLayer()
+        model.reversible.requires_grad_(False)
+        return model
+
+    check_goes_on_working(make_model, tmp_path, callbacks=[Unfreezes()])
+
+
+@pytest.mark.parametrize("rho", [VANISHING, 0.1])
+def test_layers_in_evaluation_mode_stay_so_in_a_training_step_of_ones_own(rho, tmp_path):
+    """Trainer's puts the model into training mode; one that does not leaves that to the user."""
+    seen = []
+
+    class Base(Trainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            seen.append([model.training, model.layer.training])
+            loss = self.compute_loss(model, inputs)
+            loss.backward()
+            return loss.detach()
+
+    class Mine(SharpnessAwareMixin, Base):
+        pass
+
+    model = Convolutional(lambda: nn.BatchNorm2d(8))
+    model.layer.eval()
+    trainer = Mine(model, training_arguments(AACEConfig, tmp_path, max_steps=3, rho=rho), train_dataset=digits(64))
+    trainer.add_callback(KeepsInEvaluation())
+    trainer.train()
+    assert seen == [[True, False]] * 3
 
 
 def test_a_resumed_run_with_frozen_batch_norm_is_the_uninterrupted_one(tmp_path):

@@ -143,12 +143,15 @@ class Study:
         options (`argparse.Namespace`): The options that a parser of [`study_parser`] has read.
         common (`list[str]`): Options of `hf-aace train` for all runs.
         candidates (`list[Candidate]`): All that may be run; their options are checked before the first run.
+        chooses (`bool`, *optional*, defaults to `False`): The study chooses by validation images, whatever the candidates.
 
     Raises:
         `ValueError`: If an option is bad, or the folder holds a study with other options.
     """
 
-    def __init__(self, options: argparse.Namespace, common: list[str], candidates: list[Candidate]):
+    def __init__(
+        self, options: argparse.Namespace, common: list[str], candidates: list[Candidate], chooses: bool = False
+    ):
         check_at_least(1, seeds=options.seeds, jobs=options.jobs)
         self.folder, self._jobs = Path(options.output_dir), options.jobs
         self.seeds = list(range(options.first_seed, options.first_seed + options.seeds))
@@ -166,7 +169,7 @@ class Study:
             # Bad options are to be told before the first run, not by the last one.
             model, data, training = train_arguments(run_options(self.folder, self._options, candidate, self.seeds[0]))
             check_training(model, data, training)
-            if candidate.method in self.searched and data.validation_size == 0:
+            if (chooses or candidate.method in self.searched) and data.validation_size == 0:
                 raise ValueError("`validation_size` is 0, but it takes validation images to choose between settings.")
             if "accuracy" not in data.metrics:
                 raise ValueError(f"`metrics` must have `accuracy`, which the study is about, got {data.metrics}.")
@@ -175,7 +178,6 @@ class Study:
                     "`streaming` reads no images beforehand, so none can be set apart to choose settings by. Leave it "
                     "out, or compare methods of one setting each with `--validation_size 0`."
                 )
-        self.validation_size = data.validation_size
         self.title = f"{last_part(model.model_name_or_path)} on {last_part(data.dataset_name)}"
         record = self.folder / "study.json"
         begun_with = json.loads(record.read_text(encoding="utf-8"))["options"] if record.is_file() else common

@@ -97,14 +97,12 @@ def run(argv: list[str]) -> int:
     seconds = time.perf_counter() - started
     labels, predicted = np.array(data["label"][:]), probabilities.argmax(axis=-1)
     scores = compute_metrics(EvalPrediction(probabilities, labels))
-    classes = [
-        model.config.id2label[index] for index in range(model.config.num_labels)
-    ]  # a file may list them in another order
+    # By number, as the file of a configuration may list them in another order.
+    classes = [model.config.id2label[index] for index in range(model.config.num_labels)]
     matrix = confusion_matrix(labels, predicted, labels=range(len(classes))).tolist()
     predictions = _predictions(data, probabilities, labels, classes)
-    mistakes = predictions[(predicted != labels)[predictions.index]].head(
-        options.num_mistakes
-    )  # two classes may share a name
+    wrong = (predicted != labels)[predictions.index]  # not by the names: two classes may share one
+    mistakes = predictions[wrong].head(options.num_mistakes)
 
     folder.mkdir(parents=True, exist_ok=True)
     report = {

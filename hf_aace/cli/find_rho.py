@@ -37,11 +37,7 @@ def run(argv: list[str]) -> int:
     method = method_title(settings).split(",")[0].lower()
     candidates = [Candidate("trainer", (("rho", "0"),)), *(Candidate(method, (("rho", value),)) for value in values)]
 
-    study = Study(options, common, candidates)
-    if study.validation_size == 0:
-        raise ValueError(
-            "`validation_size` is 0, but it takes validation images to choose `rho`. Give 0.2, or leave it out."
-        )
+    study = Study(options, common, candidates, chooses=True)
     todo = [(candidate, seed) for seed in study.seeds for candidate in candidates]
     with study.runner(len(todo)) as runner:
         runs = runner.run(todo)

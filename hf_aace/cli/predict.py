@@ -87,7 +87,7 @@ def run(argv: list[str]) -> int:
         image_range=options.image_range,
     )
     Path(options.output_file).parent.mkdir(parents=True, exist_ok=True)
-    unreadable = []
+    unreadable, paged = [], []
     with Path(options.output_file).open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         ranks = range(1, options.top_k + 1)
@@ -100,6 +100,11 @@ def run(argv: list[str]) -> int:
                 table.writerow([image, *[""] * (2 * options.top_k), answer])
             else:
                 table.writerow([image, *_best(answer, model.config.id2label, options.top_k), ""])
+                paged += [image] * has_more_pages({"path": str(path), "bytes": None})
+    if paged:
+        logger.warning(
+            f"{len(paged)} of the images in {images!r} have more than one page or frame, of which the first is taken: {first_few(paged)}."
+        )
     for image in unreadable:
         print(f"hf-aace: cannot read {image}", file=sys.stderr)
     if len(unreadable) == len(paths):
@@ -119,7 +124,11 @@ def _find_images(name: str) -> tuple[Path, list[Path]]:
         raise ValueError(f"`images` must be a folder or an image, but there is no {name!r}.")
     files = sorted(files_in(path))
     found = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    others = [str(file.relative_to(path)) for file in files if file not in found and is_image(file)]
+    others = [
+        file.relative_to(path).as_posix()
+        for file in files
+        if file.suffix.lower() not in IMAGE_SUFFIXES and is_image(file)
+    ]
     if others:
         logger.warning(
             f"{len(others)} images in {name!r} are of a kind that is not read, or have no ending, and are left out: {first_few(others)}. "
@@ -127,19 +136,7 @@ def _find_images(name: str) -> tuple[Path, list[Path]]:
         )
     if not found:
         raise ValueError(f"The folder {name!r} given as `images` holds no images that can be read.")
-    paged = [str(file.relative_to(path)) for file in found if _has_more_pages(file)]
-    if paged:
-        logger.warning(
-            f"{len(paged)} of the images in {name!r} have more than one page or frame, of which the first is taken: {first_few(paged)}."
-        )
     return path, found
-
-
-def _has_more_pages(file: Path) -> bool:
-    try:
-        return has_more_pages({"path": str(file), "bytes": None})
-    except ValueError:  # is named in the table
-        return False
 
 
 def _best(probabilities: np.ndarray, id2label: dict[int, str], count: int) -> list[str]:

@@ -249,7 +249,7 @@ def _listed(reasons: dict[str, list[str]]) -> str:
 
 
 def is_image(file: Path) -> bool:
-    """Tell whether a file holds an image, also one that is not read."""
+    """Tell whether a file holds an image, even of a kind that is not read."""
     suffix = file.suffix.lower()
     if file.name.startswith("._"):  # a Mac's notes on the file of that name
         return False

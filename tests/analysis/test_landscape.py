@@ -52,7 +52,6 @@ class TwoLayers(nn.Module):
         super().__init__()
         for name in order:
             setattr(self, name, nn.Linear(10, 10, bias=False))
-        self.first = nn.Flatten()
         if tied:
             self.a.weight = self.b.weight
 

@@ -233,7 +233,7 @@ def test_rho_is_not_searched_without_validation_images(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     assert main(["find-rho", "--rho", "0.1", "--validation_size", "0"]) == 1
     assert "`validation_size` is 0" in capsys.readouterr().err
-    assert not list(tmp_path.rglob("seed-*"))
+    assert not list(tmp_path.rglob("study.json")), "the command without the option would be refused, as another study"
 
 
 class Interrupted(Pretended):
