@@ -67,7 +67,7 @@ class Ascent(TrainerCallback):
         self._last_step = -1  # the optimizer step of the last ascent pass
         self._random_draws = 0  # micro-batches of this optimizer step that random targets were drawn for
         self._checks_done = False
-        self._checked: list[int] = []  # the trainable parameters that the checks were done with
+        self._checked: list[str] = []  # the trainable parameters that the checks were done with
         self.training = False  # a training step is run at perturbed weights
         self._parameters: list[nn.Parameter] = []  # those of the present perturbation
         self._descents = 0  # since training began
@@ -265,7 +265,7 @@ class Ascent(TrainerCallback):
     def _ascend(self, model: nn.Module, window: list[Any], parameters: list[nn.Parameter]) -> _Gradient:
         """Take the gradient of the mean ascent loss over the micro-batches of the window."""
         trainer = self.trainer
-        trained = [id(p) for p in trainer.model.parameters() if p.requires_grad]
+        trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
         if trained != self._checked:  # in the first ascent, and where layers have been frozen or unfrozen
             self._checks_done, self._checked = False, trained
         if not self._checks_done:
