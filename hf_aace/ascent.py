@@ -143,6 +143,7 @@ class Ascent(TrainerCallback):
             window = self._window
             checks.check_window(inputs, window)
         # Before the weights are looked at: a schedule-free optimizer moves them here, as do layers that merge adapters in `eval()`.
+        # `in_training` calls `train()`, and leaves each module in the mode of before.
         if isinstance(trainer.optimizer, AcceleratedOptimizer):
             trainer.optimizer.train()
         with in_training(model, except_modules=()):
@@ -220,7 +221,7 @@ class Ascent(TrainerCallback):
 
     @contextmanager
     def only_training(self, perturbed: bool) -> Iterator[None]:
-        """Set `training`, by which the trainer refuses to evaluate and to save, inside this context manager, if weights are perturbed."""
+        """Set `training` inside this context manager if the weights are perturbed: the trainer then refuses to evaluate and to save."""
         self.training = perturbed
         try:
             yield

@@ -92,7 +92,7 @@ def loss_path(
 
     def compute() -> LossPath:
         position = np.linspace(start, stop, points)
-        # By name: equal architectures may hold their layers in another order, or tie other weights.
+        # By name: models of one architecture may hold their layers in another order.
         parameters, ends = list(model.parameters()), dict(other.named_parameters(remove_duplicate=False))
         steps = [ends[name].detach().to(p.device) - p.detach() for name, p in model.named_parameters()]
         others = dict(other.named_buffers(remove_duplicate=False))

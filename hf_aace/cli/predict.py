@@ -132,7 +132,7 @@ def _find_images(name: str) -> tuple[Path, list[Path]]:
     if others:
         logger.warning(
             f"{len(others)} images in {name!r} are of a kind that is not read, or have no ending, and are left out: {first_few(others)}. "
-            f"Convert them to PNG or JPEG, or name them accordingly."
+            "Convert them to PNG or JPEG, or give them the ending of their kind."
         )
     if not found:
         raise ValueError(f"The folder {name!r} given as `images` holds no images that can be read.")

@@ -175,7 +175,7 @@ def test_mistakes_are_drawn_in_the_range_that_the_model_got_them(monkeypatch):
     argv = ["evaluate", "--model_name_or_path", "model", "--dataset_name", "images", "--split", "all"]
     assert main([*argv, "--image_range", "0", "4095", "--output_dir", "out"]) == 0
     levels = {image.getpixel((4, 4))[0] for image in drawn}
-    assert drawn and all(image.mode == "RGB" for image in drawn) and max(levels) < 255
+    assert all(image.mode == "RGB" for image in drawn) and 100 < max(levels) < 255
 
 
 def test_a_perfect_model_has_no_mistakes_to_draw(monkeypatch):
