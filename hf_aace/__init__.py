@@ -1,7 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharpness-aware training for the Hugging Face Trainer, with the AACE loss in its ascent step."""
+"""
+Sharpness-aware training for the Hugging Face Trainer, with the AACE loss in its ascent step.
 
-import logging
+The files, each of which imports only what stands above it. To follow a step, begin at `training_step` in trainer.py.
+
+    _compat.py           work-arounds for defects of other libraries
+    config.py            `AACEConfig`; the methods AACE, SAM and ASAM by name
+    tensor_checks.py     checks of logits, labels and weights
+    checks.py            checks of a trainer and of its batches, before any weight moves
+    losses.py            the AACE loss
+    perturbation.py      moves weights along a gradient, and puts them back bit for bit
+    parameters.py        which parameters are perturbed
+    isolation.py         lets a pass leave no traces: random numbers, buffers, modes, gradients
+    distributed.py       the ascent under DDP and FSDP2
+    interval_metrics.py  averages of what is logged
+    loss_meter.py        the loss before and after the perturbation, for the log
+    callbacks.py         callbacks that see each perturbation
+    hook_watch.py        notices when the methods of the trainer are no longer called
+    pass_checks.py       checks of what happens in the passes
+    ascent.py            the ascent pass, and how long its gradient is used
+    model_card.py        the model card
+    trainer.py           `SharpnessAwareMixin` and `AACETrainer`
+    vision/              images: datasets, augmentation, models, metrics
+    analysis/            sharpness, loss landscapes, plots
+    study/               comparisons of methods over seeds: runs, statistics, cost
+    cli/                 the command `hf-aace`
+"""
+
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -12,10 +37,6 @@ if TYPE_CHECKING:
     from .perturbation import perturbed
     from .trainer import AACETrainer, SharpnessAwareMixin
 
-
-# peft imports bitsandbytes where it is installed, which warns that it lacks 4-bit kernels: nothing here uses them, and the first
-# lines on a user's screen are to be about the user's run.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 __version__ = "0.1.0"
 

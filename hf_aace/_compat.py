@@ -6,7 +6,7 @@ though they promise nothing about it, for want of a public name. If one goes, th
 - `_fused_sgd_` (torch; perturbation.py): let `_step_` take its other branch for all parameters.
 - `_foreach_copy_`, `_foreach_mul` (torch; perturbation.py, isolation.py): loop over the tensors. It is only slower.
 - `_version` (torch; analysis/derived_state.py): compare values with a copy.
-- `_post_accumulate_grad_hooks` (torch; checks.py): leave the check out. `no_optimizer_steps` (hook_watch.py) still refuses
+- `_post_accumulate_grad_hooks` (torch; checks.py): leave the check out. `no_optimizer_steps` (pass_checks.py) still refuses
   optimizers that step too early.
 - `_parameters`, `_buffers`, `_modules` (torch; isolation.py, analysis/derived_state.py): the names of the attributes that hold a module's state.
 - `_orig_mod` (torch; distributed.py, parameters.py): what a compiled module holds, and what compilation puts into names.

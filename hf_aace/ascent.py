@@ -18,15 +18,21 @@ from transformers import Trainer, TrainerCallback
 from . import checks
 from ._compat import BATCH_NORM
 from .callbacks import PerturbationCallback
-from .config import AACEArguments, perturbs
+from .config import AACEArguments, aace_arguments, perturbs
 from .distributed import average_gradients, outside_ddp, reshard, sum_over_processes
-from .hook_watch import HookWatch, no_optimizer_steps
+from .hook_watch import HookWatch
 from .interval_metrics import IntervalMetrics
 from .isolation import frozen_running_statistics, gradients_set_aside, in_training, replayed_rng, unchanged_buffers
 from .loss_meter import LossMeter
 from .losses import aace_loss, count_correct, count_labels
 from .parameters import parameters_to_perturb
-from .pass_checks import images_given_to, refuse_changed_parameters, refuse_lost_changes, warn_of_other_images
+from .pass_checks import (
+    images_given_to,
+    no_optimizer_steps,
+    refuse_changed_parameters,
+    refuse_lost_changes,
+    warn_of_other_images,
+)
 from .perturbation import perturbed
 from .tensor_checks import check_classification, explained_labels
 
@@ -56,7 +62,6 @@ class Ascent(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.metrics, self.meter, self.watch = IntervalMetrics(), LossMeter(trainer), HookWatch(trainer)
-        self._default_args = AACEArguments()
         self.first_step = 0
         self.reset()
 
@@ -66,24 +71,22 @@ class Ascent(TrainerCallback):
         self._gradient: _Gradient | None = None
         self._last_step = -1  # the optimizer step of the last ascent pass
         self._random_draws = 0  # micro-batches of this optimizer step that random targets were drawn for
-        self._checks_done = False
-        self._checked: list[str] = []  # the trainable parameters that the checks were done with
+        self._checked: list[str] | None = None  # the trainable parameters that the checks were done with
         self.training = False  # a training step is run at perturbed weights
         self._parameters: list[nn.Parameter] = []  # those of the present perturbation
         self._descents = 0  # since training began
         self._passes = 0  # ascent passes so far
         self._uses_backward = False  # take gradients by `backward()`: `autograd.grad` gives none for some models
-        self._first_descent_done = False  # which modules it has in evaluation mode is not known before
-        self._modules_in_eval: set[nn.Module] = set()  # in the last descent
+        self._modules_in_eval: set[nn.Module] | None = None  # in the last descent; not known before the first
         self._images: list[torch.Tensor] | None = None  # of the first ascent pass, until the descent after it
         self._statistics: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # layer, buffer, new value
         self._ascent_batches: list[tuple[Any, torch.Tensor, int]] = []  # micro-batch, labels, samples used
+        self._perturbed_losses: list[torch.Tensor] = []  # in the descents of these micro-batches
         self._label_count: torch.Tensor | int = 0  # labels other than -100 among these samples
 
     @property
     def args(self) -> AACEArguments:
-        args = self.trainer.args
-        return args if isinstance(args, AACEArguments) else self._default_args
+        return aace_arguments(self.trainer.args)
 
     @property
     def in_sync(self) -> bool:
@@ -110,11 +113,11 @@ class Ascent(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         # A resumed run knows neither the gradient nor the modules in evaluation mode: without them this run goes on alike.
         self.forget()
-        self._modules_in_eval, self._first_descent_done = set(), False
+        self._modules_in_eval = None
 
     def begin_window(self, batches: list[Any]) -> None:
         """Take the micro-batches of the next optimizer step."""
-        self._window, self._random_draws, self._ascent_batches = batches, 0, []
+        self._window, self._random_draws, self._ascent_batches, self._perturbed_losses = batches, 0, [], []
         if self._gradient is not None:
             self._gradient.window = None  # to free the batches
 
@@ -215,7 +218,6 @@ class Ascent(TrainerCallback):
         # A layer that the descent has in evaluation mode, frozen by `compute_loss`, for example, keeps its statistics, and the
         # next ascent leaves it in evaluation mode.
         self._modules_in_eval = {module for module in model.modules() if not module.training}
-        self._first_descent_done = True
         self._descents += 1
         self._apply_statistics()
 
@@ -235,22 +237,25 @@ class Ascent(TrainerCallback):
                 buffer.copy_(updated)
         self._statistics = []
 
-    def log_descent(self, inputs: Any, loss: torch.Tensor, num_items: torch.Tensor | int | None = None) -> None:
+    def log_descent(self, inputs: Any, loss: torch.Tensor, num_items: torch.Tensor | int | None) -> None:
         """
         Add the loss at the perturbed weights to the metrics, if there is a `clean_loss` of the same step to compare it with.
 
         Args:
             inputs (`dict[str, torch.Tensor | Any]`): The micro-batch that the training step got.
             loss (`torch.Tensor`): The loss that it returned.
-            num_items (`torch.Tensor` or `int`, *optional*): `num_items_in_batch`, if it got that.
+            num_items (`torch.Tensor` or `int`, *optional*): The `num_items_in_batch` that it got.
         """
         if self._last_step != self.trainer.state.global_step:
             return
         for batch, labels, used in self._ascent_batches:
             if batch is inputs:
-                total = self.meter.perturbed_loss(loss, labels, used, max(1, len(self._window)), num_items)
-                # With this weight, the mean over micro-batches equals the mean over samples, like `clean_loss`.
-                self.metrics.add({"perturbed_loss": total * len(self._ascent_batches) / self._label_count})
+                self._perturbed_losses.append(
+                    self.meter.perturbed_loss(loss, labels, used, max(1, len(self._window)), num_items)
+                )
+                # Once, as `clean_loss`.
+                if len(self._perturbed_losses) == len(self._ascent_batches):
+                    self.metrics.add({"perturbed_loss": sum(self._perturbed_losses) / self._label_count})
                 return
 
     def pop_metrics(self) -> dict[str, float]:
@@ -267,25 +272,25 @@ class Ascent(TrainerCallback):
         """Take the gradient of the mean ascent loss over the micro-batches of the window."""
         trainer = self.trainer
         trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
-        if trained != self._checked:  # in the first ascent, and where layers have been frozen or unfrozen
-            self._checks_done, self._checked = False, trained
-        if not self._checks_done:
+        first = trained != self._checked  # in the first ascent, and where layers have been frozen or unfrozen
+        if first:
             self.check()  # a callback may have raised a `rho` of 0
             checks.check_backward_hooks(parameters)
-        values = self._pass(model, window, parameters)
-        self._checks_done, self._last_step = True, trainer.state.global_step
+        values = self._pass(model, window, parameters, first)
+        self._checked, self._last_step = trained, trainer.state.global_step
         scaler = trainer.accelerator.scaler
         scale = None if scaler is None else scaler.scale(torch.ones((), device=trainer.args.device))
         return _Gradient(self._last_step, window, self.args.perturbation_loss, parameters, values, scale)
 
-    def _pass(self, model: nn.Module, window: list[Any], parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
+    def _pass(
+        self, model: nn.Module, window: list[Any], parameters: list[nn.Parameter], first: bool
+    ) -> list[torch.Tensor | None]:
         """
-        Run the window forward and backward. Keep its samples, losses and statistics; return the gradients (times the fp16 loss
-        scale).
+        Run the window forward and backward, with checks if it is the `first`. Keep its samples, losses and statistics; return the
+        gradients (times the fp16 loss scale).
         """
         trainer, scaler, sharded = self.trainer, self.trainer.accelerator.scaler, self.trainer.accelerator.is_fsdp2
-        first, draws = not self._checks_done, self._random_draws
-        use_backward = sharded or self._uses_backward
+        draws, use_backward = self._random_draws, sharded or self._uses_backward
         keep = len(window) > 1 or self.args.ascent_every > 1
         gradients: list[torch.Tensor | None] = [None] * len(parameters)
         losses: dict[str, Any] = {"clean_loss": 0.0, "clean_accuracy": 0.0, "ascent_loss": 0.0}
@@ -294,7 +299,7 @@ class Ascent(TrainerCallback):
             replayed_rng({p.device for p in trainer.model.parameters()}),
             outside_ddp(model) as inner,
             unchanged_buffers(trainer.model) as statistics,
-            in_training(model, except_modules=self._modules_in_eval),
+            in_training(model, except_modules=self._modules_in_eval or ()),
             gradients_set_aside(trainer.model) if use_backward or first else nullcontext(),
             images_given_to(inner, trainer) if first else nullcontext() as images,
             # In the second, too: a momentum teacher that starts as a copy does not move in the first.
@@ -305,6 +310,7 @@ class Ascent(TrainerCallback):
                 (batch, whole, labels.shape[:1].numel())
                 for batch, (_, labels, whole) in zip(window, samples, strict=True)
             ]
+            self._perturbed_losses = []
             count = divisor = sum(count_labels(labels) for _, labels, _ in samples)
             self._label_count = count
             if self.in_sync:  # with this divisor the mean over the processes is that over all their samples
@@ -318,7 +324,7 @@ class Ascent(TrainerCallback):
                     outputs = trainer.ascent_outputs(inner, recursively_apply(torch.clone, inputs))
                     logits = trainer.ascent_logits(outputs)
                     checks.check_part(logits, labels.shape[:1].numel(), whole.shape[:1].numel())
-                    loss = self._loss(logits, labels)
+                    loss = self._loss(logits, labels, first)
                 if first and index == 0 and self._passes == 0:
                     checks.warn_of_other_width(trainer, logits.shape[1])
                 if first and not sharded and checks.uses_reentrant_checkpointing(loss):
@@ -347,12 +353,12 @@ class Ascent(TrainerCallback):
         if by_backward_only:
             checks.check_static_graph(trainer)
             self._uses_backward, self._random_draws = True, draws
-            return self._pass(model, window, parameters)
+            return self._pass(model, window, parameters, first)
         self._passes += 1
         if first:
             self._images = images
         self._statistics = statistics
-        if self._first_descent_done:  # else it is known only after the descent which layers train
+        if self._modules_in_eval is not None:  # else it is known only after the descent which layers train
             self._apply_statistics()
         self.metrics.add(losses)
         if sharded and self.args.ascent_scope == "full_batch":
@@ -385,10 +391,10 @@ class Ascent(TrainerCallback):
         names = self.trainer.label_names
         return names[0] if names and "labels" not in names else "labels"
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The ascent loss, summed over the samples."""
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, first: bool) -> torch.Tensor:
+        """Compute the ascent loss, summed over the samples."""
         check_classification(logits, labels)
-        if not self._checks_done:
+        if first:
             checks.check_labels(self.trainer, labels, logits.shape[1])
         if self.args.perturbation_loss == "aace":
             generator = self._new_generator(logits.device) if self.args.aace_target == "random" else None

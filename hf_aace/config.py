@@ -68,6 +68,17 @@ def method_title(args: "AACEArguments") -> str:
     return name if args.normalize_perturbation else f"{name}, not normalized"
 
 
+def method_and_settings(args: "AACEArguments") -> str:
+    """Return the title of a method with its `rho`, and with the other settings of its ascent where they are not the defaults."""
+    if args.rho == 0:
+        return method_title(args)
+    parts = [method_title(args), f"rho {args.rho:g}"]
+    parts += [f"perturb_modules {args.perturb_modules}"] * (args.perturb_modules is not None)
+    parts += [f"ascent_fraction {args.ascent_fraction:g}"] * (args.ascent_fraction < 1)
+    parts += [f"{name} {value}" for name in ("perturb_every", "ascent_every") if (value := getattr(args, name)) > 1]
+    return ", ".join(parts)
+
+
 @dataclass
 class AACEArguments:
     """
@@ -234,6 +245,14 @@ class AACEArguments:
                 raise ValueError(
                     f"`perturb_modules` must be 'norm' or a regular expression, got {self.perturb_modules!r}: {error}."
                 ) from error
+
+
+_DEFAULTS = AACEArguments()
+
+
+def aace_arguments(args: TrainingArguments) -> AACEArguments:
+    """Return the settings of sharpness-aware training in `args`; for plain arguments the defaults."""
+    return args if isinstance(args, AACEArguments) else _DEFAULTS
 
 
 @dataclass

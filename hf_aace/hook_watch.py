@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A watch on the methods of Trainer that the ascent hangs on: one that is no longer called stops the run, never trains plainly."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
-from .config import AACEArguments, perturbs
+from .config import aace_arguments, perturbs
 
 
 _INSTEAD = "Call it by `super()` where you override it. If you do not, this Transformers calls other methods: use an older one."
@@ -29,7 +25,6 @@ class HookWatch(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
-        self._default_args = AACEArguments()
         self._expected = False  # the step that began is to be perturbed
         self._called = False  # `training_step` was called since
         self._ever_called = False
@@ -57,45 +52,12 @@ class HookWatch(TrainerCallback):
         self._expected, self._called, self._ever_called, self._micro_batches = False, False, False, 0
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._expected, self._called = self._perturbs(args, state.global_step), False
+        self._expected, self._called = perturbs(aace_arguments(args), state.global_step), False
 
     def on_step_end(self, args, state, control, **kwargs):
         # Later steps may leave it out: a subclass may skip a batch. Looked at twice: a callback may have changed `rho` meanwhile.
-        if self._expected and not self._ever_called and self._perturbs(args, state.global_step - 1):
+        if self._expected and not self._ever_called and perturbs(aace_arguments(args), state.global_step - 1):
             self._raise("training_step", "was not called, so that this would be plain training")
-
-    def _perturbs(self, args: TrainingArguments, step: int) -> bool:
-        return perturbs(args if isinstance(args, AACEArguments) else self._default_args, step)
 
     def _raise(self, method: str, what: str) -> None:
         raise RuntimeError(f"`{method}` of SharpnessAwareMixin {what} ({type(self._trainer).__name__}). {_INSTEAD}")
-
-
-@contextmanager
-def no_optimizer_steps(trainer: Trainer, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """
-    Refuse steps of an optimizer of perturbed weights inside this context manager: they would be put back over the update.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer, which the message names.
-        parameters (`list[nn.Parameter]`): The perturbed parameters.
-
-    Raises:
-        `RuntimeError`: If an optimizer steps that holds one of them.
-    """
-
-    perturbed = {id(p) for p in parameters}
-
-    def refuse(optimizer, args, kwargs):
-        if perturbed.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
-            return  # of a discriminator, for example
-        raise RuntimeError(
-            f"`training_step` of {type(trainer).__name__} steps {type(optimizer).__name__} itself, while the weights are perturbed: "
-            "the update would be lost. Leave the step to Trainer, or make it in a callback (`on_step_end`)."
-        )
-
-    handle = register_optimizer_step_pre_hook(refuse)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -43,7 +43,7 @@ class LossMeter:
     def reset(self) -> None:
         """Begin anew, as when training begins."""
         self._measurable, self._first_step, self._told = True, True, False
-        self._outputs, self._forwards, self._sums = None, 0, 0.0
+        self._outputs, self._forwards, self._sums, self._micro_batches = None, 0, 0.0, 1
 
     def loss(self, outputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
@@ -132,7 +132,7 @@ class LossMeter:
             micro_batches (`int`): The number of micro-batches in the optimizer step.
             num_items (`torch.Tensor` or `int`, *optional*): `num_items_in_batch` of the training step.
         """
-        outputs, self._outputs = self._outputs, None
+        outputs, self._outputs, self._micro_batches = self._outputs, None, micro_batches
         try:
             if self._forwards > 1:
                 raise ValueError(f"the model was called {self._forwards} times")
@@ -151,14 +151,14 @@ class LossMeter:
         losses = [loss.detach(), mean / micro_batches, share, share * processes, mean, mean * processes]
         self._sums = self._sums + torch.stack([value.float() for value in losses])
         if self._first_step:
-            self._compare(micro_batches)
+            self._compare()
         if used == len(labels):
             return total
         batch = len(labels)
         outputs = recursively_apply(lambda x: x[:used] if x.dim() > 0 and len(x) == batch else x, outputs)
         return self.loss(outputs, logits[:used], labels[:used])
 
-    def _compare(self, micro_batches: int = 1) -> None:
+    def _compare(self) -> None:
         """Check that the loss that is trained on equals the measured one, possibly scaled; warn otherwise."""
         if not isinstance(self._sums, torch.Tensor) or not self._measurable:
             return
@@ -171,7 +171,7 @@ class LossMeter:
             return
         if any(math.isclose(trained, value, rel_tol=0.01) for value in (unscaled, unscaled_in_all)):
             if first and self._trainer.is_world_process_zero():
-                self._warn_of_scale(trained / right[0], micro_batches)
+                self._warn_of_scale(trained / right[0])
             return
         if self._trainer.compute_loss_func is None:
             self._leave_out(
@@ -184,7 +184,7 @@ class LossMeter:
                 f"({right[0]:.4g}), as if it draws random numbers, keeps a state, or `compute_loss` adds to it."
             )
 
-    def _warn_of_scale(self, factor: float, micro_batches: int) -> None:
+    def _warn_of_scale(self, factor: float) -> None:
         trainer, cure = self._trainer, "Divide the sum of the losses by it."
         if trainer.compute_loss_func is not None:
             source = "Your `compute_loss_func`"
@@ -197,7 +197,7 @@ class LossMeter:
                 "(huggingface/transformers#47688)."
             )
         logger.warning(
-            f"{source} ignores `num_items_in_batch`, by which Trainer leaves the division by {micro_batches} micro-batches and "
+            f"{source} ignores `num_items_in_batch`, by which Trainer leaves the division by {self._micro_batches} micro-batches and "
             f"{trainer.args.world_size} processes to the loss: `loss`, and so the gradient, is {factor:.3g} times the mean over "
             f"the batch. {cure}"
         )

@@ -51,51 +51,24 @@ def write_model_card(
         # The weights are those of the best evaluation, after which others may have come.
         up_to_best = [entry for entry in history if entry["step"] <= best_step and "train_runtime" not in entry]
         *_, summary.eval_results = parse_log_history([*up_to_best, history[-1]])
-    text = model_card_text(
-        summary,
-        settings,
-        model_id=trainer.hub_model_id or summary.model_name,
-        log_history=history,
-        best=best,
-        first_step=first_step,
-        facts=facts,
-        hardware=describe_hardware(trainer.args.device, trainer.args.world_size),
-    )
+    text = _text(trainer, summary, settings, first_step, best, facts or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"---\n{yaml.dump(summary.create_metadata(), sort_keys=False)}---\n\n{text}", encoding="utf-8")
     if present.library_name == "peft":  # peft wrote it when it saved the adapters, and completes it
         trainer.accelerator.unwrap_model(trainer.model).create_or_update_model_card(trainer.args.output_dir)
 
 
-def model_card_text(
+def _text(
+    trainer: Trainer,
     summary: TrainingSummary,
     settings: AACEArguments,
-    *,
-    model_id: str,
-    log_history: list[dict[str, Any]],
-    hardware: str,
-    facts: dict[str, str] | None = None,
-    first_step: int = 0,
-    best: bool = False,
+    first_step: int,
+    best: bool,
+    facts: dict[str, str],
 ) -> str:
-    """
-    Fill in the template of the model card, `model_card_template.md`.
-
-    Args:
-        summary ([`~transformers.modelcard.TrainingSummary`]): What Transformers knows about the run.
-        settings ([`AACEArguments`]): The settings of sharpness-aware training.
-        model_id (`str`): The name to load the model by.
-        log_history (`list[dict]`): `trainer.state.log_history`.
-        hardware (`str`): The hardware that it was trained on, in words.
-        facts (`dict[str, str]`, *optional*): Facts about the run by title.
-        first_step (`int`, *optional*, defaults to 0): The step that the last training began at.
-        best (`bool`, *optional*, defaults to `False`): The results are those of the best evaluation, not of the last one.
-
-    Returns:
-        `str`: The text below the metadata, in Markdown.
-    """
+    """Fill in `model_card_template.md`. With `best` the results are those of the best evaluation, not of the last one."""
     names = [option.name for option in dataclasses.fields(AACEArguments)]
-    finished = [entry for entry in log_history if "train_runtime" in entry][-1:]
+    finished = [entry for entry in trainer.state.log_history if "train_runtime" in entry][-1:]
     time = timedelta(seconds=round(finished[0]["train_runtime"])) if finished else None
     # Entries that were read from a checkpoint have their keys in another order than those made since.
     lines = summary.eval_lines or []
@@ -109,16 +82,16 @@ def model_card_text(
         base=summary.finetuned_from,  # none from scratch, or of a local folder, whose path is nobody's business
         datasets=[name for name in _as_list(summary.dataset) if name],
         settings=settings,
-        facts=facts or {},
+        facts=facts,
         method=method_title(settings),
         fields={name: getattr(settings, name) for name in names if name != "method"},
         task=next(iter(_as_list(summary.tasks)), None),
-        model_id=model_id,
+        model_id=trainer.hub_model_id or summary.model_name,
         results=summary.eval_results,
         best=best,
         time=time,
         speed=finished[0].get("train_samples_per_second") if finished else None,
-        hardware=hardware,
+        hardware=describe_hardware(trainer.args.device, trainer.args.world_size),
         hyperparameters=summary.hyperparameters,
         first_step=first_step,
         evaluations=make_markdown_table(lines).rstrip() if lines else None,

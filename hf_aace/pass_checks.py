@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks in the first steps: both passes get the same images, the ascent changes no frozen parameter, the descent no perturbed one."""
+"""Checks of what happens in the passes: both get the same images, and nothing but the perturbation changes parameters."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -135,3 +136,32 @@ def _bits(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
         for name, p in parameters.items()
         if p.is_floating_point() and p.element_size() in integer
     }
+
+
+@contextmanager
+def no_optimizer_steps(trainer: Trainer, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """
+    Refuse steps of an optimizer of perturbed weights inside this context manager: they would be put back over the update.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer, which the message names.
+        parameters (`list[nn.Parameter]`): The perturbed parameters.
+
+    Raises:
+        `RuntimeError`: If an optimizer steps that holds one of them.
+    """
+    perturbed = {id(p) for p in parameters}
+
+    def refuse(optimizer, args, kwargs):
+        if perturbed.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+            return  # of a discriminator, for example
+        raise RuntimeError(
+            f"`training_step` of {type(trainer).__name__} steps {type(optimizer).__name__} itself, while the weights are perturbed: "
+            "the update would be lost. Leave the step to Trainer, or make it in a callback (`on_step_end`)."
+        )
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()

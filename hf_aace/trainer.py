@@ -36,8 +36,9 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     [`~transformers.TrainingArguments`] gives each of them its default. With `model` a string, the model is loaded by
     `AutoModelForImageClassification.from_pretrained`, in 32 bits.
 
-    Besides what `MyTrainer` logs, each training log holds averages over the steps since the last log and over the processes
-    (`clean_loss`, `clean_accuracy`, `sharpness` and `ascent_loss` over the steps that took an ascent pass):
+    Besides what `MyTrainer` logs, each training log holds averages over the steps since the last log, or over their micro-batches if
+    each perturbs by itself, and over the processes (`clean_loss`, `clean_accuracy`, `sharpness` and `ascent_loss` over those that took
+    an ascent pass):
 
     - `clean_loss`: the mean training loss at `w`, on the samples of the ascent: cross-entropy with the label smoothing of the
       arguments, or what `compute_loss_func` returns,
@@ -78,14 +79,19 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         super().__init_subclass__(**kwargs)
         check_mixin_order(cls, SharpnessAwareMixin)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args, **kwargs) -> torch.Tensor:
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
         self._ascent.watch.note_training_step()
         with (
             self.perturbed_weights(model, inputs) as perturbation,
             self._ascent.only_training(perturbation is not None),
         ):
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        self._ascent.log_descent(inputs, loss, kwargs.get("num_items_in_batch", args[0] if args else None))
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._ascent.log_descent(inputs, loss, num_items_in_batch)
         return loss
 
     @contextmanager

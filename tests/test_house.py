@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package can be read from the top down: a file imports only what stands above it."""
+"""The package can be read from the top down, in the order that its docstring has: a file imports only what stands above it."""
 
 import ast
+import re
 from pathlib import Path
 
 import hf_aace
 
 
-# What each knows of: losses of tensors, perturbations of parameters, the ascent of a trainer, the commands of everything.
-ORDER = [
-    "_compat", "config", "tensor_checks", "checks", "losses", "perturbation", "parameters", "isolation", "distributed", "interval_metrics",
-    "loss_meter", "callbacks", "hook_watch", "pass_checks", "ascent", "model_card", "trainer", "vision", "analysis", "study", "cli",
-]  # fmt: skip
+ORDER = re.findall(r"^    (\w+)(?:\.py|/) ", hf_aace.__doc__, re.MULTILINE)
 ROOT = Path(hf_aace.__file__).parent
 
 

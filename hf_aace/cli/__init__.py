@@ -4,11 +4,16 @@
 # What needs torch is imported where it is used: `--help` and `--version` are to answer at once.
 import argparse
 import importlib
+import logging
 import os
 import platform
 import sys
 from importlib.metadata import version
 
+
+# peft imports bitsandbytes where it is installed, which warns that it lacks 4-bit kernels: nothing here uses them, and the first
+# lines on a user's screen are to be about the user's run.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 # Each is a module here of that name, with a function `run` that takes the rest of the command line.
 _COMMANDS = {

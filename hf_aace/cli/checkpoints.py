@@ -92,10 +92,10 @@ class Attempt:
     Args:
         output_dir (`str`): The folder of the run.
         argv (`list[str]`): The arguments of the command line.
-        checkpoint (`str`, *optional*): The checkpoint that the run goes on from.
+        checkpoint (`str` or `None`): The checkpoint that the run goes on from.
     """
 
-    def __init__(self, output_dir: str, argv: list[str], checkpoint: str | None = None):
+    def __init__(self, output_dir: str, argv: list[str], checkpoint: str | None):
         self._output_dir, self._argv, self._checkpoint = output_dir, argv, checkpoint
         self._started = time.time()
 

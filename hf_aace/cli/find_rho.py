@@ -6,9 +6,8 @@ import shlex
 from ..config import AACEConfig, method_title
 from ..study.plots import plot_accuracy_by_rho
 from ..study.statistics import Candidate, recommend_rho, rho_values
-from .compare import Study, study_parser, train_arguments
 from .output import table, write_report
-from .parser import config_as_options
+from .studies import Study, read_study, study_parser, train_arguments
 
 
 def run(argv: list[str]) -> int:
@@ -27,9 +26,8 @@ def run(argv: list[str]) -> int:
         "asam, 0.1,0.3,1,3,10.",
     )
     parser.set_defaults(seeds=3)
-    options, common = parser.parse_known_args(argv)
-    config = [] if options.config is None else config_as_options(options.config)
-    *_, settings = train_arguments([*config, *common])
+    options, common = read_study(parser, argv)
+    *_, settings = train_arguments(common)
     tried = default_values(settings) if options.rho is None else options.rho
     values = [value for value in rho_values(tried) if float(value) != 0]
     if not values:

@@ -30,13 +30,9 @@ class LaunchArguments:
         "path of a file that `accelerate config` wrote. Without it, train in this process.",
     )
     num_processes: int | None = option(
-        None, "With `accelerate_config`: number of processes, on all machines together. By default one for each GPU."
-    )
-    num_machines: int = option(1, "With `accelerate_config`: number of machines. Give the command on each of them.")
-    machine_rank: int = option(0, "With `accelerate_config`: number of this machine, from 0.")
-    main_process_ip: str | None = option(None, "With `accelerate_config`: address of machine 0.")
-    main_process_port: int | None = option(
-        None, "With `accelerate_config`: a free port on machine 0. With one machine, by default any."
+        None,
+        "With `accelerate_config`: number of processes. By default one for each GPU, or what the file says. For several "
+        "machines let `accelerate config` write a file on each.",
     )
 
 
@@ -65,22 +61,18 @@ def launch(options: argparse.Namespace, argv: list[str]) -> int:
         `ValueError`: If there is no such configuration, or no GPU to start a process for.
     """
     shipped = Path(__file__).with_name("accelerate_configs")
-    config = shipped / f"{options.accelerate_config}.yaml"
+    config, words = shipped / f"{options.accelerate_config}.yaml", ["--main_process_port", 0]  # 0 is any free one
     if not config.is_file():
-        config = Path(options.accelerate_config)
+        config, words = Path(options.accelerate_config), []  # the file says which machines and which port
     if not config.is_file():
         known = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
         raise ValueError(f"`accelerate_config` must be one of {known}, or a file, got {options.accelerate_config!r}.")
-    words = ["--config_file", config, "--num_machines", options.num_machines, "--machine_rank", options.machine_rank]
+    words += ["--config_file", config]
     if options.num_processes is not None or options.accelerate_config in ("ddp", "fsdp2"):
-        num_processes = options.num_processes or torch.cuda.device_count() * options.num_machines
+        num_processes = options.num_processes or torch.cuda.device_count()
         if num_processes < 1:
             raise ValueError("There are no GPUs here to start a process for. Give their number as `num_processes`.")
         words += ["--num_processes", num_processes]
-    if options.main_process_ip is not None:
-        words += ["--main_process_ip", options.main_process_ip]
-    if options.main_process_port is not None or options.num_machines == 1:
-        words += ["--main_process_port", options.main_process_port or 0]  # 0 is any free one
     os.environ[_LAUNCHED] = "1"
     try:
         launch_command(launch_command_parser().parse_args([*map(str, words), "--module", "hf_aace", "train", *argv]))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finished runs of `hf-aace train` for the commands that look at them: their names, models and data."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
-from ..config import AACEArguments, method_title
+from ..config import AACEArguments, method_and_settings
 from ..tensor_checks import check_at_least
 from ..vision.datasets import load_image_dataset
 from ..vision.images import image_transform
@@ -162,6 +163,11 @@ class Run:
 
     def check(self, args: RunArguments) -> None:
         """Raise a `ValueError` if the folder holds no model, or nothing says which data to use."""
+        if (self.folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"The folder {str(self.folder)!r} has the adapters of LoRA only. The merged model is in the folder of its run, when that "
+                "has ended: give that, without `--checkpoints`."
+            )
         if not (self.folder / "config.json").is_file():
             raise ValueError(f"The folder {str(self.folder)!r} has no config.json, so no model to look at.")
         if args.dataset_name is not None:
@@ -193,20 +199,20 @@ class Run:
             `ValueError`: As [`check`], or if the model does not know the classes of the data.
         """
         self.check(args)
-        others = ("validation_size", "image_column_name", "label_column_name", "skip_corrupt_images", "image_range")
-        options = {name: self.options[name] for name in others if name in self.options}
-        for name in ("dataset_name", "train_size", "label_noise"):
-            options[name] = self.options.get(name) if getattr(args, name) is None else getattr(args, name)
-        seed = self.options.get("seed", 42) if args.data_seed is None else args.data_seed
-        options["label_noise"] = options["label_noise"] or 0.0
-        dataset = load_image_dataset(options.pop("dataset_name"), seed=seed, **options)[args.split]
+        given = {name: getattr(args, name) for name in ("dataset_name", "train_size", "label_noise")}
+        given["seed"] = args.data_seed
+        names = ["image_range"]
+        if args.dataset_name in (None, self.options.get("dataset_name")):  # else its columns and sizes are others
+            names += ["image_column_name", "label_column_name", "skip_corrupt_images", "validation_size", *given]
+        options = {"seed": 42} | {name: self.options[name] for name in names if self.options.get(name) is not None}
+        options |= {name: value for name, value in given.items() if value is not None}
+        dataset = load_image_dataset(options.pop("dataset_name"), **options)[args.split]
         dataset = in_the_classes_of(AutoConfig.from_pretrained(self.folder).id2label, dataset)
         if len(dataset) > args.max_samples:
             dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
         processor = AutoImageProcessor.from_pretrained(self.folder)
         dataset = dataset.with_transform(image_transform(processor, image_range=self.options.get("image_range")))
-        parts = [dataset[start : start + args.batch_size] for start in range(0, len(dataset), args.batch_size)]
-        return [{**part, "labels": torch.tensor(part["labels"])} for part in parts]
+        return [{**part, "labels": torch.tensor(part["labels"])} for part in dataset.iter(args.batch_size)]
 
 
 def in_the_classes_of(id2label: dict[int, str], data: Dataset) -> Dataset:
@@ -265,22 +271,19 @@ def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, 
     for index, folder in enumerate(folders):
         run = Run(folder)
         groups.setdefault(run.name if names is None else names[index], []).append(run)
-    for name, (first, *others) in groups.items() if names is None else ():
-        for other in others:
+    for name, runs in groups.items() if names is None else ():
+        for first, other in itertools.combinations(runs, 2):
             keys = sorted(first.options.keys() | other.options.keys())
-            different = [k for k in keys if k != "seed" and first.options.get(k) != other.options.get(k)]
-            if different or not other.options:
+            different = [k for k in keys if first.options.get(k) != other.options.get(k)]
+            if different != ["seed"]:
+                differ = f"differ in {', '.join(different)}" if different else "do not differ in their options"
                 raise ValueError(
-                    f"The runs in {str(first.folder)!r} and {str(other.folder)!r} would both be called {name!r}, but "
-                    f"differ in {', '.join(different) or 'more than we know'}. Say by `--names` what to call each run."
+                    f"The runs in {str(first.folder)!r} and {str(other.folder)!r} would both be called {name!r}, but {differ}: they are "
+                    "not one method with two seeds. Say by `--names` what to call each run."
                 )
     return groups
 
 
 def _name_by_method(options: dict[str, Any]) -> str:
     known = {each.name: options[each.name] for each in fields(AACEArguments) if each.name in options}
-    settings = AACEArguments(**known)
-    if settings.rho == 0:
-        return method_title(settings)
-    part = f" on {settings.ascent_fraction:g}" if settings.ascent_fraction < 1 else ""
-    return f"{method_title(settings)}{part}, rho {settings.rho:g}"
+    return method_and_settings(AACEArguments(**known))

@@ -2,7 +2,6 @@
 """Describe a run before it trains: its images, classes, model, method and steps."""
 
 from io import BytesIO
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -10,7 +9,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..config import method_title
+from ..config import method_and_settings
 
 
 logger = logging.get_logger(__name__)
@@ -67,7 +66,7 @@ def describe_run(trainer: Trainer, dataset: DatasetDict | IterableDatasetDict, m
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     facts["Model"] = f"{model}, {total:,} parameters, {'all' if trained == total else f'{trained:,}'} trained"
-    facts["Method"] = _method(trainer.args)
+    facts["Method"] = "plain training (rho 0)" if trainer.args.rho == 0 else method_and_settings(trainer.args)
     return facts
 
 
@@ -106,13 +105,3 @@ def _pixels(images: Dataset) -> str:
             "Take a model for larger images (`model_name_or_path`), or set `size` in its preprocessor_config.json."
         )
     return f"{told}, resized to {width}x{height} for the model"
-
-
-def _method(args: Any) -> str:
-    if args.rho == 0:
-        return "plain training (rho 0)"
-    details = [f"rho {args.rho:g}"]
-    details += [f"perturb_modules {args.perturb_modules}"] * (args.perturb_modules is not None)
-    details += [f"ascent_fraction {args.ascent_fraction:g}"] * (args.ascent_fraction < 1)
-    details += [f"{name} {value}" for name in ("perturb_every", "ascent_every") if (value := getattr(args, name)) > 1]
-    return f"{method_title(args)}, {', '.join(details)}"

@@ -17,7 +17,6 @@ from sklearn.metrics import confusion_matrix
 from ..analysis.plots import plot_training_curves
 from ..config import AACEArguments, AACEConfig
 from ..trainer import AACETrainer
-from ..vision.lora import merge_lora
 from ..vision.messages import first_line
 from ..vision.metrics import predicted_classes
 from .checkpoints import Attempt, KeepOptions, check_options, checkpoint_to_resume, if_interrupted
@@ -152,7 +151,8 @@ def _train_and_save(
     if model_args.lora:
         if trainer.is_world_process_zero():
             trainer.model.save_pretrained(Path(trainer.args.output_dir) / "adapter")
-        trainer.model = trainer.model_wrapped = merge_lora(trainer.model)
+        # In 32 bits, as 16 would round the adapters away. What is saved then loads without peft.
+        trainer.model = trainer.model_wrapped = trainer.model.float().merge_and_unload()
     elif model_args.freeze_backbone:
         trainer.model.float()  # from_pretrained gives all weights one dtype, and 16 bits would round the head
     try:

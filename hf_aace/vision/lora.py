@@ -89,19 +89,6 @@ def add_lora(
     return adapted
 
 
-def merge_lora(model: nn.Module) -> PreTrainedModel:
-    """
-    Merge the adapters of a classifier into its weights, so that it loads without peft.
-
-    Args:
-        model ([`~peft.PeftModel`]): The model that [`add_lora`] returned. Its weights are modified in place.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: The classifier, with weights in 32 bits, since 16 would round the adapters away.
-    """
-    return model.float().merge_and_unload()
-
-
 def _why_not_mergeable(layer: nn.Module) -> str | None:
     """Tell what makes an adapted layer with its adapter merged another function than the two beside each other, if anything."""
     (down,) = layer.lora_A.values()  # of the class of the adapted layer, if that is a convolution

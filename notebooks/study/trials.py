@@ -20,16 +20,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # as for runs.parquet: with more, sums have
 
 import pandas as pd
 import torch
-from datasets import Image
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
-from hf_aace import AACETrainer
 from hf_aace.callbacks import PerturbationConsistencyCallback
+from hf_aace.cli.loading import load_data, make_trainer
 from hf_aace.cli.train import train_parser
-from hf_aace.vision.datasets import load_image_dataset
-from hf_aace.vision.images import image_transform
-from hf_aace.vision.metrics import compute_metrics_fn
-from hf_aace.vision.models import load_model_and_processor
 
 
 SETTINGS = {
@@ -101,25 +96,10 @@ def train(setting, options, seed, callbacks):
         f"--eval_strategy no --save_strategy no --validation_size 0.2 {SETTINGS[setting]} --seed {seed} {options} "
         "--output_dir runs/trials/run --disable_tqdm true"
     ).split()
-    model_args, data_args, _, training_args, *_ = train_parser(argv).parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    training_args.remove_unused_columns = False
-    sizes = {name: getattr(data_args, name) for name in ("train_size", "label_noise", "validation_size")}
-    dataset = load_image_dataset(data_args.dataset_name, seed=seed, **sizes)
-    set_seed(seed)
-    labels = dict(enumerate(dataset["train"].features["label"].names))
-    model, processor = load_model_and_processor(model_args.model_name_or_path, labels)
-    dataset = dataset.cast_column("image", Image(decode=False)).with_transform(image_transform(processor))
-    trainer = AACETrainer(
-        model=model,
-        args=training_args,
-        train_dataset=dataset["train"],
-        eval_dataset=dataset["validation"],
-        processing_class=processor,
-        compute_metrics=compute_metrics_fn(["accuracy"]),
-        callbacks=callbacks,
-    )
+    model_args, data_args, _, training_args = train_parser(argv).read(argv)
+    trainer, dataset = make_trainer(load_data(data_args, training_args), model_args, data_args, training_args)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     started = time.process_time()
     trainer.train()
     row = {

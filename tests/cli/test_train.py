@@ -910,29 +910,8 @@ def test_bad_input_of_several_processes_is_told_without_a_traceback(capfd):
     ("argv", "expected"),
     [
         (["--accelerate_config", "single_gpu"], {"num_processes": None, "multi_gpu": False, "use_fsdp": False}),
-        (["--accelerate_config", "ddp"], {"num_processes": 4, "num_machines": 1, "main_process_port": 0}),
+        (["--accelerate_config", "ddp"], {"num_processes": 4, "main_process_port": 0}),
         (["--accelerate_config", "fsdp2", "--num_processes", "3"], {"num_processes": 3}),
-        (
-            [
-                "--accelerate_config",
-                "ddp",
-                "--num_machines",
-                "2",
-                "--machine_rank",
-                "1",
-                "--main_process_ip",
-                "10.0.0.1",
-                "--main_process_port",
-                "29501",
-            ],
-            {
-                "num_processes": 8,
-                "num_machines": 2,
-                "machine_rank": 1,
-                "main_process_ip": "10.0.0.1",
-                "main_process_port": 29501,
-            },
-        ),
     ],
 )
 def test_accelerate_is_asked_for_these_processes(argv, expected, monkeypatch):
@@ -945,6 +924,23 @@ def test_accelerate_is_asked_for_these_processes(argv, expected, monkeypatch):
     assert {name: getattr(arguments, name) for name in expected} == expected
     assert (arguments.module, arguments.training_script) == (True, "hf_aace")
     assert arguments.training_script_args == [*TINY, *argv]
+
+
+@pytest.mark.parametrize("own", [[], ["--num_processes", "6"]])
+def test_a_file_of_accelerate_says_which_machines_and_which_port(own, tmp_path, monkeypatch):
+    """As `accelerate config` wrote it on the second of two machines. Only a number of processes that is given wins."""
+    path = tmp_path / "second.yaml"
+    path.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 2\nmachine_rank: 1\nnum_processes: 8\n"
+        "main_process_ip: 10.0.0.1\nmain_process_port: 29501\nsame_network: true\n"
+    )
+    launched = []
+    monkeypatch.setattr("hf_aace.cli.launch.launch_command", launched.append)
+    assert main([*TINY, "--accelerate_config", str(path), *own]) == 0
+    arguments, *_ = accelerate.commands.launch._validate_launch_command(launched[0])
+    assert (arguments.num_machines, arguments.machine_rank) == (2, 1)
+    assert (arguments.main_process_ip, str(arguments.main_process_port)) == ("10.0.0.1", "29501")
+    assert arguments.num_processes == (6 if own else 8)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_aace.vision.lora import add_lora, merge_lora
+from hf_aace.vision.lora import add_lora
 from hf_aace.vision.models import (
     BUILTIN_MODELS,
     freeze_backbone,
@@ -214,7 +214,7 @@ def test_adapters_and_head_are_trained_in_32_bits_and_merge(dtype):
             parameter.add_(0.1 * torch.randn_like(parameter))
     inputs = processor([scan("RGB")], return_tensors="pt")
     expected = adapted.eval().float()(**inputs).logits
-    merged = merge_lora(adapted)
+    merged = adapted.merge_and_unload()
     assert type(merged) is type(model) and merged.state_dict().keys() == before.keys()
     torch.testing.assert_close(merged.eval()(**inputs).logits, expected, atol=1e-5, rtol=1e-4)
     assert not torch.equal(merged.vit.layers[0].mlp.fc1.weight, before["vit.layers.0.mlp.fc1.weight"].float())
