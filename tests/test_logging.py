@@ -135,6 +135,18 @@ def test_sharpness_is_of_the_steps_that_took_an_ascent_pass(tmp_path):
     assert together["sharpness"] == pytest.approx(each["sharpness"]) and together["loss"] < each["loss"]
 
 
+def test_sharpness_weighs_the_steps_as_the_loss_before_them_does(tmp_path):
+    """The last step of an epoch has fewer micro-batches. A vanishing perturbation leaves nothing of the difference."""
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "ascent_scope": "full_batch"}
+    arguments = training_arguments(
+        AACEConfig, tmp_path, max_steps=6, logging_steps=6, learning_rate=1e-2, rho=VANISHING, **settings
+    )
+    trainer = AACETrainer(vit(), arguments, train_dataset=digits(20))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert abs(log["sharpness"]) < 1e-5 * log["clean_loss"]
+
+
 def test_logs_of_a_second_training_are_its_own(tmp_path):
     """The sixth step of the first one was never logged."""
     # Without momentum, which the first training would leave behind.

@@ -44,6 +44,12 @@ def test_card_has_settings_results_cost_and_citation(tmp_path):
     assert str(tmp_path) not in written.content
 
 
+def test_an_expression_with_a_bar_stays_in_its_cell(tmp_path):
+    """Which it would end even inside code, and leave another expression."""
+    written, _ = card(tmp_path, perturb_modules="norm|classifier")
+    assert r"| `perturb_modules` | `norm\|classifier` |" in written.text
+
+
 def test_card_cites_the_method_that_was_used(tmp_path):
     settings = {"perturbation_loss": "cross_entropy", "normalize_perturbation": True, "adaptive_perturbation": True}
     written, _ = card(tmp_path, **settings)

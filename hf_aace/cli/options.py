@@ -15,6 +15,15 @@ from .parser import option
 
 
 TRAIN_OPTIONS_NAME = "train_options.json"
+_OF_TRAINING = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+)
+_OF_TRAINING += ("gradient_accumulation_steps", "optim", "weight_decay", "label_smoothing_factor")
 
 
 @dataclass
@@ -218,11 +227,12 @@ def last_part(name: str) -> str:
 
 def options_of_run(model_args: ModelArguments, data_args: DataArguments, training_args: AACEConfig) -> dict[str, Any]:
     """
-    Return the options that load the data of a run again and tell the run from others: those of model, data and method, and
-    the seed.
+    Return the options that load the data of a run again and tell the run from others: those of model, data and method, those
+    of the training that change its result most, and the seed.
     """
-    method = {option.name: getattr(training_args, option.name) for option in fields(AACEArguments)}
-    return asdict(model_args) | asdict(data_args) | method | {"seed": training_args.seed}
+    training = training_args.to_dict()  # which has names instead of enumerations
+    names = [*(option.name for option in fields(AACEArguments)), *_OF_TRAINING, "seed"]
+    return asdict(model_args) | asdict(data_args) | {name: training[name] for name in names}
 
 
 def write_train_options(options: dict[str, Any], folder: str | Path) -> None:

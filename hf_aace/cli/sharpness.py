@@ -66,7 +66,8 @@ def run(argv: list[str]) -> int:
     basis = {"settings": settings, "data": {k: v for k, v in asdict(run_args).items() if k != "names"}}
     every = [each for runs in groups.values() for each in runs]
     for each in every:
-        each.check(run_args)
+        for part in [each, *(each.checkpoints() if options.checkpoints else [])]:
+            part.check(run_args)
     print(f"Measuring {len(every)} run{'s' * (len(every) > 1)}.", flush=True)
     measured: dict[str, list[dict[str, Any]]] = {}
     for name, runs in groups.items():

@@ -3,7 +3,9 @@
 
 import json
 import os
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -41,7 +43,7 @@ class Runner:
         self._bar = tqdm(total=self._total, desc="runs")
         return self
 
-    def __exit__(self, kind, exception, traceback) -> None:
+    def __exit__(self, kind, exception, trace) -> None:
         if kind is not None:  # what was begun will be made again, so nobody waits for its end
             for process in active_children():
                 process.terminate()
@@ -64,11 +66,11 @@ class Runner:
             `ValueError`: After the other runs, if some failed.
         """
         self._asked_for += runs
-        missing = [run for run in runs if self._result(*run) is None]
+        # By folder, as the same setting may be among the candidates of two methods.
+        missing = {run_folder(self._folder, *run): run for run in runs if self._result(*run) is None}
         self._bar.update(len(runs) - len(missing))
         failures, futures = [], {}
-        for run in missing:
-            folder = run_folder(self._folder, *run)
+        for folder, run in missing.items():
             folder.mkdir(parents=True, exist_ok=True)
             argv = run_options(self._folder, self._common, *run)
             futures[self._pool.submit(_run, self._train, argv, folder / "output.txt")] = folder
@@ -119,6 +121,7 @@ def run_options(folder: Path, common: list[str], candidate: Candidate, seed: int
 
 
 def _begin_process(jobs: int) -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # or the last lines would go into the file of the next run
     # A lock of tqdm's own would leave a semaphore behind when the process is terminated, of which Python warns.
     tqdm.set_lock(threading.RLock())
     if "OMP_NUM_THREADS" not in os.environ:
@@ -137,4 +140,8 @@ def _run(train: Callable[[list[str]], int], argv: list[str], log: Path) -> int:
     with open(log, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        return train(argv)
+        try:
+            return train(argv)
+        except Exception:  # or it would end the other runs too
+            traceback.print_exc()
+            return 1

@@ -176,7 +176,10 @@ def with_classes(name: str, splits: dict[str, Dataset]) -> DatasetDict:
     if not isinstance(feature, ClassLabel):
         labels = splits["train"]["label"][:]
         if None in labels:
-            raise ValueError(f"Some training images of the dataset {name!r} have no label. Leave them out.")
+            raise ValueError(
+                f"Some training images of the dataset {name!r} have no label. Leave them out; or if their class is called None, NA or null, "
+                "which means a missing value in a metadata.csv, write a metadata.jsonl, or call it otherwise."
+            )
         classes = sorted(set(labels))
         if len(classes) == len(labels) > 2:
             raise ValueError(

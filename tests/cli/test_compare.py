@@ -15,11 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import TrainingArguments
 
 from hf_aace.cli import main
 from hf_aace.cli.compare import unequal_search
 from hf_aace.cli.output import write_report
 from hf_aace.config import METHODS
+from hf_aace.study.runner import Runner, run_folder
 from hf_aace.study.statistics import candidates_of
 
 
@@ -144,6 +146,54 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path, monkeypatch
     error = capsys.readouterr().err.splitlines()[-1]
     assert "1 of the runs failed" in error and "nothing" in error and "output.txt" in error
     assert (tmp_path / "study" / "trainer" / "seed-0" / "all_results.json").is_file()
+
+
+def end_in_some_way(argv):
+    """A run that prints its seed, and that with seed 0 fails by an error that nothing foresees."""
+    seed, folder = argv[argv.index("--seed") + 1], argv[argv.index("--output_dir") + 1]
+    print(f"seed {seed}")
+    if seed == "0":
+        raise RuntimeError("out of memory")
+    results = {"eval_accuracy": 0.5, "train_processor_seconds": 1.0, "train_runtime": 1.0}
+    Path(folder, "all_results.json").write_text(json.dumps(results))
+    return 0
+
+
+def test_an_error_that_nothing_foresees_ends_its_run_alone_and_each_run_has_its_own_output(tmp_path):
+    (plain,) = candidates_of("trainer")
+    with (
+        Runner(tmp_path, end_in_some_way, [], jobs=1, total=2) as runner,
+        pytest.raises(ValueError, match="1 of the runs failed, the first with: RuntimeError: out of memory"),
+    ):
+        runner.run([(plain, 0), (plain, 1)])
+    first, second = (run_folder(tmp_path, plain, seed) / "output.txt" for seed in (0, 1))
+    assert first.read_text().startswith("seed 0\nTraceback") and second.read_text() == "seed 1\n"
+    assert second.with_name("all_results.json").is_file()
+
+
+def test_a_setting_of_two_methods_is_trained_once(tmp_path, monkeypatch):
+    """At the same time, two processes would write into one folder."""
+    made = []
+
+    class Counted(Pretended):
+        def submit(self, function, train, argv, log):
+            made.append(log.parent)
+            return super().submit(function, train, argv, log)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_aace.study.runner.ProcessPoolExecutor", Counted)
+    methods = "trainer,aace:rho=0.01,aace:rho=0.01|0.1"
+    assert main([*TINY, "--methods", methods]) == 0
+    assert len(made) == len(set(made)) == 5  # two settings by two seeds, one that is not chosen by one
+    assert json.loads(Path("study/summary.json").read_text())["methods"][1]["seeds"] == 2
+
+
+def test_several_gpus_are_refused_before_the_first_run(tmp_path, monkeypatch, capsys):
+    """Plain runs would be trained on all at once, in larger batches, and then be compared with others on one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    assert main([*TINY, "--methods", "trainer"]) == 1
+    assert "on 2 GPUs at once" in capsys.readouterr().err and not list(tmp_path.rglob("seed-*"))
 
 
 def test_options_of_a_file_are_those_of_every_run(tmp_path, monkeypatch, capsys):

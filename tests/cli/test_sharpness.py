@@ -239,6 +239,39 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged_unasked(runs, t
     assert "both be called 'Trainer'" in message and "train_size" in message and "--names" in message
 
 
+def test_runs_that_were_trained_otherwise_or_with_one_seed_are_not_averaged_unasked(runs, tmp_path, capsys):
+    assert main([*TINY, "--rho", "0", "--seed", "1", "--learning_rate", "0.1", "--output_dir", "faster"]) == 0
+    assert "differ in learning_rate, seed: they are not one method" in said(
+        capsys, "plot", str(runs / "plain-0"), "faster"
+    )
+    assert "but differ in learning_rate:" in said(capsys, "plot", str(runs / "plain-1"), "faster")
+    again = [str(runs / name) for name in ("plain-0", "plain-1", "plain-0")]
+    assert "do not differ in their options" in said(capsys, "plot", *again)
+
+
+def test_other_data_are_read_by_their_own_columns_and_sizes(runs, tmp_path):
+    shutil.copytree(runs / "sam", tmp_path / "mine")
+    options = json.loads((tmp_path / "mine" / "train_options.json").read_text())
+    options |= {"label_column_name": "fine_label", "validation_size": 0.2}
+    (tmp_path / "mine" / "train_options.json").write_text(json.dumps(options))
+    digits = load_image_dataset("digits", seed=0, train_size=20)["train"]  # the run had 40
+    DatasetDict(train=digits, test=digits).save_to_disk(tmp_path / "others")
+    for split in ("train", "test"):
+        assert main(["sharpness", "mine", "--dataset_name", "others", "--split", split, *QUICK, "--m", "0"]) == 0
+        report = json.loads((tmp_path / "runs" / "sharpness" / "sharpness.json").read_text())
+        assert report["runs"]["SAM, rho 0.1"][0]["samples"] == 20
+
+
+def test_adapters_alone_are_refused_before_anything_is_measured(runs, tmp_path, capsys):
+    """As the checkpoints of a run with LoRA hold them."""
+    shutil.copytree(runs / "sam", tmp_path / "lora")
+    (tmp_path / "lora" / "checkpoint-2").mkdir(exist_ok=True)
+    (tmp_path / "lora" / "checkpoint-2" / "adapter_config.json").write_text("{}")
+    assert main(["sharpness", str(runs / "plain-0"), "lora", "--checkpoints", "true", *QUICK]) == 1
+    printed = capsys.readouterr()
+    assert "has the adapters of LoRA only" in printed.err and "Measuring" not in printed.out
+
+
 def test_nothing_is_measured_before_a_folder_of_which_nothing_says_the_data(runs, tmp_path, capsys):
     """As a script of one's own leaves it."""
     shutil.copytree(runs / "sam", tmp_path / "script")

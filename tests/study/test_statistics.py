@@ -159,11 +159,13 @@ def test_times_are_medians():
     assert (first["seconds"], second["seconds"], second["ratio"]) == (2, 6, 3)
 
 
-def test_gains_that_are_all_the_same_have_no_p_value():
-    """The t-test divides by their scatter."""
-    runs = pd.concat([results(PLAIN, [0.5, 0.25], [None] * 2), results(LOW, [0.75, 0.5], [0] * 2)])
+@pytest.mark.parametrize("right", [[250, 125], [439, 403, 409], [411, 446, 450]])
+def test_gains_that_are_all_the_same_have_no_p_value(right):
+    """The t-test divides by their scatter, which would be that of the last bits."""
+    plain, more = ([(count + gain) / 500 for count in right] for gain in (0, 10))
+    runs = pd.concat([results(PLAIN, plain, [None] * len(right)), results(LOW, more, [0] * len(right))])
     row = summarize(runs, "trainer").iloc[1]
-    assert row["gain"] == 0.25 and pd.isna(row["p_value"])
+    assert row["gain"] == pytest.approx(0.02) and pd.isna(row["p_value"])
 
 
 def test_a_single_seed_has_no_error_and_no_p_value():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data sets: what they hold, what `seed`, `train_size` and `label_noise` change, and what is refused."""
 
+import json
 import shutil
 
 import datasets
@@ -448,6 +449,19 @@ def test_training_images_without_label_are_refused(hub):
     hub(train=hub_split(4, labels=[0, 1, None, 1]))
     with pytest.raises(ValueError, match=r"Some training images of .* have no label"):
         load_image_dataset("someone/something", seed=0)
+
+
+def test_a_class_that_a_csv_takes_for_a_missing_value_is_told_how_to_be_read(tmp_path):
+    """Leaving its images out, as where labels are missing, would lose it."""
+    write_images(tmp_path, {".": 4})
+    rows = {f"{index}.png": ("None", "scratch")[index % 2] for index in range(4)}
+    (tmp_path / "metadata.csv").write_text("file_name,label\n" + "".join(f"{k},{v}\n" for k, v in rows.items()))
+    with pytest.raises(ValueError, match=r"called None, NA or null, which means a missing value in a metadata\.csv"):
+        load_image_dataset(str(tmp_path), seed=0)
+    (tmp_path / "metadata.csv").unlink()
+    lines = [json.dumps({"file_name": name, "label": label}) for name, label in rows.items()]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert load_image_dataset(str(tmp_path), seed=0)["train"].features["label"].names == ["None", "scratch"]
 
 
 def test_training_images_of_one_class_are_refused(hub):
