@@ -2,7 +2,7 @@
 """
 Sharpness-aware training for the Hugging Face Trainer, with the AACE loss in its ascent step.
 
-The files, each of which imports only what stands above it. To follow a step, begin at `training_step` in trainer.py.
+The files stand in an order in which each imports only what is above it. To follow a step, begin at `training_step` in trainer.py.
 
     _compat.py           work-arounds for defects of other libraries
     config.py            `AACEConfig`; the methods AACE, SAM and ASAM by name

@@ -3,7 +3,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
@@ -66,17 +66,6 @@ def method_title(args: "AACEArguments") -> str:
         return ", ".join(["AACE", *changes])
     name = "ASAM" if args.adaptive_perturbation else "SAM"
     return name if args.normalize_perturbation else f"{name}, not normalized"
-
-
-def method_and_settings(args: "AACEArguments") -> str:
-    """Return the title of a method with its `rho`, and with the other settings of its ascent where they are not the defaults."""
-    if args.rho == 0:
-        return method_title(args)
-    parts = [method_title(args), f"rho {args.rho:g}"]
-    parts += [f"perturb_modules {args.perturb_modules}"] * (args.perturb_modules is not None)
-    parts += [f"ascent_fraction {args.ascent_fraction:g}"] * (args.ascent_fraction < 1)
-    parts += [f"{name} {value}" for name in ("perturb_every", "ascent_every") if (value := getattr(args, name)) > 1]
-    return ", ".join(parts)
 
 
 @dataclass
@@ -245,6 +234,15 @@ class AACEArguments:
                 raise ValueError(
                     f"`perturb_modules` must be 'norm' or a regular expression, got {self.perturb_modules!r}: {error}."
                 ) from error
+
+
+def method_and_settings(args: AACEArguments) -> str:
+    """Return the title of a method with its `rho`, and with the fields that no method sets where they are not the defaults."""
+    if args.rho == 0:
+        return method_title(args)
+    others = [option for option in fields(AACEArguments) if option.name not in ("method", *METHODS["aace"])]
+    changed = [f"{each.name} {value}" for each in others if (value := getattr(args, each.name)) != each.default]
+    return ", ".join([method_title(args), f"rho {args.rho:g}", *changed])
 
 
 _DEFAULTS = AACEArguments()

@@ -26,7 +26,7 @@ from .style import BLUE, GROUP_STYLES, ORANGE, PAPER, group_styles, log_scale
 Paths = Iterable[str | os.PathLike]
 
 _COLUMN = 3.4  # inches: the width of one of two columns on a page
-_TITLE_WIDTH = 20  # characters: the width of a panel of half a column
+_LETTER, _LINE = 0.055, 0.5  # inches, in a legend: of a letter, of a line with its margins
 
 # Key in the log, title, label of the y axis, its scale. What a plain run logs as `loss`, the others log as `clean_loss`.
 _DYNAMICS = (
@@ -177,7 +177,7 @@ def plot_margins(margins: Mapping[str, np.ndarray], paths: Paths, *, width: floa
     bins = np.histogram_bin_edges(np.concatenate(list(margins.values())), bins=40)
     for (name, values), (color, dashes, _) in zip(margins.items(), group_styles(margins), strict=True):
         share = np.histogram(values, bins)[0] / len(values)
-        axes.stairs(100 * share, bins, color=color, linestyle=dashes, linewidth=1.2, label=name)
+        axes.stairs(100 * share, bins, color=color, linestyle=dashes, linewidth=1.2, label=_lines_of(name, width))
     axes.axvline(0, color="0.6", linewidth=0.6)
     figure.legend(loc="outside upper center", ncols=1 if width < 5 else len(margins))
     _save(figure, paths)
@@ -198,7 +198,7 @@ def plot_paths(curves: Mapping[str, LossPath], paths: Paths, *, width: float = _
     styles = itertools.cycle(GROUP_STYLES[1:])  # the first style is that of the model at 0, which all lines share
     for (name, line), (color, dashes, marker) in zip(curves.items(), styles, strict=False):
         every = max(1, len(line.position) // 8)
-        axes.plot(*line, color=color, linestyle=dashes, marker=marker, markevery=every, label=name)
+        axes.plot(*line, color=color, linestyle=dashes, marker=marker, markevery=every, label=_lines_of(name, width))
     for end in (0, 1):
         axes.axvline(end, color="0.6", linewidth=0.6)
     log_scale(axes)
@@ -239,7 +239,7 @@ def plot_landscapes(
     ratio, projection = (1.0, None) if kind == "contour" else (1.25, "3d")
     figure, grid = _panels(len(surfaces), width, ratio, projection)
     for axes, (name, surface) in zip(grid, surfaces.items(), strict=True):
-        title = textwrap.fill(name, _TITLE_WIDTH)
+        title = _lines_of(name, _COLUMN / 2)
         if kind == "contour":
             levels = np.linspace(lowest, highest + 1e-9, 13)
             plane = (surface.x, surface.y, logs[name], levels)
@@ -278,9 +278,15 @@ def _panels(count: int, width: float, ratio: float = 0.82, projection: str | Non
 def _legend_above(figure: Figure, names: Iterable[str]) -> None:
     names = list(names)
     lines = [Line2D([], [], color=color, ls=dashes, marker=marker) for color, dashes, marker in group_styles(names)]
-    # In inches at this font size: 0.055 for a letter, 0.5 for a line with its margins.
-    columns = int(figure.get_figwidth() / (0.055 * max(map(len, names)) + 0.5))
-    figure.legend(lines, names, loc="outside upper center", ncols=max(1, min(columns, len(names))))
+    width = figure.get_figwidth()
+    columns = int(width / (_LETTER * max(map(len, names)) + _LINE))
+    texts = [_lines_of(name, width) for name in names]
+    figure.legend(lines, texts, loc="outside upper center", ncols=max(1, min(columns, len(names))))
+
+
+def _lines_of(name: str, width: float) -> str:
+    """Break the name of a run into lines that fit into a legend, and keep matplotlib from taking dollars in it for mathematics."""
+    return textwrap.fill(name, int((width - _LINE) / _LETTER)).replace("$", r"\$")
 
 
 def _save(figure: Figure, paths: Paths) -> None:

@@ -71,16 +71,22 @@ def check_options(checkpoint: str, options: dict[str, Any]) -> None:
     Compare the options of a run with those recorded in the checkpoint that it goes on from, and warn of differences.
 
     Raises:
-        `ValueError`: If they mean other images.
+        `ValueError`: If they mean other images, or are kept in the checkpoint.
     """
     earlier = train_options(Path(checkpoint))
     changed = [name for name, value in options.items() if name in earlier and earlier[name] != value]
     told = ", ".join(f"`{name}={earlier[name]}`, now {options[name]}" for name in changed)
-    if {"dataset_name", "image_range", "train_size", "label_noise", "validation_size", "seed"} & set(changed):
-        raise ValueError(
-            f"`resume_from_checkpoint`: {checkpoint} had {told}. It would go on with other images: give what it had, or leave "
-            "`resume_from_checkpoint` out."
-        )
+    for names, why in (
+        (
+            ("dataset_name", "image_range", "train_size", "label_noise", "validation_size", "seed"),
+            "It would go on with other images",
+        ),
+        (("learning_rate", "weight_decay"), "It would go on as before, by the state of its optimizer"),
+    ):
+        if not set(names).isdisjoint(changed):
+            raise ValueError(
+                f"`resume_from_checkpoint`: {checkpoint} had {told}. {why}: give what it had, or leave `resume_from_checkpoint` out."
+            )
     if changed:
         logger.warning(f"Not as it was for {checkpoint}, from which this run goes on: {told}.")
 

@@ -7,7 +7,8 @@ from ..config import AACEConfig, method_title
 from ..study.plots import plot_accuracy_by_rho
 from ..study.statistics import Candidate, recommend_rho, rho_values
 from .output import table, write_report
-from .studies import Study, read_study, study_parser, train_arguments
+from .studies import Study, read_study, study_parser
+from .train import train_parser
 
 
 def run(argv: list[str]) -> int:
@@ -27,7 +28,7 @@ def run(argv: list[str]) -> int:
     )
     parser.set_defaults(seeds=3)
     options, common = read_study(parser, argv)
-    *_, settings = train_arguments(common)
+    *_, settings = train_parser(common).read(common)
     tried = default_values(settings) if options.rho is None else options.rho
     values = [value for value in rho_values(tried) if float(value) != 0]
     if not values:

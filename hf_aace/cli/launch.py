@@ -9,6 +9,7 @@ from pathlib import Path
 from subprocess import CalledProcessError
 
 import torch
+import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -61,13 +62,15 @@ def launch(options: argparse.Namespace, argv: list[str]) -> int:
         `ValueError`: If there is no such configuration, or no GPU to start a process for.
     """
     shipped = Path(__file__).with_name("accelerate_configs")
-    config, words = shipped / f"{options.accelerate_config}.yaml", ["--main_process_port", 0]  # 0 is any free one
+    config = shipped / f"{options.accelerate_config}.yaml"
     if not config.is_file():
-        config, words = Path(options.accelerate_config), []  # the file says which machines and which port
+        config = Path(options.accelerate_config)
     if not config.is_file():
         known = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
         raise ValueError(f"`accelerate_config` must be one of {known}, or a file, got {options.accelerate_config!r}.")
-    words += ["--config_file", config]
+    words, settings = ["--config_file", config], yaml.safe_load(config.read_text(encoding="utf-8"))
+    if settings.get("num_machines", 1) == 1 and settings.get("main_process_port") is None:
+        words += ["--main_process_port", 0]  # any free one
     if options.num_processes is not None or options.accelerate_config in ("ddp", "fsdp2"):
         num_processes = options.num_processes or torch.cuda.device_count()
         if num_processes < 1:

@@ -15,15 +15,21 @@ from .parser import option
 
 
 TRAIN_OPTIONS_NAME = "train_options.json"
-_OF_TRAINING = (
+# What changes the result of a training most.
+_OF_TRAINING = [
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",
-)
-_OF_TRAINING += ("gradient_accumulation_steps", "optim", "weight_decay", "label_smoothing_factor")
+    "gradient_accumulation_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "label_smoothing_factor",
+]
 
 
 @dataclass

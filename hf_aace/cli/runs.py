@@ -37,7 +37,11 @@ class RunArguments:
     )
     split: str = option("train", "The images: `train`, with the labels that the run saw, or `test`.")
     max_samples: int = option(1000, "Use this many images at most, drawn at random; they are held in memory.")
-    dataset_name: str | None = option(None, "The dataset, if not that of the run (or if the run does not say).")
+    dataset_name: str | None = option(
+        None,
+        "The dataset, if not that of the run, or if the run does not say. Of another one all images are used, with their own "
+        "labels, unless `train_size` or `label_noise` says otherwise.",
+    )
     train_size: int | None = option(None, "As for `hf-aace train`, if not that of the run.")
     label_noise: float | None = option(None, "As for `hf-aace train`, if not that of the run.")
     data_seed: int | None = option(None, "The seed that drew `train_size` and `label_noise`, if not that of the run.")
@@ -201,8 +205,9 @@ class Run:
         self.check(args)
         given = {name: getattr(args, name) for name in ("dataset_name", "train_size", "label_noise")}
         given["seed"] = args.data_seed
-        names = ["image_range"]
-        if args.dataset_name in (None, self.options.get("dataset_name")):  # else its columns and sizes are others
+        names, own = ["image_range"], self.options.get("dataset_name")
+        # By the last part, as the folder may have moved. Other data have other columns and sizes.
+        if args.dataset_name is None or (own is not None and last_part(args.dataset_name) == last_part(own)):
             names += ["image_column_name", "label_column_name", "skip_corrupt_images", "validation_size", *given]
         options = {"seed": 42} | {name: self.options[name] for name in names if self.options.get(name) is not None}
         options |= {name: value for name, value in given.items() if value is not None}
@@ -276,10 +281,16 @@ def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, 
             keys = sorted(first.options.keys() | other.options.keys())
             different = [k for k in keys if first.options.get(k) != other.options.get(k)]
             if different != ["seed"]:
-                differ = f"differ in {', '.join(different)}" if different else "do not differ in their options"
+                unknown = [k for k in different if (k in first.options) != (k in other.options)]
+                if not (first.options and other.options):
+                    why = "have no record of their options"
+                elif unknown:
+                    why = f"only one of them has a record of {', '.join(unknown)}"
+                else:
+                    why = f"differ in {', '.join(different)}" if different else "do not differ, not even in the seed"
                 raise ValueError(
-                    f"The runs in {str(first.folder)!r} and {str(other.folder)!r} would both be called {name!r}, but {differ}: they are "
-                    "not one method with two seeds. Say by `--names` what to call each run."
+                    f"The runs in {str(first.folder)!r} and {str(other.folder)!r} would both be called {name!r}, as runs of one method with "
+                    f"several seeds, but {why}. Say by `--names` what to call each run."
                 )
     return groups
 

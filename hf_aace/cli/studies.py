@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ..config import AACEConfig
 from ..study.runner import Runner, run_options
 from ..study.statistics import Candidate
 from ..tensor_checks import check_at_least
 from . import main
 from .checks import check_training
-from .options import DataArguments, ModelArguments, last_part
+from .options import last_part
 from .output import HelpFormatter
 from .parser import config_as_options
 from .train import train_parser
@@ -91,12 +90,13 @@ class Study:
         self.searched = {method for method, count in Counter(each.method for each in candidates).items() if count > 1}
         for candidate in candidates:
             # Bad options are to be told before the first run, not by the last one.
-            model, data, training = train_arguments(run_options(self.folder, self._options, candidate, self.seeds[0]))
+            argv = run_options(self.folder, self._options, candidate, self.seeds[0])
+            model, data, processes, training = train_parser(argv).read(argv)
             check_training(model, data, training)
-            if training.n_gpu > 1:
+            if training.n_gpu > 1 and processes.accelerate_config in (None, "single_gpu"):
                 raise ValueError(
-                    f"Plain runs would train on {training.n_gpu} GPUs at once, in batches {training.n_gpu} times as large, and the others not "
-                    "at all. Let the study see one GPU: `CUDA_VISIBLE_DEVICES=0 hf-aace ...`."
+                    f"Plain runs would train on {training.n_gpu} GPUs at once, in batches {training.n_gpu} times as large, and methods that "
+                    "perturb are refused there. Let the study see one GPU, by `CUDA_VISIBLE_DEVICES=0`, or give `accelerate_config`."
                 )
             if (chooses or candidate.method in self.searched) and data.validation_size == 0:
                 raise ValueError("`validation_size` is 0, but it takes validation images to choose between settings.")
@@ -121,12 +121,6 @@ class Study:
     def runner(self, total: int) -> Runner:
         """Make the context manager that makes the runs of this study, `total` of them."""
         return Runner(self.folder, _train, self._options, self._jobs, total)
-
-
-def train_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, AACEConfig]:
-    """Read options of `hf-aace train`, with their defaults."""
-    model, data, _, training = train_parser(argv).read(argv)
-    return model, data, training
 
 
 def _by_option(argv: list[str]) -> list[list[str]]:

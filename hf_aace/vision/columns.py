@@ -177,8 +177,8 @@ def with_classes(name: str, splits: dict[str, Dataset]) -> DatasetDict:
         labels = splits["train"]["label"][:]
         if None in labels:
             raise ValueError(
-                f"Some training images of the dataset {name!r} have no label. Leave them out; or if their class is called None, NA or null, "
-                "which means a missing value in a metadata.csv, write a metadata.jsonl, or call it otherwise."
+                f"Some training images of the dataset {name!r} have no label. Leave them out. If their class is called None, NA or null, a "
+                "metadata.csv takes it for a missing value: write a metadata.jsonl, or rename the class."
             )
         classes = sorted(set(labels))
         if len(classes) == len(labels) > 2:

@@ -40,7 +40,7 @@ def compute_metrics_fn(names: Sequence[str]) -> Callable[[EvalPrediction], dict[
     def compute_metrics(prediction: EvalPrediction) -> dict[str, Any]:
         true, predicted = prediction.label_ids, predicted_classes(prediction.predictions)
         scores = {name: float(score(true, predicted)) for name, score in local.items()}
-        return scores | others.compute(predictions=predicted, references=true)
+        return others.compute(predictions=predicted, references=true) | scores
 
     return compute_metrics
 

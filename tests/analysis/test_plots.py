@@ -138,6 +138,22 @@ def test_image_grid_has_every_image_under_its_caption(tmp_path, saved):
 
 # ---- Runs side by side ---------------------------------------------------------
 
+
+def test_names_of_runs_are_written_as_they_are_and_fit(tmp_path, saved):
+    """An expression is no mathematics, and what was set may be long."""
+    name = r"AACE, rho 10, ascent_fraction 0.25, perturb_modules norm$|\w+_bias$"
+    paths = [tmp_path / "picture.png"]
+    plot_margins({name: np.linspace(-1, 1, 50)}, paths)
+    plot_paths({f"Trainer (0) to {name} (1)": LossPath(np.linspace(0, 1, 5), np.linspace(1, 2, 5))}, paths)
+    plot_dynamics({name: [history(TRAINING)]}, paths)
+    plot_landscapes({name: SURFACE}, paths)
+    for figure in saved[:3]:
+        (legend,) = figure.legends
+        assert name in legend.texts[0].get_text().replace("\n", " ").replace(r"\$", "$")
+        box = legend.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+
+
 RUNS = {
     "Trainer": [history(TRAINING, EVALUATION)],
     "AACE": [history(TRAINING | AACE, EVALUATION), history(TRAINING | AACE, EVALUATION)],

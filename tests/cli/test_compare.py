@@ -194,6 +194,8 @@ def test_several_gpus_are_refused_before_the_first_run(tmp_path, monkeypatch, ca
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     assert main([*TINY, "--methods", "trainer"]) == 1
     assert "on 2 GPUs at once" in capsys.readouterr().err and not list(tmp_path.rglob("seed-*"))
+    monkeypatch.setattr("hf_aace.study.runner.ProcessPoolExecutor", Pretended)
+    assert main([*TINY, "--methods", "trainer", "--accelerate_config", "ddp"]) == 0  # a process for each
 
 
 def test_options_of_a_file_are_those_of_every_run(tmp_path, monkeypatch, capsys):

@@ -99,6 +99,30 @@ def test_the_best_model_is_that_of_its_checkpoint(run, monkeypatch):
     assert any("running_mean" in name and not torch.equal(last[name], tensor) for name, tensor in first.items())
 
 
+def test_adapters_of_a_model_in_16_bits_are_merged_in_32(tmp_path):
+    """Or its weights would round them away."""
+    argv = [
+        *TINY,
+        "--model_name_or_path",
+        "vit-tiny-digits",
+        "--lora",
+        "true",
+        "--dtype",
+        "bfloat16",
+        "--bf16",
+        "true",
+        "--use_cpu",
+        "true",
+        "--output_dir",
+        "out",
+    ]
+    assert main(argv) == 0
+    saved = load_file("out/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    adapted = [tensor for name, tensor in saved.items() if tensor.dim() == 2 and "classifier" not in name]
+    assert adapted and not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in adapted)
+
+
 def test_layers_whose_model_looks_into_them_are_refused_in_a_sentence(capsys):
     """MobileNetV2 reads the stride of its convolutions, which peft's wrappers do not have."""
     image_classifier("MobileNetV2ForImageClassification").save_pretrained("base")

@@ -326,6 +326,10 @@ def test_a_run_is_resumed_with_its_own_images_only(run, capsys, monkeypatch):
     argv = [*BARE, "--output_dir", "here", "--resume_from_checkpoint", "true"]
     error = message(capsys, *argv, "--label_noise", "0.3", "--seed", "1")
     assert "checkpoint-3 had `label_noise=0.0`, now 0.3, `seed=42`, now 1. It would go on with other images" in error
+    error = message(capsys, *argv, "--weight_decay", "0.5")
+    assert (
+        "had `weight_decay=0.0`, now 0.5. It would go on as before, by the state of its optimizer: give what" in error
+    )
     said = []
     monkeypatch.setattr("hf_aace.cli.checkpoints.logger.warning", said.append)
     assert main([*argv, "--rho", "0.5"]) == 0
@@ -941,6 +945,9 @@ def test_a_file_of_accelerate_says_which_machines_and_which_port(own, tmp_path, 
     assert (arguments.num_machines, arguments.machine_rank) == (2, 1)
     assert (arguments.main_process_ip, str(arguments.main_process_port)) == ("10.0.0.1", "29501")
     assert arguments.num_processes == (6 if own else 8)
+    path.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 8\n")
+    assert main([*TINY, "--accelerate_config", str(path), *own]) == 0
+    assert launched[1].main_process_port == 0, "or two runs at a time would take one port"
 
 
 @pytest.mark.parametrize(

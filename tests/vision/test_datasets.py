@@ -456,7 +456,7 @@ def test_a_class_that_a_csv_takes_for_a_missing_value_is_told_how_to_be_read(tmp
     write_images(tmp_path, {".": 4})
     rows = {f"{index}.png": ("None", "scratch")[index % 2] for index in range(4)}
     (tmp_path / "metadata.csv").write_text("file_name,label\n" + "".join(f"{k},{v}\n" for k, v in rows.items()))
-    with pytest.raises(ValueError, match=r"called None, NA or null, which means a missing value in a metadata\.csv"):
+    with pytest.raises(ValueError, match=r"called None, NA or null, a metadata\.csv takes it for a missing value"):
         load_image_dataset(str(tmp_path), seed=0)
     (tmp_path / "metadata.csv").unlink()
     lines = [json.dumps({"file_name": name, "label": label}) for name, label in rows.items()]

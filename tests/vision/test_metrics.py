@@ -47,7 +47,7 @@ class CountOfHits(evaluate.Metric):
         return evaluate.MetricInfo(description="", citation="", features=datasets.Features(features))
 
     def _compute(self, predictions, references):
-        return {"hits": sum(map(int.__eq__, predictions, references))}
+        return {"hits": sum(map(int.__eq__, predictions, references)), "accuracy": 99.0}
 
 
 def test_other_names_go_to_the_hub_and_stand_beside_the_local_ones(monkeypatch):
@@ -58,7 +58,7 @@ def test_other_names_go_to_the_hub_and_stand_beside_the_local_ones(monkeypatch):
     compute_metrics = compute_metrics_fn(["someone/something", "accuracy"])
     assert asked == [("someone/something", {"keep_in_memory": True})]
     result = compute_metrics(EvalPrediction(predictions=np.eye(3)[PREDICTIONS], label_ids=np.array(REFERENCES)))
-    assert result == {"accuracy": pytest.approx(4 / 6), "hits": 4}
+    assert result == {"accuracy": pytest.approx(4 / 6), "hits": 4}, "studies choose by `accuracy`, which is ours"
 
 
 def test_unknown_metric_is_refused(monkeypatch):
