@@ -2,6 +2,8 @@
 """Tiny models and data that the tests share. Small enough that a training step takes milliseconds."""
 
 import gc
+import struct
+import zlib
 from dataclasses import fields
 
 import torch
@@ -199,3 +201,15 @@ def small_data(sizes=(10, 7, 3)):
         }
         for size in sizes
     ]
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_of_16_bits(values, color_type=2):
+    """A PNG of 16 bits with several channels, by default color, which Pillow reads and does not write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, color_type, 0, 0, 0)
+    content = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + content

@@ -60,7 +60,8 @@ def loss_path(
 ) -> LossPath:
     """
     Compute the mean cross-entropy along the straight line from one model to another of the same architecture. Buffers, such as
-    the running statistics of BatchNorm, are interpolated too, so that the ends are the two models.
+    the running statistics of BatchNorm, are interpolated too, so that the ends are the two models; beyond the ends they stay, as
+    a variance must not become negative.
 
     Args:
         model (`nn.Module`): The classifier at 0, as for [`~hf_aace.analysis.sharpness.losses_and_gradient_norms`]. It moves, and is
@@ -105,7 +106,7 @@ def loss_path(
         with measuring(model, batches) as risk:
             for t in position.tolist():
                 for buffer, first, second in buffers:
-                    buffer.copy_(torch.lerp(first, second, t))
+                    buffer.copy_(torch.lerp(first, second, min(max(t, 0.0), 1.0)))
                 with perturbed(parameters, steps, abs(t), maximize=t > 0):
                     losses.append(risk.loss())
         return LossPath(position, np.array(losses))

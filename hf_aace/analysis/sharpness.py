@@ -7,6 +7,7 @@ a whole dataset. The weights move only inside [`perturbed`], so they end bit for
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.linalg
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from scipy.stats import sem
@@ -231,7 +232,7 @@ def hessian_trace(model: nn.Module, batches: Batches, *, products: int = 30, see
         batches (iterable of mappings): The dataset, as there.
         products (`int`, *optional*, defaults to `30`):
             Number of products with the Hessian, at least 6: a third for the subspace, a third for the trace on it, a third for
-            the rest. Two thirds as many vectors of the parameters' length are kept in memory, in 64 bits.
+            the rest. A third as many vectors of the parameters' length are kept in memory, in 64 bits.
         seed (`int`, *optional*, defaults to `0`): Draws the vectors.
 
     Returns:
@@ -248,7 +249,11 @@ def hessian_trace(model: nn.Module, batches: Batches, *, products: int = 30, see
         def signs() -> np.ndarray:
             return generator.choice([-1.0, 1.0], size=risk.size)
 
-        basis, _ = np.linalg.qr(np.stack([risk.hessian_product(signs()) for _ in range(third)], axis=1))
+        basis = np.empty((risk.size, third), order="F")
+        for index in range(third):
+            basis[:, index] = risk.hessian_product(signs())
+        # Not by `numpy.linalg`, which makes two more copies.
+        basis, _ = scipy.linalg.qr(basis, mode="economic", overwrite_a=True, check_finite=False)
         exact = sum(float(column @ risk.hessian_product(column)) for column in basis.T)
         samples = []
         for _ in range(third):

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 
 from ..config import AACEConfig
 from ..vision.augmentation import Augmentation, AugmentedAACETrainer
@@ -23,6 +24,9 @@ from ..vision.streaming import stream_image_dataset, transform_stream
 from ..vision.weighted_loss import WeightedCrossEntropy, balanced_class_weights
 from .checks import check_exists, check_metrics, naming_the_folder
 from .options import DataArguments, ImagesArguments, ModelArguments, PretrainedArguments
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict | IterableDatasetDict:
@@ -124,6 +128,11 @@ def make_trainer(
                 f"`dataloader_drop_last` leaves nothing to train on, as the {images} training images do not fill a batch: leave "
                 "it out, or give a smaller `per_device_train_batch_size`."
             )
+    if training_args.load_best_model_at_end and "validation" not in dataset:
+        logger.warning(
+            "`load_best_model_at_end` chooses the checkpoint by the test images, which will then look better than new ones. Set some images "
+            "apart to choose by: `validation_size`."
+        )
     # The transform makes the columns that the model takes only when a batch is read.
     training_args.remove_unused_columns = False
     compute_metrics = compute_metrics_fn([name for name in data_args.metrics if name != "confusion_matrix"])

@@ -104,5 +104,8 @@ def _history(run: Run) -> list[dict[str, Any]]:
     # Without those of an earlier run in the same folder.
     written = {weights_key(each)[1] for each in (run, *run.checkpoints())}
     entries = [entry for entry in entries if entry.get("weights_written_ns") in written]
+    # The last checkpoint is the end of the curve. The run itself has the same weights, or, those of the best, of another step.
+    steps = {entry.get("step") for entry in entries if entry["run"] != str(run.folder)}
+    entries = [entry for entry in entries if entry["run"] != str(run.folder) or entry.get("step") not in steps]
     # A single entry is no curve.
     return run.log_history() + [entry for entry in entries if "epoch" in entry and len(entries) > 1]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset, Image, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
@@ -214,9 +214,13 @@ class Run:
         dataset = load_image_dataset(options.pop("dataset_name"), **options)[args.split]
         dataset = in_the_classes_of(AutoConfig.from_pretrained(self.folder).id2label, dataset)
         if len(dataset) > args.max_samples:
-            dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
+            # In memory, or the order would be kept in the folder of the dataset.
+            dataset = dataset.shuffle(seed=args.seed, keep_in_memory=True).select(range(args.max_samples))
         processor = AutoImageProcessor.from_pretrained(self.folder)
-        dataset = dataset.with_transform(image_transform(processor, image_range=self.options.get("image_range")))
+        transform = image_transform(processor, image_range=self.options.get("image_range"))
+        dataset = dataset.cast_column("image", Image(decode=False)).with_transform(
+            transform
+        )  # encoded, as in training
         return [{**part, "labels": torch.tensor(part["labels"])} for part in dataset.iter(args.batch_size)]
 
 

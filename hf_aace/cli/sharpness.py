@@ -74,10 +74,12 @@ def run(argv: list[str]) -> int:
         for each in runs:
             known, entries = _measured_before(each, basis), []
             parts = [*(each.checkpoints() if options.checkpoints else []), each]
+            asked_for = {weights_key(part) for part in parts}
+            others = [entry for key, entry in known.items() if key not in asked_for]
             for part in parts:
                 entries.append(known.get(weights_key(part)) or _measure(part, run_args, settings))
                 if each.is_writable():  # for `hf-aace plot`, and for a later call if this one is interrupted
-                    write_report(basis | {"measures": entries}, each.folder / MEASURES_NAME)
+                    write_report(basis | {"measures": others + entries}, each.folder / MEASURES_NAME)
             measured.setdefault(name, []).append(entries[-1])
             reused = sum(weights_key(part) in known for part in parts)
             before = f", {reused} of them before" if reused else ""

@@ -98,8 +98,11 @@ class Study:
                     f"Plain runs would train on {training.n_gpu} GPUs at once, in batches {training.n_gpu} times as large, and methods that "
                     "perturb are refused there. Let the study see one GPU, by `CUDA_VISIBLE_DEVICES=0`, or give `accelerate_config`."
                 )
-            if (chooses or candidate.method in self.searched) and data.validation_size == 0:
-                raise ValueError("`validation_size` is 0, but it takes validation images to choose between settings.")
+            chooses_here = chooses or candidate.method in self.searched or training.load_best_model_at_end
+            if chooses_here and data.validation_size == 0:
+                raise ValueError(
+                    "`validation_size` is 0, but it takes validation images to choose between settings or checkpoints."
+                )
             if "accuracy" not in data.metrics:
                 raise ValueError(f"`metrics` must have `accuracy`, which the study is about, got {data.metrics}.")
             if data.streaming and data.validation_size > 0:

@@ -115,7 +115,12 @@ class Augmentation:
     def _changed(self, images: torch.Tensor) -> torch.Tensor:
         black, scale = self._black.to(images), (self._white - self._black).to(images)
         # Not with `slice`, which is a loop over the images.
-        crop = self._make_crop(tuple(images.shape[-2:]), scale=_CROP_SCALE, cropping_mode="resample")
+        height, width = images.shape[-2:]
+        ratio = (
+            3 / 4 * width / height,
+            4 / 3 * width / height,
+        )  # so that it changes that of the image by a third at most
+        crop = self._make_crop((height, width), scale=_CROP_SCALE, ratio=ratio, cropping_mode="resample")
         images = self._flip(crop(((images - black) / scale).clamp(0, 1)))
         if self._policy == "randaugment":
             images = torch.cat([self._randaugment(group) for group in images.split(_RANDAUGMENT_GROUP)])

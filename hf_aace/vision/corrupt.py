@@ -62,19 +62,19 @@ def _find_corrupt(dataset: Dataset, paged: list[str]) -> dict[int, str]:
     pages to `paged`.
     """
     encoded = dataset.select_columns(["image"]).cast_column("image", Image(decode=False))
-    problems = {}
+    problems, done = {}, 0
     with ThreadPool() as pool, tqdm(total=len(encoded), desc="Checking the images", delay=1) as bar:
         # In batches, since the pool takes in all that it is given before the first is done.
         for batch in encoded.iter(_CHECKED_AT_ONCE):
             images = batch["image"]
-            for index, (image, (problem, more)) in enumerate(
-                zip(images, pool.map(_look, images), strict=True), start=bar.n
-            ):
+            looked_at = zip(images, pool.map(_look, images), strict=True)
+            for index, (image, (problem, more)) in enumerate(looked_at, start=done):
                 where = (image and image["path"]) or f"row {index}"
                 if problem:
                     problems[index] = f"{where} ({problem})"
                 elif more:
                     paged.append(where)
+            done += len(images)  # not that of the bar, which does not count where bars are switched off
             bar.update(len(images))
     return problems
 

@@ -83,10 +83,13 @@ def load_splits(name: str, streaming: bool = False) -> DatasetDict | IterableDat
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     try:
         return load_dataset(name, **options)
-    except (OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        cause = (
+            error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        )  # `datasets` only says that it failed
         raise ValueError(
             f"`dataset_name` is {name!r}: neither `digits`, nor a folder or file, nor a dataset that could be loaded from "
-            f"the Hub: {error}"
+            f"the Hub: {cause}"
         ) from error
 
 

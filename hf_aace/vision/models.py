@@ -110,6 +110,7 @@ def load_model_and_processor(
             model_name_or_path,
             dtype=dtype,
             num_labels=len(id2label),
+            problem_type="single_label_classification",  # whatever it was trained for
             ignore_mismatched_sizes=True,
             use_safetensors=None if allow_pickle else True,
             **labels,
@@ -173,6 +174,13 @@ def load_classifier(
                 f"it has no trained weights for {', '.join(sorted(report['missing_keys'])[:3])}. Train it first: "
                 "`hf-aace train`"
             )
+        if model.config.problem_type == "multi_label_classification":
+            raise ValueError("it gives an image several classes (`problem_type`). Train it for one: `hf-aace train`")
+        if sorted(model.config.id2label) != list(range(model.config.num_labels)):
+            raise ValueError(
+                f"its `id2label` does not number the {model.config.num_labels} classes from 0 on, so that nothing says which is which. "
+                "Mend it in the config.json"
+            )
         processor = AutoImageProcessor.from_pretrained(model_name_or_path, **source)
     return model, processor
 
@@ -198,7 +206,7 @@ def _explained(model_name_or_path: str, allow_pickle: bool) -> Iterator[None]:
 def model_classes(id2label: dict[int, str]) -> list[str] | None:
     """List the names of a classifier's classes in the order of their numbers, `None` if they have no names of their own."""
     unnamed = all(name == f"LABEL_{index}" for index, name in id2label.items())  # as Transformers names them
-    return None if unnamed else [id2label[index] for index in range(len(id2label))]
+    return None if unnamed else [id2label[index] for index in sorted(id2label)]
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:

@@ -47,6 +47,16 @@ def test_the_middle_and_the_outside_of_a_path():
         assert loss == pytest.approx(loss_at(between, data), rel=1e-4)
 
 
+def test_a_path_goes_beyond_models_whose_variances_differ_much():
+    """Those of BatchNorm stay as at the ends: extrapolated, they would be negative."""
+    first, second = MODELS["resnet"](), MODELS["resnet"]()
+    for module in second.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.mul_(10)
+    losses = loss_path(first, second, [batch(8)], points=5).loss
+    assert np.isfinite(losses).all() and losses[0] == pytest.approx(losses[1])  # -0.5 and 0 differ in statistics alone
+
+
 class TwoLayers(nn.Module):
     def __init__(self, order, tied=False):
         super().__init__()

@@ -271,6 +271,13 @@ def test_a_study_that_is_stopped_leaves_no_process_behind(how, tmp_path):
         (["--methods", "aace:seed=3"], "`seed` is another one for each run"),
         (["--methods", "aace:output_dir=x"], "`output_dir` is another one for each run"),
         (["--metrics", "macro_f1"], "`metrics` must have `accuracy`"),
+        (
+            [
+                *("--validation_size", "0", "--eval_strategy", "epoch", "--save_strategy", "epoch"),
+                *("--methods", "trainer:load_best_model_at_end=true,aace"),
+            ],
+            "`validation_size` is 0, but it takes validation images to choose between settings or checkpoints",
+        ),
     ],
 )
 def test_bad_input_is_told_before_the_first_run(argv, expected, tmp_path, monkeypatch, capsys):

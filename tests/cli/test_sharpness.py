@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hf-aace sharpness` and `hf-aace plot`: what they read of runs, what they leave, and what they say of bad input."""
 
+import csv
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
+from tiny import png_of_16_bits
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -206,6 +208,46 @@ def test_checkpoints_are_measured_for_the_course(runs, capsys):
     assert [entry["step"] for entry in entries] == [1, 2, 2]
     assert entries[0]["cross_entropy"] != entries[1]["cross_entropy"]
     assert entries[1]["sam_sharpness"] == entries[2]["sam_sharpness"], "the last checkpoint is the model"
+    assert main(["sharpness", str(runs / "aace"), *options]) == 0
+    assert json.loads((runs / "aace" / "sharpness.json").read_text())["measures"] == entries, "they took their time"
+
+
+def test_the_course_ends_with_the_last_checkpoint(runs, tmp_path, monkeypatch):
+    """The run itself may have the weights of the best one, and they were no second run."""
+    shutil.copytree(runs / "aace", tmp_path / "mine")
+    options = [*QUICK, "--m", "0", "--max_samples", "10", "--checkpoints", "true"]
+    assert main(["sharpness", "mine", *options]) == 0
+    report = json.loads(Path("mine/sharpness.json").read_text())
+    values = [entry["sam_sharpness"] for entry in report["measures"]]
+    report["measures"][-1]["sam_sharpness"] = 1000.0
+    Path("mine/sharpness.json").write_text(json.dumps(report))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
+    assert main(["plot", "mine", "--figures", "dynamics"]) == 0
+    (axes,) = [each for each in drawn[0].axes if each.get_title(loc="left") == "SAM sharpness"]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx(values[:-1])
+
+
+def test_images_are_decoded_as_in_training(runs, tmp_path):
+    """Those of 16 bits in color too, of which a decoded image does not tell any more that it was one."""
+    for name, highest in (("0", 4095), ("1", 8191)):
+        (tmp_path / "deep" / name).mkdir(parents=True)
+        for index in range(6):
+            values = np.linspace(0, highest, 64 * 3).reshape(8, 8, 3).astype(np.uint16)
+            (tmp_path / "deep" / name / f"{index}.png").write_bytes(png_of_16_bits(values))
+    data = ["--dataset_name", "deep", "--image_range", "0", "8191", "--model_name_or_path", "vit-tiny-digits"]
+    assert (
+        main(["train", *data, "--rho", "0", "--max_steps", "1", "--disable_tqdm", "true", "--output_dir", "of-deep"])
+        == 0
+    )
+    assert main(["evaluate", "--model_name_or_path", "of-deep", "--split", "train", "--output_dir", "evaluated"]) == 0
+    assert main(["sharpness", "of-deep", *QUICK, "--m", "0"]) == 0
+    expected = json.loads(Path("evaluated/evaluation.json").read_text())["accuracy"]
+    measured = json.loads(Path("runs/sharpness/sharpness.json").read_text())["runs"]["Trainer"][0]
+    assert measured["accuracy"] == expected
+    with open("evaluated/predictions.csv", newline="") as file:
+        believed = sorted(float(row["label_score"]) for row in csv.DictReader(file))
+    assert sorted(torch.tensor(measured["margins"]).sigmoid().tolist()) == pytest.approx(believed, abs=1e-4)
 
 
 def test_plot_draws_runs_side_by_side_and_keeps_the_grids(runs, tmp_path, capsys, drawn):
@@ -262,6 +304,9 @@ def test_other_data_are_read_by_their_own_columns_and_sizes(runs, tmp_path):
         assert main(["sharpness", "mine", "--dataset_name", "others", "--split", split, *QUICK, "--m", "0"]) == 0
         report = json.loads((tmp_path / "runs" / "sharpness" / "sharpness.json").read_text())
         assert report["runs"]["SAM, rho 0.1"][0]["samples"] == 20
+    files = sorted((tmp_path / "others").rglob("*"))
+    assert main(["sharpness", "mine", "--dataset_name", "others", "--max_samples", "10", *QUICK, "--m", "0"]) == 0
+    assert sorted((tmp_path / "others").rglob("*")) == files, "the folder is the user's"
 
 
 def test_adapters_alone_are_refused_before_anything_is_measured(runs, tmp_path, capsys):

@@ -338,6 +338,15 @@ def test_a_run_is_resumed_with_its_own_images_only(run, capsys, monkeypatch):
     ]
 
 
+def test_a_checkpoint_that_is_chosen_by_the_test_images_is_warned_of(warnings):
+    """It looks better on them than on new ones. With validation images these choose."""
+    best = ["--load_best_model_at_end", "true", "--eval_strategy", "epoch", "--save_strategy", "epoch"]
+    for size, expected in (("0", 1), ("0.2", 0)):
+        assert main([*TINY, *best, "--validation_size", size, "--output_dir", f"of-{size}"]) == 0
+        assert len([said for said in warnings if "chooses the checkpoint by the test images" in said]) == expected
+        warnings.clear()
+
+
 def test_resuming_from_nothing_is_refused(capsys):
     assert main([*TINY, "--resume_from_checkpoint", "true"]) == 1
     assert "No valid checkpoint found" in capsys.readouterr().err

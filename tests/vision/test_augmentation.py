@@ -50,6 +50,21 @@ def augmentation(policy="none", num_classes=16, mean=None, std=None, **kwargs):
     return Augmentation(policy, processor=processor(mean or MEAN, std or STD), num_classes=num_classes, **kwargs)
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 64), (96, 32)])
+def test_a_crop_changes_the_ratio_of_width_to_height_by_a_third_at_most(height, width):
+    """Of an image of any shape. How far it was stretched is read off two ramps, one along each side."""
+    across = torch.linspace(0, 1, width).expand(height, width)
+    down = torch.linspace(0, 1, height).unsqueeze(1).expand(height, width)
+    images = torch.stack([across, down, down]).expand(64, 3, height, width)
+    plain = augmentation("default", mean=[0.0] * 3, std=[1.0] * 3)
+    changed = plain({"pixel_values": images, "labels": torch.zeros(64, dtype=torch.long)}, seed=0)["pixel_values"]
+    share_of_width = changed[:, 0].diff(dim=2).abs().mean(dim=(1, 2)) * (width - 1)
+    share_of_height = changed[:, 1].diff(dim=1).abs().mean(dim=(1, 2)) * (height - 1)
+    stretched = share_of_height / share_of_width
+    assert 0.7 < stretched.min() < 0.9 and 1.1 < stretched.max() < 1.4
+    assert (share_of_width * share_of_height > 0.3).all(), "a crop has at least 35 % of the image"
+
+
 CHOICES = [
     ("default", {}),
     ("randaugment", {}),

@@ -482,6 +482,21 @@ def test_data_set_without_training_split_is_refused(hub):
         load_image_dataset("someone/something", seed=0)
 
 
+@pytest.mark.parametrize("with_cause", [False, True])
+def test_a_dataset_of_the_hub_that_cannot_be_made_is_told_in_a_sentence(with_cause, monkeypatch):
+    """One that is a script raises a RuntimeError; one that fails on the way an error that says nothing but its cause."""
+
+    def load_dataset(*args, **kwargs):
+        if not with_cause:
+            raise RuntimeError("Dataset scripts are no longer supported")
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from TypeError("Couldn't cast")
+
+    monkeypatch.setattr(hf_aace.vision.folders, "load_dataset", load_dataset)
+    why = "Couldn't cast" if with_cause else "Dataset scripts are no longer supported"
+    with pytest.raises(ValueError, match=f"neither `digits`, nor .*: {why}"):
+        load_image_dataset("someone/something", seed=0)
+
+
 def test_what_is_nowhere_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`dataset_name` is .*neither `digits`, nor a folder or file, nor a dataset"):
         load_image_dataset(str(tmp_path / "missing"), seed=0)

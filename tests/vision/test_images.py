@@ -10,6 +10,9 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+import torch
+from datasets import Image
+from tiny import png_chunk, png_of_16_bits
 from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
 
 from hf_aace.cli import main
@@ -37,10 +40,6 @@ def decoded(image, form="PNG", **options):
     with PIL.Image.open(io.BytesIO(encoded(image, form, **options)["bytes"])) as opened:
         assert np.array_equal(np.asarray(decode_image(opened)), pixels)
     return pixels.astype(int)
-
-
-def png_chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -103,25 +102,17 @@ def test_32_bits_are_scaled_from_their_lowest_to_their_highest_value(values):
 RAMP = np.linspace(0, 1, 30).reshape(5, 6)
 
 
-def png_of_16_bits(values, color_type):
-    """A PNG of 16 bits with several channels, which Pillow reads and does not write."""
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, color_type, 0, 0, 0)
-    content = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
-    return {"bytes": b"\x89PNG\r\n\x1a\n" + content, "path": "deep.png"}
-
-
 def stored(kind, highest):
     """A ramp from 0 to `highest`, stored in a file of the kind, and what its values are rounded to."""
     values = RAMP * highest
     deep = values.round().astype(np.uint16)
     opaque = np.full_like(deep, 65535)
     if kind == "color":
-        return png_of_16_bits(np.stack([deep] * 3, axis=2), 2), 256
+        return {"bytes": png_of_16_bits(np.stack([deep] * 3, axis=2), 2), "path": "deep.png"}, 256
     if kind == "gray with alpha":
-        return png_of_16_bits(np.stack([deep, opaque], axis=2), 4), 256
+        return {"bytes": png_of_16_bits(np.stack([deep, opaque], axis=2), 4), "path": "deep.png"}, 256
     if kind == "color with alpha":
-        return png_of_16_bits(np.stack([deep, deep, deep, opaque], axis=2), 6), 256
+        return {"bytes": png_of_16_bits(np.stack([deep, deep, deep, opaque], axis=2), 6), "path": "deep.png"}, 256
     if kind == "float":
         return encoded(PIL.Image.fromarray(values.astype(np.float32)), "TIFF"), 0
     if kind == "int32":
@@ -387,6 +378,37 @@ def folder(tmp_path):
         whole = (tmp_path / "pets" / name).read_bytes()
         (tmp_path / "pets" / name).write_bytes(whole[:-40])
     return tmp_path / "pets", broken
+
+
+def test_the_right_image_is_left_out_where_progress_bars_are_switched_off(tmp_path):
+    """Among so many that they are looked at in several batches; and with a bar that does not count."""
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for index in range(150):
+            PIL.Image.fromarray(COLOURS).save(tmp_path / name / f"{index:03}.png")
+    broken = tmp_path / "dog" / "149.png"
+    broken.write_bytes(broken.read_bytes()[:-40])
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        dataset = load_image_dataset(str(tmp_path), seed=0, skip_corrupt_images=True)
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    files = [
+        image["path"]
+        for split in dataset.cast_column("image", Image(decode=False)).values()
+        for image in split["image"]
+    ]
+    assert len(files) == 299 and not any("149.png" in name and "dog" in name for name in files)
+
+
+def test_a_model_of_one_channel_gets_gray_images():
+    processor = ViTImageProcessorPil(size={"height": 4, "width": 4}, image_mean=[0.5], image_std=[0.5])
+    images = [PIL.Image.new("RGB", (9, 7), (51, 51, 51)), PIL.Image.new("L", (7, 9), 204)]
+    pixels = image_transform(processor)({"image": images, "label": [0, 1]})["pixel_values"]
+    assert pixels.shape == (2, 1, 4, 4)
+    torch.testing.assert_close(pixels.mean(dim=(1, 2, 3)), torch.tensor([2 * 0.2 - 1, 2 * 0.8 - 1]))
 
 
 def test_corrupt_images_are_left_out_and_counted_if_asked(folder, warnings):

@@ -40,6 +40,33 @@ def build(name, seed=0, id2label=ID2LABEL):
     return load_model_and_processor(name, id2label)
 
 
+def configured(folder, **config):
+    """A trained classifier of three classes, with changes to its configuration."""
+    model, processor = build("vit-tiny-digits")
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return str(folder)
+
+
+def test_a_model_for_several_classes_at_once_is_trained_for_one_and_not_evaluated_as_it_is(tmp_path):
+    name = configured(tmp_path, problem_type="multi_label_classification")
+    model, processor = load_model_and_processor(name, {0: "well", 1: "ill"})
+    loss = model(**processor([scan("RGB")], return_tensors="pt"), labels=torch.tensor([1])).loss
+    assert loss.isfinite() and model.config.problem_type == "single_label_classification"
+    with pytest.raises(ValueError, match=r"gives an image several classes \(`problem_type`\)"):
+        load_classifier(name)
+
+
+def test_class_numbers_with_gaps_are_refused_and_serve_to_train_others(tmp_path):
+    """As conversion scripts of ImageNet-22k leave them. Nothing says whether the head has the gaps too."""
+    name = configured(tmp_path, id2label={"0": "zero", "1": "one", "3": "three"})
+    with pytest.raises(ValueError, match="`id2label` does not number the 3 classes from 0 on"):
+        load_classifier(name)
+    assert load_model_and_processor(name, ID2LABEL)[0].config.id2label == ID2LABEL
+
+
 @pytest.mark.parametrize("name", BUILTIN_MODELS)
 def test_builtin_models_are_small_and_know_their_classes(name):
     model, processor = build(name)
