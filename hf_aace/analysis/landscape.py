@@ -111,7 +111,7 @@ def loss_path(
                     losses.append(risk.loss())
         return LossPath(position, np.array(losses))
 
-    settings = {"start": start, "stop": stop, "points": points}
+    settings = {"start": start, "stop": stop, "points": points, "buffers": "beyond the ends as at them"}
     return _cached(LossPath, cache_dir, settings, [model, other], batches, compute)
 
 

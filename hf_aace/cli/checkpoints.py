@@ -71,24 +71,25 @@ def check_options(checkpoint: str, options: dict[str, Any]) -> None:
     Compare the options of a run with those recorded in the checkpoint that it goes on from, and warn of differences.
 
     Raises:
-        `ValueError`: If they mean other images, or are kept in the checkpoint.
+        `ValueError`: If they mean other images, or the optimizer of the checkpoint would override them.
     """
     earlier = train_options(Path(checkpoint))
     changed = [name for name, value in options.items() if name in earlier and earlier[name] != value]
-    told = ", ".join(f"`{name}={earlier[name]}`, now {options[name]}" for name in changed)
-    for names, why in (
-        (
-            ("dataset_name", "image_range", "train_size", "label_noise", "validation_size", "seed"),
-            "It would go on with other images",
-        ),
-        (("learning_rate", "weight_decay"), "It would go on as before, by the state of its optimizer"),
-    ):
-        if not set(names).isdisjoint(changed):
+    images = ("dataset_name", "image_range", "train_size", "label_noise", "validation_size", "seed")
+    with_optimizer = any(Path(checkpoint).glob("optimizer*"))  # not with `save_only_model`
+    kept = ("learning_rate", "weight_decay", "optim", "optim_args") if with_optimizer else ()
+    for names, why in ((images, "It would go on with other images"), (kept, "It goes on with its own optimizer")):
+        if told := _told(earlier, options, [name for name in changed if name in names]):
             raise ValueError(
                 f"`resume_from_checkpoint`: {checkpoint} had {told}. {why}: give what it had, or leave `resume_from_checkpoint` out."
             )
     if changed:
+        told = _told(earlier, options, changed)
         logger.warning(f"Not as it was for {checkpoint}, from which this run goes on: {told}.")
+
+
+def _told(earlier: dict[str, Any], options: dict[str, Any], names: list[str]) -> str:
+    return ", ".join(f"`{name}={earlier[name]}`, now {options[name]}" for name in names)
 
 
 class Attempt:

@@ -22,7 +22,15 @@ from ..vision.inference import classify
 from ..vision.metrics import compute_metrics_fn
 from .checks import check_exists, check_folder
 from .loading import load_images, load_pretrained
-from .options import ImagesArguments, PretrainedArguments, last_part, pick_device, required, train_options
+from .options import (
+    ImagesArguments,
+    PretrainedArguments,
+    is_same_data,
+    last_part,
+    pick_device,
+    required,
+    train_options,
+)
 from .output import write_report
 from .parser import command_parser, option
 from .runs import in_the_classes_of
@@ -57,9 +65,9 @@ class EvaluationArguments(ImagesArguments):
 def _defaults(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return the options of the data that a run of `hf-aace train` was trained on, unless other data are chosen."""
     options = train_options(Path(chosen.model_name_or_path)) if chosen.model_name_or_path else {}
-    if chosen.dataset_name not in (None, options.get("dataset_name")):
-        return {}
-    return {option.name: options[option.name] for option in fields(ImagesArguments) if option.name in options}
+    own = chosen.dataset_name is None or is_same_data(chosen.dataset_name, options.get("dataset_name"))
+    names = [option.name for option in fields(ImagesArguments)] if own else ["image_range"]
+    return {name: options[name] for name in names if name in options}
 
 
 def run(argv: list[str]) -> int:

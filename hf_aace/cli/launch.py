@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CalledProcessError
+from typing import Any
 
 import torch
 import yaml
@@ -68,8 +69,9 @@ def launch(options: argparse.Namespace, argv: list[str]) -> int:
     if not config.is_file():
         known = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
         raise ValueError(f"`accelerate_config` must be one of {known}, or a file, got {options.accelerate_config!r}.")
-    words, settings = ["--config_file", config], yaml.safe_load(config.read_text(encoding="utf-8"))
-    if settings.get("num_machines", 1) == 1 and settings.get("main_process_port") is None:
+    words, settings = ["--config_file", config], _read(config)
+    one_machine = settings.get("num_machines", 1) == 1 and settings.get("distributed_type") != "MULTI_CPU"  # by MPI
+    if one_machine and settings.get("main_process_port") is None:
         words += ["--main_process_port", 0]  # any free one
     if options.num_processes is not None or options.accelerate_config in ("ddp", "fsdp2"):
         num_processes = options.num_processes or torch.cuda.device_count()
@@ -91,3 +93,15 @@ def launch(options: argparse.Namespace, argv: list[str]) -> int:
     finally:
         del os.environ[_LAUNCHED]
     return 0
+
+
+def _read(config: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"`accelerate_config` is {str(config)!r}, which is no configuration of accelerate. Write one by `accelerate config`."
+        )
+    return settings

@@ -130,8 +130,8 @@ def make_trainer(
             )
     if training_args.load_best_model_at_end and "validation" not in dataset:
         logger.warning(
-            "`load_best_model_at_end` chooses the checkpoint by the test images, which will then look better than new ones. Set some images "
-            "apart to choose by: `validation_size`."
+            "`load_best_model_at_end` chooses the checkpoint by the test images, which will then look better than new ones. "
+            + ("Leave it out." if data_args.streaming else "Set images apart to choose by: `validation_size`.")
         )
     # The transform makes the columns that the model takes only when a batch is read.
     training_args.remove_unused_columns = False

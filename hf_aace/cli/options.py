@@ -226,6 +226,13 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
     return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
 
+def is_same_data(first: str, second: str | None) -> bool:
+    """Return whether two names of datasets mean the same: they are equal, or paths of one file or folder."""
+    if second is None or first == second:
+        return first == second
+    return Path(first).exists() and Path(second).exists() and Path(first).samefile(second)
+
+
 def last_part(name: str) -> str:
     """Return the name of a folder or file, or of a model or dataset without its owner."""
     return Path(name).resolve().name if Path(name).is_dir() else Path(name).name
@@ -237,6 +244,7 @@ def options_of_run(model_args: ModelArguments, data_args: DataArguments, trainin
     of the training that change its result most, and the seed.
     """
     training = training_args.to_dict()  # which has names instead of enumerations
+    training["optim"] = training["optim"].removesuffix("_fused")  # the same, and the default by the version of torch
     names = [*(option.name for option in fields(AACEArguments)), *_OF_TRAINING, "seed"]
     return asdict(model_args) | asdict(data_args) | {name: training[name] for name in names}
 

@@ -101,11 +101,8 @@ def _history(run: Run) -> list[dict[str, Any]]:
     """Read the log of a run, and the measures of its checkpoints."""
     measures = run.folder / MEASURES_NAME
     entries = json.loads(measures.read_text(encoding="utf-8"))["measures"] if measures.is_file() else []
-    # Without those of an earlier run in the same folder.
-    written = {weights_key(each)[1] for each in (run, *run.checkpoints())}
+    # Of its checkpoints: not of an earlier run in the folder, nor of the run itself, whose weights may be those of the best of them.
+    written = {weights_key(each)[1] for each in run.checkpoints()}
     entries = [entry for entry in entries if entry.get("weights_written_ns") in written]
-    # The last checkpoint is the end of the curve. The run itself has the same weights, or, those of the best, of another step.
-    steps = {entry.get("step") for entry in entries if entry["run"] != str(run.folder)}
-    entries = [entry for entry in entries if entry["run"] != str(run.folder) or entry.get("step") not in steps]
     # A single entry is no curve.
     return run.log_history() + [entry for entry in entries if "epoch" in entry and len(entries) > 1]

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from datasets import Dataset, Image, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from ..config import AACEArguments, method_and_settings
 from ..tensor_checks import check_at_least
-from ..vision.datasets import load_image_dataset
+from ..vision.datasets import load_image_dataset, without_cache_files
 from ..vision.images import image_transform
 from ..vision.messages import first_few
-from ..vision.models import model_classes
-from .options import TRAIN_OPTIONS_NAME, checkpoints_in, last_part, pick_device, train_options
+from ..vision.models import load_classifier, model_classes
+from .options import TRAIN_OPTIONS_NAME, checkpoints_in, is_same_data, last_part, pick_device, train_options
 from .parser import OptionParser, option
 
 
@@ -191,7 +191,7 @@ class Run:
     def load_model(self, args: RunArguments) -> PreTrainedModel:
         """Load the model, in 32 bits, on the device. Raises a `ValueError` as [`check`]."""
         self.check(args)
-        model = AutoModelForImageClassification.from_pretrained(self.folder, dtype=torch.float32)
+        model, _ = load_classifier(str(self.folder))
         return model.to(pick_device(args.device))
 
     @_without_progress_bars()
@@ -205,25 +205,25 @@ class Run:
         self.check(args)
         given = {name: getattr(args, name) for name in ("dataset_name", "train_size", "label_noise")}
         given["seed"] = args.data_seed
-        names, own = ["image_range"], self.options.get("dataset_name")
-        # By the last part, as the folder may have moved. Other data have other columns and sizes.
-        if args.dataset_name is None or (own is not None and last_part(args.dataset_name) == last_part(own)):
+        names = ["image_range"]
+        # Other data have other columns and sizes.
+        if args.dataset_name is None or is_same_data(args.dataset_name, self.options.get("dataset_name")):
             names += ["image_column_name", "label_column_name", "skip_corrupt_images", "validation_size", *given]
         options = {"seed": 42} | {name: self.options[name] for name in names if self.options.get(name) is not None}
         options |= {name: value for name, value in given.items() if value is not None}
         dataset = load_image_dataset(options.pop("dataset_name"), **options)[args.split]
         dataset = in_the_classes_of(AutoConfig.from_pretrained(self.folder).id2label, dataset)
         if len(dataset) > args.max_samples:
-            # In memory, or the order would be kept in the folder of the dataset.
-            dataset = dataset.shuffle(seed=args.seed, keep_in_memory=True).select(range(args.max_samples))
+            with without_cache_files():
+                dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
         processor = AutoImageProcessor.from_pretrained(self.folder)
         transform = image_transform(processor, image_range=self.options.get("image_range"))
-        dataset = dataset.cast_column("image", Image(decode=False)).with_transform(
-            transform
-        )  # encoded, as in training
+        # Encoded, as in training.
+        dataset = dataset.cast_column("image", Image(decode=False)).with_transform(transform)
         return [{**part, "labels": torch.tensor(part["labels"])} for part in dataset.iter(args.batch_size)]
 
 
+@without_cache_files()
 def in_the_classes_of(id2label: dict[int, str], data: Dataset) -> Dataset:
     """
     Give the images of a dataset the label numbers that a model uses. The names of the classes say which is which.
@@ -287,7 +287,7 @@ def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, 
             if different != ["seed"]:
                 unknown = [k for k in different if (k in first.options) != (k in other.options)]
                 if not (first.options and other.options):
-                    why = "have no record of their options"
+                    why = "not both have a record of their options"
                 elif unknown:
                     why = f"only one of them has a record of {', '.join(unknown)}"
                 else:

@@ -72,18 +72,18 @@ def run(argv: list[str]) -> int:
     measured: dict[str, list[dict[str, Any]]] = {}
     for name, runs in groups.items():
         for each in runs:
-            known, entries = _measured_before(each, basis), []
             parts = [*(each.checkpoints() if options.checkpoints else []), each]
-            asked_for = {weights_key(part) for part in parts}
-            others = [entry for key, entry in known.items() if key not in asked_for]
-            for part in parts:
-                entries.append(known.get(weights_key(part)) or _measure(part, run_args, settings))
-                if each.is_writable():  # for `hf-aace plot`, and for a later call if this one is interrupted
-                    write_report(basis | {"measures": others + entries}, each.folder / MEASURES_NAME)
-            measured.setdefault(name, []).append(entries[-1])
+            present = {weights_key(part) for part in (*each.checkpoints(), each)}
+            known = {key: entry for key, entry in _measured_before(each, basis).items() if key in present}
             reused = sum(weights_key(part) in known for part in parts)
+            for part in parts:
+                key = weights_key(part)
+                known[key] = known.get(key) or _measure(part, run_args, settings)
+                if each.is_writable():  # for `hf-aace plot`, and for a later call if this one is interrupted
+                    write_report(basis | {"measures": list(known.values())}, each.folder / MEASURES_NAME)
+            measured.setdefault(name, []).append(known[weights_key(each)])
             before = f", {reused} of them before" if reused else ""
-            print(f"{each.folder}: {name}, {len(entries)} measured{before}.", flush=True)
+            print(f"{each.folder}: {name}, {len(parts)} measured{before}.", flush=True)
 
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

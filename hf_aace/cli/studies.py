@@ -96,12 +96,13 @@ class Study:
             if training.n_gpu > 1 and processes.accelerate_config in (None, "single_gpu"):
                 raise ValueError(
                     f"Plain runs would train on {training.n_gpu} GPUs at once, in batches {training.n_gpu} times as large, and methods that "
-                    "perturb are refused there. Let the study see one GPU, by `CUDA_VISIBLE_DEVICES=0`, or give `accelerate_config`."
+                    "perturb are refused there. Let the study see one GPU, by `CUDA_VISIBLE_DEVICES=0`, or give `--accelerate_config ddp`."
                 )
             chooses_here = chooses or candidate.method in self.searched or training.load_best_model_at_end
             if chooses_here and data.validation_size == 0:
                 raise ValueError(
-                    "`validation_size` is 0, but it takes validation images to choose between settings or checkpoints."
+                    "`validation_size` is 0, but it takes validation images to choose between settings or checkpoints. A study sets "
+                    "its own apart, even if the dataset has some."
                 )
             if "accuracy" not in data.metrics:
                 raise ValueError(f"`metrics` must have `accuracy`, which the study is about, got {data.metrics}.")

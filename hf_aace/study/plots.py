@@ -157,11 +157,16 @@ def _color(method: str) -> str:
 
 def _label(row) -> str:
     name = _wrapped(short_name(row.method))
-    return f"{name}\n{textwrap.fill(row.choice, _LABEL_WIDTH)}" if row.choice else name
+    return f"{name}\n{_lines_of(row.choice)}" if row.choice else name
 
 
 def _wrapped(method: str) -> str:
-    return textwrap.fill(method.replace(":", ": "), _LABEL_WIDTH)
+    return _lines_of(method.replace(":", ": "))
+
+
+def _lines_of(text: str) -> str:
+    """Break a text into lines, and keep matplotlib from taking dollars in it, as of a regular expression, for mathematics."""
+    return textwrap.fill(text, _LABEL_WIDTH).replace("$", r"\$")
 
 
 def _axes(height: float, title: str, x: str, y: str | None = None) -> Axes:

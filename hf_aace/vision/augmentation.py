@@ -116,10 +116,8 @@ class Augmentation:
         black, scale = self._black.to(images), (self._white - self._black).to(images)
         # Not with `slice`, which is a loop over the images.
         height, width = images.shape[-2:]
-        ratio = (
-            3 / 4 * width / height,
-            4 / 3 * width / height,
-        )  # so that it changes that of the image by a third at most
+        # Times the shape of the image, which a crop so stretches by a third at most.
+        ratio = (3 / 4 * width / height, 4 / 3 * width / height)
         crop = self._make_crop((height, width), scale=_CROP_SCALE, ratio=ratio, cropping_mode="resample")
         images = self._flip(crop(((images - black) / scale).clamp(0, 1)))
         if self._policy == "randaugment":

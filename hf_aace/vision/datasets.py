@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load labeled images to train and test on: scikit-learn's digits, a folder, files, or a dataset on the Hub."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    disable_caching,
+    enable_caching,
+    is_caching_enabled,
+)
 from sklearn.datasets import load_digits
 from transformers.utils import logging
 
@@ -216,6 +226,22 @@ def _draw_stratified(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     return np.sort(order[np.argsort(place[order], kind="stable")[:size]])
 
 
+@contextmanager
+def without_cache_files() -> Iterator[None]:
+    """
+    Context manager and decorator that lets `datasets` write what it makes into its temporary folder, not beside the files of a
+    dataset of `save_to_disk`, where the user may not even be allowed to write.
+    """
+    enabled = is_caching_enabled()
+    disable_caching()
+    try:
+        yield
+    finally:
+        if enabled:
+            enable_caching()
+
+
+@without_cache_files()
 def _with_label_noise(train: Dataset, label_noise: float, seed: int) -> Dataset:
     feature = train.features["label"]
     labels = _labels(train)

@@ -84,9 +84,8 @@ def load_splits(name: str, streaming: bool = False) -> DatasetDict | IterableDat
     try:
         return load_dataset(name, **options)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        cause = (
-            error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        )  # `datasets` only says that it failed
+        # `DatasetsError` only says that it failed.
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise ValueError(
             f"`dataset_name` is {name!r}: neither `digits`, nor a folder or file, nor a dataset that could be loaded from "
             f"the Hub: {cause}"

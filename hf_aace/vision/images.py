@@ -199,16 +199,13 @@ def image_transform(
     """
     # Not a local function, which worker processes that are not forked could not be sent.
     skipped = [] if skip_corrupt_images else None
-    mean = getattr(processor, "image_mean", None)
-    gray = isinstance(mean, Sequence) and len(mean) == 1  # as of a model that takes one channel
-    return partial(_transform, processor, gray, _sufficient_size(processor), image_range, skipped)
+    return partial(_transform, processor, _sufficient_size(processor), image_range, skipped)
 
 
 # On the fly rather than mapped beforehand, which serves datasets that do not fit into memory too. A digit takes about 0.1 ms, an
 # epoch of the digits 0.2 s.
 def _transform(
     processor: BaseImageProcessor,
-    gray: bool,
     min_size: int | None,
     image_range: Sequence[float] | None,
     skipped: list[ValueError] | None,
@@ -217,8 +214,7 @@ def _transform(
     images, labels = [], []
     for image, label in zip(batch["image"], batch["label"], strict=True):
         try:
-            decoded = decode_image(image, min_size, image_range)
-            images.append(decoded.convert("L") if gray else decoded)
+            images.append(decode_image(image, min_size, image_range))
         except ValueError as error:
             if skipped is None:
                 raise

@@ -117,6 +117,7 @@ def load_model_and_processor(
             **source,
         )
         processor = AutoImageProcessor.from_pretrained(model_name_or_path, **source)
+        _check_channels(model)
     forget_old_class_names(model.config)
     if len(known) == len(id2label) and known != id2label and model_classes(known):
         logger.warning(
@@ -174,15 +175,25 @@ def load_classifier(
                 f"it has no trained weights for {', '.join(sorted(report['missing_keys'])[:3])}. Train it first: "
                 "`hf-aace train`"
             )
-        if model.config.problem_type == "multi_label_classification":
-            raise ValueError("it gives an image several classes (`problem_type`). Train it for one: `hf-aace train`")
+        if model.config.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"its `problem_type` is {model.config.problem_type!r}, so that it does not give an image one class. Train it for that: "
+                "`hf-aace train`"
+            )
         if sorted(model.config.id2label) != list(range(model.config.num_labels)):
             raise ValueError(
                 f"its `id2label` does not number the {model.config.num_labels} classes from 0 on, so that nothing says which is which. "
                 "Mend it in the config.json"
             )
         processor = AutoImageProcessor.from_pretrained(model_name_or_path, **source)
+        _check_channels(model)
     return model, processor
+
+
+def _check_channels(model: PreTrainedModel) -> None:
+    channels = getattr(model.config, "num_channels", 3)
+    if channels != 3:
+        raise ValueError(f"it takes images of {channels} channels, and they are read in three, red, green and blue")
 
 
 @contextmanager

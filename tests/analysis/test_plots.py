@@ -147,6 +147,7 @@ def test_names_of_runs_are_written_as_they_are_and_fit(tmp_path, saved):
     plot_paths({f"Trainer (0) to {name} (1)": LossPath(np.linspace(0, 1, 5), np.linspace(1, 2, 5))}, paths)
     plot_dynamics({name: [history(TRAINING)]}, paths)
     plot_landscapes({name: SURFACE}, paths)
+    assert name in saved[3].axes[0].get_title(loc="left").replace("\n", " ").replace(r"\$", "$")
     for figure in saved[:3]:
         (legend,) = figure.legends
         assert name in legend.texts[0].get_text().replace("\n", " ").replace(r"\$", "$")

@@ -223,7 +223,7 @@ def test_the_course_ends_with_the_last_checkpoint(runs, tmp_path, monkeypatch):
     Path("mine/sharpness.json").write_text(json.dumps(report))
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
-    assert main(["plot", "mine", "--figures", "dynamics"]) == 0
+    assert main(["plot", str(tmp_path / "mine"), "--figures", "dynamics"]) == 0
     (axes,) = [each for each in drawn[0].axes if each.get_title(loc="left") == "SAM sharpness"]
     assert list(axes.lines[0].get_ydata()) == pytest.approx(values[:-1])
 
@@ -305,7 +305,9 @@ def test_other_data_are_read_by_their_own_columns_and_sizes(runs, tmp_path):
         report = json.loads((tmp_path / "runs" / "sharpness" / "sharpness.json").read_text())
         assert report["runs"]["SAM, rho 0.1"][0]["samples"] == 20
     files = sorted((tmp_path / "others").rglob("*"))
-    assert main(["sharpness", "mine", "--dataset_name", "others", "--max_samples", "10", *QUICK, "--m", "0"]) == 0
+    for noise in ("0", "0.2"):
+        data = ["--dataset_name", "others", "--label_noise", noise, "--max_samples", "10"]
+        assert main(["sharpness", "mine", *data, *QUICK, "--m", "0"]) == 0
     assert sorted((tmp_path / "others").rglob("*")) == files, "the folder is the user's"
 
 

@@ -326,10 +326,13 @@ def test_a_run_is_resumed_with_its_own_images_only(run, capsys, monkeypatch):
     argv = [*BARE, "--output_dir", "here", "--resume_from_checkpoint", "true"]
     error = message(capsys, *argv, "--label_noise", "0.3", "--seed", "1")
     assert "checkpoint-3 had `label_noise=0.0`, now 0.3, `seed=42`, now 1. It would go on with other images" in error
-    error = message(capsys, *argv, "--weight_decay", "0.5")
-    assert (
-        "had `weight_decay=0.0`, now 0.5. It would go on as before, by the state of its optimizer: give what" in error
-    )
+    for name, before, now in (
+        ("weight_decay", "0.0", "0.5"),
+        ("learning_rate", "0.003", "0.1"),
+        ("optim", "adamw_torch", "sgd"),
+    ):
+        error = message(capsys, *argv, f"--{name}", now, "--rho", "0.5")
+        assert f"had `{name}={before}`, now {now}. It goes on with its own optimizer: give what it had" in error
     said = []
     monkeypatch.setattr("hf_aace.cli.checkpoints.logger.warning", said.append)
     assert main([*argv, "--rho", "0.5"]) == 0
@@ -345,6 +348,16 @@ def test_a_checkpoint_that_is_chosen_by_the_test_images_is_warned_of(warnings):
         assert main([*TINY, *best, "--validation_size", size, "--output_dir", f"of-{size}"]) == 0
         assert len([said for said in warnings if "chooses the checkpoint by the test images" in said]) == expected
         warnings.clear()
+
+
+def test_a_checkpoint_without_an_optimizer_goes_on_at_another_rate(run):
+    """As `save_only_model` leaves it: nothing of the old rate is kept."""
+    shutil.copytree(run, "here")
+    for path in Path("here").glob("checkpoint-*/*"):
+        if path.name in ("optimizer.pt", "scheduler.pt"):
+            path.unlink()
+    argv = [*BARE, "--output_dir", "here", "--resume_from_checkpoint", "true"]
+    assert main([*argv, "--learning_rate", "0.1"]) == 0
 
 
 def test_resuming_from_nothing_is_refused(capsys):
@@ -957,6 +970,9 @@ def test_a_file_of_accelerate_says_which_machines_and_which_port(own, tmp_path, 
     path.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 8\n")
     assert main([*TINY, "--accelerate_config", str(path), *own]) == 0
     assert launched[1].main_process_port == 0, "or two runs at a time would take one port"
+    for text in ("", "- a list", "a: b: c"):
+        path.write_text(text)
+        assert main([*TINY, "--accelerate_config", str(path)]) == 1
 
 
 @pytest.mark.parametrize(

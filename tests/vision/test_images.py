@@ -10,7 +10,6 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 from datasets import Image
 from tiny import png_chunk, png_of_16_bits
 from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
@@ -401,14 +400,6 @@ def test_the_right_image_is_left_out_where_progress_bars_are_switched_off(tmp_pa
         for image in split["image"]
     ]
     assert len(files) == 299 and not any("149.png" in name and "dog" in name for name in files)
-
-
-def test_a_model_of_one_channel_gets_gray_images():
-    processor = ViTImageProcessorPil(size={"height": 4, "width": 4}, image_mean=[0.5], image_std=[0.5])
-    images = [PIL.Image.new("RGB", (9, 7), (51, 51, 51)), PIL.Image.new("L", (7, 9), 204)]
-    pixels = image_transform(processor)({"image": images, "label": [0, 1]})["pixel_values"]
-    assert pixels.shape == (2, 1, 4, 4)
-    torch.testing.assert_close(pixels.mean(dim=(1, 2, 3)), torch.tensor([2 * 0.2 - 1, 2 * 0.8 - 1]))
 
 
 def test_corrupt_images_are_left_out_and_counted_if_asked(folder, warnings):

@@ -55,8 +55,18 @@ def test_a_model_for_several_classes_at_once_is_trained_for_one_and_not_evaluate
     model, processor = load_model_and_processor(name, {0: "well", 1: "ill"})
     loss = model(**processor([scan("RGB")], return_tensors="pt"), labels=torch.tensor([1])).loss
     assert loss.isfinite() and model.config.problem_type == "single_label_classification"
-    with pytest.raises(ValueError, match=r"gives an image several classes \(`problem_type`\)"):
+    with pytest.raises(ValueError, match="`problem_type` is 'multi_label_classification', so that it does not give"):
         load_classifier(name)
+
+
+@pytest.mark.parametrize("load", [load_classifier, lambda name: load_model_and_processor(name, {0: "well", 1: "ill"})])
+def test_a_model_of_one_channel_is_refused_by_name(load, tmp_path):
+    model, processor = build("vit-tiny-digits")
+    model.config.num_channels = 1
+    type(model)(model.config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="takes images of 1 channels, and they are read in three"):
+        load(str(tmp_path))
 
 
 def test_class_numbers_with_gaps_are_refused_and_serve_to_train_others(tmp_path):
