@@ -79,6 +79,9 @@ class Ascent(TrainerCallback):
         self._uses_backward = False  # take gradients by `backward()`: `autograd.grad` gives none for some models
         self._modules_in_eval: set[nn.Module] | None = None  # in the last descent; not known before the first
         self._images: list[torch.Tensor] | None = None  # of the first ascent pass, until the descent after it
+        # BatchNorm: the ascent updates the running statistics at the clean weights, `unchanged_buffers` takes the update back and
+        # returns it, the descent runs with frozen statistics, and `_apply_statistics` makes the update, except in layers that the
+        # descent has in evaluation mode. Known only after a first descent, these are those of the last one.
         self._statistics: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # layer, buffer, new value
         self._ascent_batches: list[tuple[Any, torch.Tensor, int]] = []  # micro-batch, labels, samples used
         self._perturbed_losses: list[torch.Tensor] = []  # in the descents of these micro-batches
@@ -145,8 +148,8 @@ class Ascent(TrainerCallback):
         if args.ascent_scope == "full_batch" and len(self._window) > 1:
             window = self._window
             checks.check_window(inputs, window)
-        # Before the weights are looked at: a schedule-free optimizer moves them here, as do layers that merge adapters in `eval()`.
-        # `in_training` calls `train()`, and leaves each module in the mode of before.
+        # Before the weights are read, as both calls can change them: those of a schedule-free optimizer, and layers that merge
+        # adapters in `eval()`. `in_training` leaves each module in the mode of before.
         if isinstance(trainer.optimizer, AcceleratedOptimizer):
             trainer.optimizer.train()
         with in_training(model, except_modules=()):
@@ -180,13 +183,13 @@ class Ascent(TrainerCallback):
 
     def _may_reuse(self, gradient: _Gradient, window: list[Any], parameters: list[nn.Parameter]) -> bool:
         """True within the window that the gradient was taken over, and in the next `ascent_every - 1` optimizer steps."""
-        later = self.trainer.state.global_step - gradient.step
-        return (
-            (gradient.window is window or 0 < later < self.args.ascent_every)
-            and gradient.loss == self.args.perturbation_loss
-            and len(parameters) == len(gradient.parameters)
-            and all(map(operator.is_, parameters, gradient.parameters))
+        age = self.trainer.state.global_step - gradient.step  # in optimizer steps
+        # With `micro_batch` each micro-batch makes a list of its own, which no other shares.
+        in_its_time = gradient.window is window or 0 < age < self.args.ascent_every
+        same_parameters = len(parameters) == len(gradient.parameters) and all(
+            map(operator.is_, parameters, gradient.parameters)
         )
+        return in_its_time and gradient.loss == self.args.perturbation_loss and same_parameters
 
     @contextmanager
     def descent(self, model: nn.Module) -> Iterator[None]:
@@ -290,11 +293,14 @@ class Ascent(TrainerCallback):
         gradients (times the fp16 loss scale).
         """
         trainer, scaler, sharded = self.trainer, self.trainer.accelerator.scaler, self.trainer.accelerator.is_fsdp2
+        # `autograd.grad` leaves `p.grad` and its hooks alone, and what earlier micro-batches have added there. Three cases need
+        # `backward()`: FSDP2; reentrant checkpointing, found at the first loss; and layers that run a backward pass of their own
+        # (reversible ones), which fill `p.grad` and give `grad` none. They are found after the first pass, which is then repeated.
         draws, use_backward = self._random_draws, sharded or self._uses_backward
         keep = len(window) > 1 or self.args.ascent_every > 1
         gradients: list[torch.Tensor | None] = [None] * len(parameters)
         losses: dict[str, Any] = {"clean_loss": 0.0, "clean_accuracy": 0.0, "ascent_loss": 0.0}
-        # The descent draws the same random numbers as the ascent, and later steps the same as without one.
+        # The generators are put back after the ascent: the descent draws the same numbers, and later steps what plain training draws.
         with (
             replayed_rng({p.device for p in trainer.model.parameters()}),
             outside_ddp(model) as inner,
@@ -335,7 +341,6 @@ class Ascent(TrainerCallback):
                 if use_backward:
                     loss.backward()
                 else:
-                    # Not `backward()`: that would add to the gradients of earlier micro-batches and run their hooks.
                     new = torch.autograd.grad(loss, parameters, allow_unused=True)
                     # Copies if they are kept: a CUDA graph (`torch_compile_mode="reduce-overhead"`) writes its outputs again.
                     gradients = _sum(gradients, new) if keep else list(new)
@@ -346,11 +351,10 @@ class Ascent(TrainerCallback):
                 del outputs, logits
             if use_backward:
                 gradients = [p.grad for p in parameters]
-            # Layers that run a backward pass inside their own (reversible ones) leave gradients here, and give `grad` none.
-            by_backward_only = (
+            repeat_by_backward = (
                 first and not use_backward and any(p.grad is not None for p in trainer.model.parameters())
             )
-        if by_backward_only:
+        if repeat_by_backward:
             checks.check_static_graph(trainer)
             self._uses_backward, self._random_draws = True, draws
             return self._pass(model, window, parameters, first)

@@ -65,21 +65,25 @@ def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.
             if isinstance(module, BATCH_NORM)
         ]
         _restore(kept)
-        for module, before, attributes in registered:
-            _forget_new_buffers(module, before, attributes)
+        for module, buffers, attributes in registered:
+            _forget_new_buffers(module, buffers, attributes)
 
 
-def _forget_new_buffers(module: nn.Module, before: dict[str, torch.Tensor | None], attributes: dict[str, Any]) -> None:
+def _forget_new_buffers(
+    module: nn.Module, buffers_before: dict[str, torch.Tensor | None], attributes_before: dict[str, Any]
+) -> None:
     """Take away what the pass filled or made, so that the next one fills or makes it."""
-    new = [name for name, buffer in module._buffers.items() if buffer is not None and before.get(name) is None]
+    new = [name for name, buffer in module._buffers.items() if buffer is not None and buffers_before.get(name) is None]
     for name in new:
-        if name in before:
+        if name in buffers_before:
             setattr(module, name, None)
         else:
             delattr(module, name)
     if new:  # and what the module noted of them, such as the size of the images that they are for
         vars(module).clear()
-        vars(module).update(attributes)
+        vars(module).update(
+            attributes_before
+        )  # with the same dictionary of buffers, from which the loop has taken the new ones
 
 
 def _values_of_buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]:

@@ -36,9 +36,9 @@ class SharpnessAwareMixin(TrainerWorkarounds):
     [`~transformers.TrainingArguments`] gives each of them its default. With `model` a string, the model is loaded by
     `AutoModelForImageClassification.from_pretrained`, in 32 bits.
 
-    Besides what `MyTrainer` logs, each training log holds averages over the steps since the last log, or over their micro-batches if
-    each perturbs by itself, and over the processes (`clean_loss`, `clean_accuracy`, `sharpness` and `ascent_loss` over those that took
-    an ascent pass):
+    Besides what `MyTrainer` logs, each training log holds averages over the steps since the last log (over their micro-batches, where
+    each of these perturbs by itself) and over the processes. `clean_loss`, `clean_accuracy`, `sharpness` and `ascent_loss` are those
+    of the steps that took an ascent pass only.
 
     - `clean_loss`: the mean training loss at `w`, on the samples of the ascent: cross-entropy with the label smoothing of the
       arguments, or what `compute_loss_func` returns,
