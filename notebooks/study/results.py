@@ -49,6 +49,7 @@ PHOTOGRAPHS = {
     "photographs-lora-person": "ViT with LoRA, 800 photographs, one person's labels (12 % wrong)",
     "photographs-lora-worst": "ViT with LoRA, 800 photographs, the worst labels (28 % wrong)",
     "photographs-resnet-right": "ResNet, 2000 photographs, right labels",
+    "photographs-resnet-person": "ResNet, 2000 photographs, one person's labels (17 % wrong)",
     "photographs-resnet-worst": "ResNet, 2000 photographs, the worst labels (41 % wrong)",
     "photographs-resnet-worst-unaugmented": "ResNet, the same without augmentation",
     "photographs-resnet-all-right": "ResNet, 18000 photographs, right labels",
@@ -65,6 +66,7 @@ README_COLUMNS = ["plain", "clean labels", "2x epochs", "early stopping", "SAM",
 # The fixed option by which a method of these studies is known, with its title in the tables.
 _TITLES = {
     "load_best_model_at_end=true": "early stopping",
+    "num_train_epochs=4:": "AACE, half the epochs",
     "num_train_epochs": "2x epochs",
     "label_smoothing_factor": "label smoothing",
     "freeze_backbone=true": "head alone",
@@ -485,7 +487,7 @@ def single_settings() -> pd.DataFrame:
 
 def photograph_runs(name: str) -> pd.DataFrame:
     """Take the runs of a study of photographs and of those that add to it, each method by its title."""
-    runs = _with_parts(name, "more", "opponents", "cheap", "cheap-more", "variants")
+    runs = _with_parts(name, "more", "opponents", "cheap", "cheap-more", "variants", "half")
     return runs.assign(method=runs["method"].map(_title))
 
 
@@ -495,7 +497,7 @@ def _times(name: str) -> pd.Series:
     costs = pd.read_csv(HERE / "cost-of-photographs.csv").set_index(["model", "method"])["ratio"][model]
     norm = costs.get("norm, 1/4" if model in ("efficientnet", "resnet") else "norm, 1/16")
     times = {"early stopping": 1.0, "label smoothing": 1.0, "2x epochs": 2.0, "norm layers": norm}
-    return pd.Series({**costs, **times})
+    return pd.Series({**costs, **times, "AACE, half the epochs": costs["AACE"] / 2})
 
 
 def _title(method: str) -> str:
