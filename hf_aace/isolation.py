@@ -81,9 +81,8 @@ def _forget_new_buffers(
             delattr(module, name)
     if new:  # and what the module noted of them, such as the size of the images that they are for
         vars(module).clear()
-        vars(module).update(
-            attributes_before
-        )  # with the same dictionary of buffers, from which the loop has taken the new ones
+        # With the same dictionary of buffers, from which the loop has taken the new ones.
+        vars(module).update(attributes_before)
 
 
 def _values_of_buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]:

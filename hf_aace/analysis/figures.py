@@ -4,7 +4,6 @@
 import itertools
 import math
 import os
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from scipy.stats import sem
 
 from .landscape import LossPath, LossSurface
 from .plots import curve
-from .style import BLUE, GROUP_STYLES, ORANGE, PAPER, group_styles, log_scale
+from .style import BLUE, GROUP_STYLES, ORANGE, PAPER, group_styles, lines_of, log_scale
 
 
 Paths = Iterable[str | os.PathLike]
@@ -285,8 +284,8 @@ def _legend_above(figure: Figure, names: Iterable[str]) -> None:
 
 
 def _lines_of(name: str, width: float) -> str:
-    """Break the name of a run into lines that fit into a legend, and keep matplotlib from taking dollars in it for mathematics."""
-    return textwrap.fill(name, int((width - _LINE) / _LETTER)).replace("$", r"\$")
+    """Break the name of a run into lines that fit into a legend of a width in inches."""
+    return lines_of(name, int((width - _LINE) / _LETTER))
 
 
 def _save(figure: Figure, paths: Paths) -> None:

@@ -2,6 +2,7 @@
 """The style that all pictures share: colors, fonts, axes, and how groups of runs are told apart."""
 
 import itertools
+import textwrap
 from collections.abc import Iterable
 
 from matplotlib.axes import Axes
@@ -82,3 +83,14 @@ def log_scale(axes: Axes) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1,) if highest > 100 * lowest else (1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def lines_of(text: str, letters: int) -> str:
+    """
+    Break a text into lines, and keep matplotlib from taking dollars in it, as of a regular expression, for mathematics.
+
+    Args:
+        text (`str`): The text, such as the name of a run.
+        letters (`int`): The greatest number of letters in a line.
+    """
+    return textwrap.fill(text, letters).replace("$", r"\$")

@@ -228,9 +228,9 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 
 def is_same_data(first: str, second: str | None) -> bool:
     """Return whether two names of datasets mean the same: they are equal, or paths of one file or folder."""
-    if second is None or first == second:
-        return first == second
-    return Path(first).exists() and Path(second).exists() and Path(first).samefile(second)
+    if first == second:
+        return True
+    return second is not None and Path(first).exists() and Path(second).exists() and Path(first).samefile(second)
 
 
 def last_part(name: str) -> str:

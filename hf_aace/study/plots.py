@@ -3,7 +3,6 @@
 
 import itertools
 import os
-import textwrap
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..analysis.style import BLUE, ORANGE, PURPLE, SCREEN
+from ..analysis.style import BLUE, ORANGE, PURPLE, SCREEN, lines_of
 from .statistics import searched_settings, settings_of, short_name
 
 
@@ -157,16 +156,11 @@ def _color(method: str) -> str:
 
 def _label(row) -> str:
     name = _wrapped(short_name(row.method))
-    return f"{name}\n{_lines_of(row.choice)}" if row.choice else name
+    return f"{name}\n{lines_of(row.choice, _LABEL_WIDTH)}" if row.choice else name
 
 
 def _wrapped(method: str) -> str:
-    return _lines_of(method.replace(":", ": "))
-
-
-def _lines_of(text: str) -> str:
-    """Break a text into lines, and keep matplotlib from taking dollars in it, as of a regular expression, for mathematics."""
-    return textwrap.fill(text, _LABEL_WIDTH).replace("$", r"\$")
+    return lines_of(method.replace(":", ": "), _LABEL_WIDTH)
 
 
 def _axes(height: float, title: str, x: str, y: str | None = None) -> Axes:

@@ -191,9 +191,12 @@ def load_classifier(
 
 
 def _check_channels(model: PreTrainedModel) -> None:
+    """Refuse a model that does not take the three channels in which images are read."""
     channels = getattr(model.config, "num_channels", 3)
     if channels != 3:
-        raise ValueError(f"it takes images of {channels} channels, and they are read in three, red, green and blue")
+        raise ValueError(
+            f"its `num_channels` is {channels}, but images are read as red, green and blue. Take a model of 3"
+        )
 
 
 @contextmanager

@@ -40,6 +40,15 @@ def test_pictures_have_room_for_long_names(extra, tmp_path):
         assert plot_accuracy_by_rho(runs, "a", tmp_path / "rho.png")
 
 
+def test_an_expression_in_a_name_is_not_taken_for_mathematics(tmp_path):
+    """Between two dollars matplotlib knows no `\\w`, and would end the command after all runs were made."""
+    runs = runs_of(["trainer", r"aace:perturb_modules=a$\w$:rho=0.1|0.2"])
+    summary = summarize(runs, "trainer")
+    plot_accuracies(summary, runs, "a", tmp_path / "accuracy.png")
+    plot_accuracy_by_time(summary, "a", tmp_path / "time.png")
+    assert plot_accuracy_by_rho(runs, "a", tmp_path / "rho.png")
+
+
 def test_there_is_no_picture_by_rho_where_no_rho_was_searched(tmp_path):
     """Neither of methods that have their default rho, nor of options other than rho."""
     runs = runs_of(["trainer:learning_rate=1e-3|3e-3", "sam", "aace:rho=0.1", "aace:ascent_fraction=0.25|0.5"])

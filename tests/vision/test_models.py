@@ -65,7 +65,7 @@ def test_a_model_of_one_channel_is_refused_by_name(load, tmp_path):
     model.config.num_channels = 1
     type(model)(model.config).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="takes images of 1 channels, and they are read in three"):
+    with pytest.raises(ValueError, match="`num_channels` is 1, but images are read as red, green and blue"):
         load(str(tmp_path))
 
 
