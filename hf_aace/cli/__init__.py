@@ -31,17 +31,8 @@ _COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Run the command.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            The arguments of the command line. Defaults to those of the process.
-
-    Returns:
-        `int`: The exit code: 0, or 1 after bad input, with one sentence on stderr, or 130 after Ctrl-C.
-
-    Raises:
-        `SystemExit`: By `argparse`, for `--help` and for usage errors (code 2).
+    Run the command with the arguments `argv`, by default those of the process; return the exit code: 0, or 1 after bad input,
+    with one sentence on stderr, or 130 after Ctrl-C. `--help` and usage errors (code 2) raise the `SystemExit` of `argparse`.
     """
     parser = argparse.ArgumentParser(
         prog="hf-aace",

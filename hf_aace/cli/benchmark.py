@@ -21,6 +21,7 @@ from ..study.cost import default_methods, measure, random_batch, summarize
 from ..study.plots import plot_costs
 from ..tensor_checks import check_at_least
 from ..vision.models import model_from_architecture
+from .checks import check_folder
 from .options import last_part, pick_device
 from .output import table, write_report
 from .parser import OptionParser, option
@@ -80,6 +81,7 @@ def run(argv: list[str]) -> int:
         ) from error
     fractions = [fraction for fraction in dict.fromkeys(options.fractions) if fraction != 1]  # that is measured anyway
     methods = default_methods(fractions, list(dict.fromkeys(options.ascent_every)), options.perturb_modules)
+    check_folder("output_dir", options.output_dir)
     set_seed(0)
     model = model_from_architecture(options.model_name_or_path, overrides)
     precision = {"bf16": options.bf16, "torch_compile": options.torch_compile}

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..vision.messages import first_line
 from .launch import is_launched
-from .options import checkpoints_in, train_options, write_train_options
+from .options import checkpoints_in, is_same_data, train_options, write_train_options
 
 
 logger = logging.get_logger(__name__)
@@ -24,10 +24,8 @@ logger = logging.get_logger(__name__)
 
 class KeepOptions(TrainerCallback):
     """
-    Write the options of a run into its checkpoints. The folder of the run gets them with the model, at the end.
-
-    Args:
-        options (`dict[str, Any]`): What [`~hf_aace.cli.options.options_of_run`] returned.
+    Write the options of a run, from [`~hf_aace.cli.options.options_of_run`], into its checkpoints. The folder of the run gets
+    them with the model, at the end.
     """
 
     def __init__(self, options: dict[str, Any]):
@@ -42,14 +40,8 @@ class KeepOptions(TrainerCallback):
 
 def checkpoint_to_resume(value: str | None, output_dir: str) -> str | None:
     """
-    Find the checkpoint that the option `resume_from_checkpoint` means.
-
-    Args:
-        value (`str`, *optional*): A path, or a truth value: true means the newest checkpoint that is whole.
-        output_dir (`str`): The folder of the run.
-
-    Raises:
-        `ValueError`: If there is no such checkpoint, or it is not whole.
+    Find the checkpoint that the option `resume_from_checkpoint` means: a path, or for true the newest in `output_dir` that is
+    whole; `None` if it is false or not given. Refuse a checkpoint that does not exist or is not whole.
     """
     if value is None or value.lower() in ("false", ""):
         return None
@@ -68,13 +60,13 @@ def checkpoint_to_resume(value: str | None, output_dir: str) -> str | None:
 
 def check_options(checkpoint: str, options: dict[str, Any]) -> None:
     """
-    Compare the options of a run with those recorded in the checkpoint that it goes on from, and warn of differences.
-
-    Raises:
-        `ValueError`: If they mean other images, or the optimizer of the checkpoint would override them.
+    Warn of options of a run that differ from those recorded in the checkpoint that it goes on from. Refuse those that mean
+    other images, or that the optimizer of the checkpoint would override.
     """
     earlier = train_options(Path(checkpoint))
     changed = [name for name, value in options.items() if name in earlier and earlier[name] != value]
+    if "dataset_name" in changed and is_same_data(earlier["dataset_name"], options["dataset_name"]):
+        changed.remove("dataset_name")  # another spelling of the path
     images = ("dataset_name", "image_range", "train_size", "label_noise", "validation_size", "seed")
     with_optimizer = any(Path(checkpoint).glob("optimizer*"))  # not with `save_only_model`
     kept = ("learning_rate", "weight_decay", "optim", "optim_args") if with_optimizer else ()
@@ -94,12 +86,8 @@ def _told(earlier: dict[str, Any], options: dict[str, Any], names: list[str]) ->
 
 class Attempt:
     """
-    Know what a training that ends early has left, and the command that goes on from it.
-
-    Args:
-        output_dir (`str`): The folder of the run.
-        argv (`list[str]`): The arguments of the command line.
-        checkpoint (`str` or `None`): The checkpoint that the run goes on from.
+    Know what a training that ends early has left, and the command that goes on from it. `checkpoint` is the one that the
+    training itself went on from.
     """
 
     def __init__(self, output_dir: str, argv: list[str], checkpoint: str | None):
@@ -126,13 +114,7 @@ class Attempt:
     def raise_if_save_failed(self, error: Exception) -> None:
         """
         If a checkpoint was being written when training failed (the disk was full, for example), rename what there is of it, so
-        that no run resumes from it.
-
-        Args:
-            error (`Exception`): What ended the training.
-
-        Raises:
-            `OSError`: If that was so. It says how to go on.
+        that no run resumes from it, and raise an `OSError` that says how to go on.
         """
         broken = [
             path for path in checkpoints_in(self._output_dir) if not _is_whole(path) and _time(path) >= self._started

@@ -2,6 +2,7 @@
 """Refuse what a command cannot do, before it loads or trains anything."""
 
 import difflib
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from transformers import EvalPrediction
 from transformers.utils import logging
 
 from ..config import AACEConfig
+from ..tensor_checks import check_at_least
 from .options import DataArguments, ModelArguments
 
 
@@ -23,18 +25,24 @@ _TIMINGS = {"runtime", "samples_per_second", "steps_per_second"}  # Trainer adds
 
 
 def check_training(model_args: ModelArguments, data_args: DataArguments, args: AACEConfig) -> None:
-    """
-    Refuse options of `hf-aace train` that do not go together or that the command cannot follow.
-
-    Raises:
-        `ValueError`: It names the option and the fix.
-    """
+    """Refuse options of `hf-aace train` that do not go together or that the command cannot follow."""
     if not args.do_train:
         raise ValueError(
             "`do_train` is false, but training is what this command does. See `hf-aace evaluate` and `hf-aace predict`."
         )
-    if args.gradient_accumulation_steps < 1:
-        raise ValueError(f"`gradient_accumulation_steps` must be at least 1, got {args.gradient_accumulation_steps}.")
+    at_least_1 = ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
+    check_at_least(1, **{name: getattr(args, name) for name in at_least_1})
+    for name, highest in (
+        ("num_train_epochs", math.inf),
+        ("learning_rate", math.inf),
+        ("label_smoothing_factor", 1),
+        ("seed", 2**32 - 1),
+    ):
+        value = getattr(args, name)
+        if not 0 <= value <= highest or math.isinf(value):
+            raise ValueError(
+                f"`{name}` must be a number from 0{f' to {highest}' * (highest < math.inf)}, got {value}."
+            )
     if not args.eval_do_concat_batches:
         raise ValueError(
             "`eval_do_concat_batches` false gives lists of batches, which no metric here takes: leave it out."
@@ -85,16 +93,8 @@ def _is_mixed(args: AACEConfig) -> bool:
 
 def check_metrics(compute_metrics: Callable[[EvalPrediction], dict[str, Any]], classes: int, args: AACEConfig) -> None:
     """
-    Compute the metrics of made-up predictions, so that metrics that cannot be computed, or a `metric_for_best_model` that is
-    none of them, end the command before it trains.
-
-    Args:
-        compute_metrics (`Callable`): The function for the Trainer.
-        classes (`int`): The number of classes.
-        args ([`AACEConfig`]): The training.
-
-    Raises:
-        `ValueError`: It names the option and the fix.
+    Refuse metrics that cannot be computed, tried on made-up predictions of so many classes, and a `metric_for_best_model` that
+    is none of them or is missing, before the command trains.
     """
     known = {"loss"}
     if not args.prediction_loss_only:
@@ -118,14 +118,8 @@ def check_metrics(compute_metrics: Callable[[EvalPrediction], dict[str, Any]], c
 
 def check_folder(name: str, folder: str | os.PathLike) -> None:
     """
-    Refuse a folder for results that cannot be made or written.
-
-    Args:
-        name (`str`): The option that names the folder.
-        folder (`str` or `os.PathLike`): The folder. It need not exist, and is not made.
-
-    Raises:
-        `ValueError`: If it is a file, lies in one, or cannot be written.
+    Refuse a folder for results that cannot be made or written. It need not exist, and is not made; `name` is the option that
+    names it.
     """
     path = Path(folder)
     nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
@@ -141,16 +135,7 @@ def check_folder(name: str, folder: str | os.PathLike) -> None:
 
 
 def check_exists(option: str, name: str) -> None:
-    """
-    Refuse a name that can only be a path, such as `./photos`, if there is nothing there, rather than ask the Hub for it.
-
-    Args:
-        option (`str`): The option.
-        name (`str`): Its value: a path, or an id on the Hub.
-
-    Raises:
-        `ValueError`: If there is nothing.
-    """
+    """Refuse a value that can only be a path, such as `./photos`, if nothing is there, rather than ask the Hub for it."""
     only_a_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
     if only_a_path and not Path(name).exists():
         raise ValueError(f"`{option}` is {name!r}, but there is no such folder or file{_similar(name)}.")

@@ -72,14 +72,8 @@ def run(argv: list[str]) -> int:
 
 def unequal_search(candidates: list[Candidate]) -> dict[str, list[str]]:
     """
-    Find what is searched for some methods only, which makes a comparison unfair.
-
-    Args:
-        candidates (`list[Candidate]`): The candidates of all methods.
-
-    Returns:
-        `dict[str, list[str]]`: For each option that is searched for some methods only, the methods for which it is not.
-        Plain training is not expected to search options of the perturbation.
+    List the options that are searched for some methods only, which makes a comparison unfair, each with the methods for which
+    it is not. Plain training is not expected to search options of the perturbation.
     """
     settings = pd.DataFrame([dict(each.settings) for each in candidates], index=[each.method for each in candidates])
     values = settings.groupby(level=0, sort=False).nunique()

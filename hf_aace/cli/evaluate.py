@@ -46,8 +46,8 @@ class EvaluationArguments(ImagesArguments):
     )
     split: Literal["test", "train", "all"] = option(
         "test",
-        "The test images, which `hf-aace train` sets apart if the dataset does not; the training images; or all, "
-        "for images that the model was not trained on.",
+        "The test images, which `hf-aace train` sets apart if the dataset does not; the training images, those of the run with "
+        "the labels that it saw; or all, for images that the model was not trained on.",
     )
     metrics: list[str] = option(  # noqa: RUF009
         ["accuracy", "macro_f1"], "Metrics: `accuracy`, `macro_f1`, or any that `evaluate.load` finds on the Hub."
@@ -96,7 +96,11 @@ def run(argv: list[str]) -> int:
     check_exists("dataset_name", dataset_name)
     compute_metrics = compute_metrics_fn([name for name in options.metrics if name != "confusion_matrix"])
     model, processor = load_pretrained(source)
-    splits = load_images(options, seed=0)
+    run, drawn = train_options(Path(name)), {"seed": 0}
+    if options.split == "train" and is_same_data(dataset_name, run.get("dataset_name")) and not run.get("streaming"):
+        names = ("seed", "train_size", "label_noise", "validation_size")  # which say what the run trained on
+        drawn |= {name: run[name] for name in names if name in run}
+    splits = load_images(options, **drawn, to_train=options.split != "all")
     data = concatenate_datasets(list(splits.values())) if options.split == "all" else splits[options.split]
     data = in_the_classes_of(model.config.id2label, data)
 

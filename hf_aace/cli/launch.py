@@ -50,17 +50,9 @@ def is_one_of_several() -> bool:
 
 def launch(options: argparse.Namespace, argv: list[str]) -> int:
     """
-    Run `hf-aace train` in several processes.
-
-    Args:
-        options (`argparse.Namespace`): Has the fields of [`LaunchArguments`]. `accelerate_config` is given.
-        argv (`list[str]`): The options of `hf-aace train`.
-
-    Returns:
-        `int`: The exit code.
-
-    Raises:
-        `ValueError`: If there is no such configuration, or no GPU to start a process for.
+    Run `hf-aace train` with the options `argv` in several processes, and return the exit code. `options` has the fields of
+    [`LaunchArguments`], with an `accelerate_config`. Refuse a configuration that does not exist or is none, and a machine
+    without a GPU to start a process for.
     """
     shipped = Path(__file__).with_name("accelerate_configs")
     config = shipped / f"{options.accelerate_config}.yaml"

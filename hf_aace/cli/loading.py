@@ -68,15 +68,8 @@ def load_data(options: DataArguments, training_args: AACEConfig) -> DatasetDict 
 
 def load_images(options: ImagesArguments, seed: int, **changes) -> DatasetDict:
     """
-    Load the splits of a dataset.
-
-    Args:
-        options ([`ImagesArguments`]): The images. `dataset_name` is given.
-        seed (`int`): Draws what `changes` ask for.
-        **changes: Passed on to [`~hf_aace.vision.datasets.load_image_dataset`].
-
-    Raises:
-        `ValueError`: If the dataset cannot be used.
+    Load the splits of the dataset that `options` name; refuse one that cannot be used. `seed` draws what `changes` ask for,
+    which are passed on to [`~hf_aace.vision.datasets.load_image_dataset`].
     """
     with naming_the_folder("dataset_name", options.dataset_name):
         images = {field.name: getattr(options, field.name) for field in fields(ImagesArguments)}
@@ -84,15 +77,7 @@ def load_images(options: ImagesArguments, seed: int, **changes) -> DatasetDict:
 
 
 def load_pretrained(options: PretrainedArguments) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """
-    Load a trained classifier and its image processor.
-
-    Args:
-        options ([`PretrainedArguments`]): The model. `model_name_or_path` is given.
-
-    Raises:
-        `ValueError`: If there is no such model.
-    """
+    """Load the trained classifier that `options` name, and its image processor; refuse a name without such a model."""
     name = options.model_name_or_path
     check_exists("model_name_or_path", name)
     with naming_the_folder("model_name_or_path", name):

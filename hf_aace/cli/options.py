@@ -123,7 +123,7 @@ class DataArguments(ImagesArguments):
     streaming: bool = option(
         False,
         "Read the images during training, rather than download and prepare all of them before. For Hub ids, parquet and "
-        "WebDataset. Needs `max_steps` and a labelled test split; `train_size` then takes the first images.",
+        "WebDataset. Needs `max_steps` and a labeled test split; `train_size` then takes the first images.",
     )
     train_size: int | None = option(
         None, "Train on this many images only, drawn with `seed`, each class keeping its share."
@@ -164,11 +164,8 @@ class DataArguments(ImagesArguments):
 
 def training_defaults(chosen: argparse.Namespace) -> dict[str, Any]:
     """
-    Choose defaults for the options of a training: those of training from scratch for a built-in model, those of fine-tuning
-    for others.
-
-    Args:
-        chosen (`argparse.Namespace`): The options given, with the fields of [`ModelArguments`] and [`DataArguments`].
+    Choose defaults for the options of a training by the model and the images `chosen`: those of training from scratch for a
+    built-in model, those of fine-tuning for others.
     """
     model, dataset = chosen.model_name_or_path, chosen.dataset_name
     defaults = {

@@ -31,10 +31,6 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def write_report(report: dict[str, Any], path: str | os.PathLike) -> None:
     """
     Write numbers as JSON, which has neither NaN nor infinity: what is not finite, as a single seed's standard error, is `null`.
-
-    Args:
-        report (`dict`): What is to be written; dictionaries and lists of them, and numbers.
-        path (`str` or `os.PathLike`): The file.
     """
     text = json.dumps(_finite(report), indent=2, allow_nan=False)
     Path(path).write_text(text + "\n", encoding="utf-8")

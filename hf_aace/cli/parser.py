@@ -54,11 +54,8 @@ _ELSEWHERE = {
 
 def option(default: Any, help: str) -> Any:
     """
-    Make a field of a dataclass that is an option of a command.
-
-    Args:
-        default (`Any`): The default. A list is copied for each instance.
-        help (`str`): The text of the option in `--help`.
+    Make a field of a dataclass that is an option of a command, with its text in `--help`. A default that is a list is copied
+    for each instance.
     """
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"help": help})
@@ -67,19 +64,9 @@ def option(default: Any, help: str) -> Any:
 
 class OptionParser(HfArgumentParser):
     """
-    Parse options that are fields of dataclasses.
-
-    Args:
-        kinds (`Sequence[type]`): The dataclasses.
-        sections (`Mapping[str, Sequence[str]]`, *optional*):
-            The sections of the help by their titles, in order, with the names of their options. If there are any, options
-            in none of them are left out of the help.
-        **kwargs: Passed on to [`~argparse.ArgumentParser`].
-
-    Attributes:
-        config_words (`list[str]`):
-            The options of a configuration file as words of a command line. They are read before those of the command line,
-            which so override them.
+    Parse options that are fields of the dataclasses `kinds`. `sections` are those of the help by their titles, in order, with
+    the names of their options; if there are any, options in none of them are left out of the help. `config_words` are the
+    options of a configuration file as words of a command line, read before those of the command line, which so override them.
     """
 
     def __init__(self, kinds: Sequence[type], sections: Mapping[str, Sequence[str]] = MappingProxyType({}), **kwargs):
@@ -112,15 +99,7 @@ class OptionParser(HfArgumentParser):
         return super().parse_known_args([*self.config_words, *args], namespace)
 
     def read(self, argv: Sequence[str]) -> tuple:
-        """
-        Read the options into instances of the dataclasses.
-
-        Args:
-            argv (`Sequence[str]`): The arguments of the command line.
-
-        Raises:
-            `ValueError`: If a value cannot be used.
-        """
+        """Read the options in `argv` into instances of the dataclasses; refuse a value that cannot be used."""
         try:
             instances = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
         except TypeError as error:  # by a class that an option in JSON is made into
@@ -137,21 +116,9 @@ def command_parser(
     sections: Mapping[str, Sequence[str]] | None = None,
 ) -> OptionParser:
     """
-    Make the parser of a command, with the options of the file that `--config` names read already. Answers `--help`, and
-    refuses unknown options.
-
-    Args:
-        command (`str`): The name of the command.
-        description (`str`): What it does, for `--help`.
-        kinds (`Sequence[type]`): The dataclasses whose fields are the options.
-        argv (`Sequence[str]`): The arguments of the command line.
-        defaults (`Callable`, *optional*): From the options chosen, the defaults that depend on them.
-        sections (`Mapping[str, Sequence[str]]`, *optional*):
-            The sections of `--help`, with the options of each. `--help-all` then also shows all other options.
-
-    Raises:
-        `ValueError`: If the configuration file cannot be read or has unknown keys.
-        `SystemExit`: By `argparse`, for `--help` and for usage errors.
+    Make the parser of a command, with the options of the file that `--config` names read already. Answer `--help`, and refuse
+    unknown options. `defaults` gives, from the options chosen, the defaults that depend on them; with `sections`, `--help`
+    shows only the options in these, and `--help-all` all.
     """
     names = [field.name for kind in kinds for field in fields(kind) if field.init]
     shown = dict(sections or {})
@@ -197,13 +164,8 @@ def command_parser(
 
 def config_as_options(path: str) -> list[str]:
     """
-    Read a configuration file into words of a command line. Keys without a value, or with `null`, are left out.
-
-    Args:
-        path (`str`): The file, in YAML or JSON.
-
-    Raises:
-        `ValueError`: If the file cannot be read, or does not hold options as `name: value`.
+    Read a configuration file, in YAML or JSON, into words of a command line; refuse one that holds anything but options by
+    name. Keys without a value, or with `null`, are left out.
     """
     return _as_words(_read_config(path))
 

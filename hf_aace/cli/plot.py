@@ -8,6 +8,7 @@ from typing import Any
 
 from ..analysis.figures import plot_dynamics, plot_landscapes, plot_paths
 from ..analysis.landscape import loss_path, loss_surface
+from .checks import check_folder
 from .parser import option
 from .runs import Run, progress, read_runs
 from .sharpness import MEASURES_NAME, weights_key
@@ -40,7 +41,7 @@ class PlotArguments:
 
 
 def run(argv: list[str]) -> int:
-    """Run the command with the arguments `argv`. Returns the exit code."""
+    """Run the command with the arguments `argv`; return the exit code."""
     description = (
         "Draws runs of `hf-aace train` side by side: how they trained, and the loss around the weights they found."
     )
@@ -50,6 +51,7 @@ def run(argv: list[str]) -> int:
             raise ValueError(f"`figures` must be of {', '.join(_FIGURES)}, got {figure!r}.")
     if not options.width >= 2:
         raise ValueError(f"`width` must be at least 2 inches, got {options.width}.")
+    check_folder("output_dir", options.output_dir)
     firsts = {name: runs[0] for name, runs in groups.items()}
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from datasets.utils import tqdm
 from transformers.utils import logging
 
 from ..tensor_checks import check_at_least
-from ..vision.folders import files_in, is_image
+from ..vision.folders import files_in, is_image, is_utf8
 from ..vision.images import IMAGE_SUFFIXES, has_more_pages
 from ..vision.inference import classify
 from ..vision.messages import first_few
@@ -122,7 +122,12 @@ def _find_images(name: str) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     if not path.is_dir():
         raise ValueError(f"`images` must be a folder or an image, but there is no {name!r}.")
-    files = sorted(files_in(path))
+    every = sorted(files_in(path))
+    files = [file for file in every if is_utf8(file)]
+    if odd := [ascii(str(file.relative_to(path))) for file in every if not is_utf8(file)]:
+        logger.warning(
+            f"The names of {len(odd)} files in {name!r} are not in UTF-8, and they are left out: {first_few(odd)}. Rename them."
+        )
     found = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     others = [
         file.relative_to(path).as_posix()

@@ -50,12 +50,7 @@ class RunArguments:
     seed: int = option(0, "Draws images, directions and starting vectors, the same for all runs.")
 
     def check(self) -> None:
-        """
-        Check the values.
-
-        Raises:
-            `ValueError`: If a field has a value outside its range.
-        """
+        """Refuse a field with a value outside its range."""
         if self.split not in ("train", "test"):
             raise ValueError(f"`split` must be `train` or `test`, got {self.split!r}.")
         check_at_least(1, max_samples=self.max_samples, batch_size=self.batch_size)
@@ -64,7 +59,7 @@ class RunArguments:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Context manager and decorator that hides the progress bars of the libraries: several for each run, over in no time."""
+    """Hide, as a context manager or decorator, the progress bars of the libraries: several for each run, over in no time."""
     shown_by_datasets, shown_by_transformers = not are_progress_bars_disabled(), logging.is_progress_bar_enabled()
     disable_progress_bars()
     logging.disable_progress_bar()
@@ -79,14 +74,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def progress(model: PreTrainedModel, description: str, total: int) -> Iterator[None]:
-    """
-    Context manager that shows how many batches the model has seen, if the command runs in a terminal.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The model.
-        description (`str`): The work that is going on.
-        total (`int`): How many batches it will see, about.
-    """
+    """Show inside this context manager how many of about `total` batches a model has seen, if there is a terminal."""
     with tqdm(total=total, desc=description, unit="batch", leave=False, disable=None) as bar:
 
         def count(*_) -> None:  # what a hook returns would become the output of the model
@@ -103,19 +91,8 @@ def read_runs(
     command: str, description: str, kind: type, argv: list[str]
 ) -> tuple[RunArguments, Any, dict[str, list["Run"]]]:
     """
-    Read the command line of a command that looks at runs.
-
-    Args:
-        command (`str`): The name of the command.
-        description (`str`): What it does, for `--help`.
-        kind (`type`): The dataclass of its own options.
-        argv (`list[str]`): The arguments of the command line.
-
-    Returns:
-        `tuple`: How to read the runs, the own options, and the runs by name, as [`open_runs`] gives them.
-
-    Raises:
-        `ValueError`: As [`RunArguments.check`] and [`open_runs`].
+    Read and check the command line of a command that looks at runs; the dataclass `kind` has its own options. Return how to
+    read the runs, the own options, and the runs by name, as [`open_runs`] gives them.
     """
     parser = OptionParser((RunArguments, kind), prog=f"hf-aace {command}", description=description)
     folder = "The output_dir of a run, or a checkpoint in it."
@@ -127,17 +104,9 @@ def read_runs(
 
 class Run:
     """
-    A folder that `hf-aace train` left, or one of its checkpoints.
-
-    Args:
-        folder (`str`): The folder.
-
-    Attributes:
-        options (`dict`): The contents of its `train_options.json`; empty if there is none.
-        name (`str`): The method and its `rho`, or without options the name of the folder.
-
-    Raises:
-        `ValueError`: If there is no such folder.
+    A folder that `hf-aace train` left, or one of its checkpoints; one that does not exist is refused. `options` are the
+    contents of its `train_options.json`, empty if there is none; `name` is its method with `rho` and other settings, or without
+    options the name of the folder.
     """
 
     def __init__(self, folder: str):
@@ -197,10 +166,8 @@ class Run:
     @_without_progress_bars()
     def load_batches(self, args: RunArguments) -> list[dict[str, torch.Tensor]]:
         """
-        Load the images and labels that the arguments ask for, prepared by the run's own image processor.
-
-        Raises:
-            `ValueError`: As [`check`], or if the model does not know the classes of the data.
+        Load the images and labels that the arguments ask for, prepared by the run's own image processor. Raises a `ValueError`
+        as [`check`], or if the model does not know the classes of the data.
         """
         self.check(args)
         given = {name: getattr(args, name) for name in ("dataset_name", "train_size", "label_noise")}
@@ -226,17 +193,8 @@ class Run:
 @without_cache_files()
 def in_the_classes_of(id2label: dict[int, str], data: Dataset) -> Dataset:
     """
-    Give the images of a dataset the label numbers that a model uses. The names of the classes say which is which.
-
-    Args:
-        id2label (`dict[int, str]`): The model's names of the classes.
-        data (`Dataset`): The images, with a column `label`.
-
-    Returns:
-        `Dataset`: The same images with the model's label numbers.
-
-    Raises:
-        `ValueError`: If the model does not know a class of the data.
+    Give the images of a dataset, by their column `label`, the label numbers that a model uses. The names of the classes say
+    which is which; without names in the model the numbers stay. Refuse classes that the model does not know.
     """
     names, known = data.features["label"].names, model_classes(id2label)
     if known is None:  # the model's classes have no names
@@ -262,17 +220,9 @@ def in_the_classes_of(id2label: dict[int, str], data: Dataset) -> Dataset:
 
 def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, list[Run]]:
     """
-    Find the runs in the folders.
-
-    Args:
-        folders (sequence of `str`): The folders.
-        names (sequence of `str`, *optional*): The name of each run. Defaults to their own names.
-
-    Returns:
-        `dict[str, list[Run]]`: The runs by name, in the order in which each name comes first.
-
-    Raises:
-        `ValueError`: If there is no such folder, the names are not as many, or runs of one name differ in more than the seed.
+    List the runs in the folders by name, each name where it first comes; by default a run has its own name, see [`Run`]. Refuse
+    a folder that does not exist, names that are not as many, and, without `names`, runs of one name that differ in anything but
+    the seed, or not even in that.
     """
     if names is not None and len(names) != len(folders):
         raise ValueError(f"`names` must hold one for each run: {len(folders)}, got {len(names)}: {list(names)}.")
@@ -285,16 +235,10 @@ def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, 
             keys = sorted(first.options.keys() | other.options.keys())
             different = [k for k in keys if first.options.get(k) != other.options.get(k)]
             if different != ["seed"]:
-                unknown = [k for k in different if (k in first.options) != (k in other.options)]
-                if not (first.options and other.options):
-                    why = "not both have a record of their options"
-                elif unknown:
-                    why = f"only one of them has a record of {', '.join(unknown)}"
-                else:
-                    why = f"differ in {', '.join(different)}" if different else "do not differ, not even in the seed"
                 raise ValueError(
                     f"The runs in {str(first.folder)!r} and {str(other.folder)!r} would both be called {name!r}, as runs of one method with "
-                    f"several seeds, but {why}. Say by `--names` what to call each run."
+                    f"several seeds, but by their {TRAIN_OPTIONS_NAME} they differ in "
+                    f"{first_few(different) if different else 'nothing, not even the seed'}. Say by `--names` what to call each run."
                 )
     return groups
 

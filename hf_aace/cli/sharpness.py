@@ -13,6 +13,7 @@ from scipy.stats import sem
 
 from ..analysis.figures import plot_margins, plot_minimum, plot_sharpness
 from ..analysis.sharpness import measure_sharpness
+from .checks import check_folder
 from .output import table, write_report
 from .parser import option
 from .runs import Run, RunArguments, progress, read_runs
@@ -57,9 +58,10 @@ class SharpnessArguments:
 
 
 def run(argv: list[str]) -> int:
-    """Run the command with the arguments `argv`. Returns the exit code."""
+    """Run the command with the arguments `argv`; return the exit code."""
     description = "Measures how sharp the minima are that runs of `hf-aace train` found, on their own data."
     run_args, options, groups = read_runs("sharpness", description, SharpnessArguments, argv)
+    check_folder("output_dir", options.output_dir)
     settings = {name: value for name, value in asdict(options).items() if name not in ("checkpoints", "output_dir")}
     settings |= {"m": options.m or None, "seed": run_args.seed}
     # What the measures depend on beside the weights: kept with them, so that they are taken again if it changes.

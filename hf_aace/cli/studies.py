@@ -62,16 +62,9 @@ def read_study(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpar
 
 class Study:
     """
-    The folder, seeds and options of a study, and which methods have several settings to choose from (`searched`).
-
-    Args:
-        options (`argparse.Namespace`): The options that [`read_study`] returned.
-        common (`list[str]`): The options of `hf-aace train` that it returned.
-        candidates (`list[Candidate]`): All that may be run; their options are checked before the first run.
-        chooses (`bool`, *optional*, defaults to `False`): The study chooses by validation images, whatever the candidates.
-
-    Raises:
-        `ValueError`: If an option is bad, or the folder holds a study with other options.
+    The folder, seeds and options of a study, and which methods have several settings to choose from (`searched`). `options` and
+    `common` come from [`read_study`]; with `chooses` validation images choose, whatever the candidates. Refuse bad options of
+    any candidate, before the first run, and a folder that holds a study with other options.
     """
 
     def __init__(
@@ -87,12 +80,14 @@ class Study:
         if "--output_dir" in own:
             raise ValueError("`output_dir` is another one for each run: give that of the study on the command line.")
         self._options = [*_DEFAULTS, *common]
+        models, datasets = {}, {}  # as ordered sets
         self.searched = {method for method, count in Counter(each.method for each in candidates).items() if count > 1}
         for candidate in candidates:
             # Bad options are to be told before the first run, not by the last one.
             argv = run_options(self.folder, self._options, candidate, self.seeds[0])
             model, data, processes, training = train_parser(argv).read(argv)
             check_training(model, data, training)
+            models[last_part(model.model_name_or_path)] = datasets[last_part(data.dataset_name)] = True
             if training.n_gpu > 1 and processes.accelerate_config in (None, "single_gpu"):
                 raise ValueError(
                     f"Plain runs would train on {training.n_gpu} GPUs at once, in batches {training.n_gpu} times as large, and methods that "
@@ -111,9 +106,11 @@ class Study:
                     "`streaming` reads no images beforehand, so none can be set apart to choose settings by. Leave it "
                     "out, or compare methods of one setting each with `--validation_size 0`."
                 )
-        self.title = f"{last_part(model.model_name_or_path)} on {last_part(data.dataset_name)}"
-        record = self.folder / "study.json"
-        begun_with = json.loads(record.read_text(encoding="utf-8"))["options"] if record.is_file() else common
+        self.title = f"{', '.join(models)} on {', '.join(datasets)}"
+        record, has_runs = self.folder / "study.json", any(self.folder.glob("*/*/all_results.json"))
+        begun_with = (
+            json.loads(record.read_text(encoding="utf-8"))["options"] if has_runs and record.is_file() else common
+        )
         if _by_option(begun_with) != _by_option(common):
             raise ValueError(
                 f"The folder {str(self.folder)!r} holds a study with other options of `hf-aace train` than "

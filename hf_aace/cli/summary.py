@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..config import method_and_settings
+from ..vision.datasets import SET_APART
 
 
 logger = logging.get_logger(__name__)
@@ -20,10 +21,7 @@ _SMALL = 100
 
 class Summary(TrainerCallback):
     """
-    Print [`describe_run`] when training begins, with its number of epochs and steps.
-
-    Args:
-        facts (`dict[str, str]`): What [`describe_run`] returned. The steps are added.
+    Print the facts from [`describe_run`] when training begins, with its number of epochs and steps, which is added to them.
     """
 
     def __init__(self, facts: dict[str, str]):
@@ -43,15 +41,9 @@ class Summary(TrainerCallback):
 
 def describe_run(trainer: Trainer, dataset: DatasetDict | IterableDatasetDict, model: str) -> dict[str, str]:
     """
-    Describe a run in a few lines, for the screen and the model card. Warns if images are shrunk to very few pixels.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer, with an [`AACEConfig`].
-        dataset (`DatasetDict` or `IterableDatasetDict`): The splits, as the trainer gets them.
-        model (`str`): The name of the model.
-
-    Returns:
-        `dict[str, str]`: Sentences by title: `"Images"`, `"Classes"`, `"Pixels"`, `"Model"` and `"Method"`.
+    Describe a run, for the screen and the model card, in sentences by title: `"Images"`, `"Classes"`, `"Pixels"` (unless
+    streamed), `"Model"` and `"Method"`. `dataset` is as the trainer, which has an [`AACEConfig`], gets it; `model` is a name.
+    Warn if images are shrunk to very few pixels.
     """
     classes = [trainer.model.config.id2label[index] for index in range(trainer.model.config.num_labels)]
     if isinstance(dataset, DatasetDict):
@@ -74,7 +66,7 @@ def _images(dataset: DatasetDict) -> str:
     parts = [f"{len(dataset['train']):,} for training"]
     if "validation" in dataset:
         parts.append(f"{len(dataset['validation']):,} for validation")
-    apart = " (set apart from the training images)" if dataset["test"].split == "train" else ""
+    apart = " (set apart from the training images)" if dataset["test"].info.description == SET_APART else ""
     return ", ".join([*parts, f"{len(dataset['test']):,} for the test{apart}"])
 
 

@@ -221,10 +221,12 @@ def _card(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any
 def _results(metrics: dict[str, Any], seconds: float, output_dir: str, picture: Path | None) -> str:
     timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     scores = {name.removeprefix("eval_"): value for name, value in metrics.items() if isinstance(value, float)}
-    told = [f"{name} {value:.4f}" for name, value in scores.items() if name not in ("loss", *timings)]
+    told = {name: f"{name} {value:.4f}" for name, value in scores.items() if name not in timings}
+    if len(told) > 1:
+        told.pop("loss", None)
     return "\n".join(
         (
-            f"Test:    {', '.join(told)}",
+            f"Test:    {', '.join(told.values())}",
             f"Time:    {timedelta(seconds=round(seconds))} for training",
             f"Model:   {output_dir}",
             f"Picture: {picture or 'none, since nothing was logged'}",

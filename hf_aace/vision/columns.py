@@ -23,20 +23,9 @@ def image_and_label(
     label_column_name: str | None = None,
 ) -> dict[str, Dataset | IterableDataset]:
     """
-    Select the columns of images and labels.
-
-    Args:
-        name (`str`): The name of the dataset, for messages.
-        splits (`DatasetDict` or `IterableDatasetDict`): The splits as they were loaded.
-        image_column_name (`str`, *optional*): The column of the images, see [`find_columns`].
-        label_column_name (`str`, *optional*): The column of the labels, see [`find_columns`].
-
-    Returns:
-        `dict`: The splits `train`, `test` and `validation`, as far as they exist and have both columns, with the columns
-        `image` ([`~datasets.Image`], left encoded if they are streamed) and `label` (of the type that it has).
-
-    Raises:
-        `ValueError`: If there is no split `train`, or one of the columns does not exist or does not serve.
+    Select, in the splits `train`, `test` and `validation` that have both, the columns of images and labels, as [`find_columns`]
+    finds them, and call them `image` ([`~datasets.Image`], left encoded if they are streamed) and `label` (of the type that it
+    has). Refuse a dataset without `train` or without such columns; `name` is for messages.
     """
     if "train" not in splits:
         raise ValueError(f"The dataset {name!r} must have a split named `train`, but has: {', '.join(splits)}.")
@@ -81,24 +70,9 @@ def find_columns(
     name: str, features: Features, image_column_name: str | None = None, label_column_name: str | None = None
 ) -> tuple[str, str]:
     """
-    Find the columns of the images and of the labels.
-
-    Args:
-        name (`str`):
-            The name of the dataset, for messages.
-        features (`Features`):
-            The columns. A field of a JSON column is named by the column, a dot, and the field.
-        image_column_name (`str`, *optional*):
-            The column of the images. Defaults to `image`, or else the first that holds images.
-        label_column_name (`str`, *optional*):
-            The column of the labels. Defaults to a column of type [`~datasets.ClassLabel`], or else one with a usual name, such
-            as `label` or `cls`.
-
-    Returns:
-        `tuple[str, str]`: The two names.
-
-    Raises:
-        `ValueError`: If there is no such column, or its type does not serve.
+    Find the column of the images, by default `image` or else the first that holds images, and that of the labels, by default
+    one of type [`~datasets.ClassLabel`] or else one with a usual name, such as `label` or `cls`. Refuse a dataset without such
+    a column, and a type that does not serve. A field of a JSON column is named by the column, a dot, and the field.
     """
     images = [column for column, feature in features.items() if isinstance(feature, Image)]
     images = images or [column for column, feature in features.items() if _is_image(feature)]
@@ -155,22 +129,13 @@ def _type_name(feature: Any) -> str:
 
 def with_classes(name: str, splits: dict[str, Dataset]) -> DatasetDict:
     """
-    Give the labels of all splits the type [`~datasets.ClassLabel`] of the training images.
+    Give the labels of all splits, classes, strings or integers, the type [`~datasets.ClassLabel`] of the training images.
+    Strings and integers become the names of classes, in ascending order. A missing label is `None`; in the other splits -1 is a
+    missing label too, unless a training image has it, and stays -1 in a split of that type. Refuse training images without a
+    label, or each with one that no other image has, and classes of other splits that no training image has.
 
-    `class_encode_column` and `align_labels_with_mapping` of `datasets` do not serve: the one sorts numbers by their digits
-    and encodes each split by itself, the other takes names that differ only in case for one.
-
-    Args:
-        name (`str`): The name of the dataset, for messages.
-        splits (`dict[str, Dataset]`): The splits, `train` among them, with a column `label` of classes, strings or integers.
-
-    Returns:
-        `DatasetDict`: The splits. Strings and integers become the names of classes, in ascending order. A missing label is
-        `None`; in the other splits -1 is a missing label too, unless a training image has it.
-
-    Raises:
-        `ValueError`: If a training image has no label, each has a label of its own, or another split has a class that no
-            training image has.
+    `class_encode_column` and `align_labels_with_mapping` of `datasets` do not serve: the one sorts numbers by their digits and
+    encodes each split by itself, the other takes names that differ only in case for one.
     """
     feature = splits["train"].features["label"]
     if not isinstance(feature, ClassLabel):
@@ -181,7 +146,8 @@ def with_classes(name: str, splits: dict[str, Dataset]) -> DatasetDict:
                 "metadata.csv takes it for a missing value: write a metadata.jsonl, or rename the class."
             )
         classes = sorted(set(labels))
-        if len(classes) == len(labels) > 2:
+        elsewhere = {label for split, part in splits.items() if split != "train" for label in part["label"]}
+        if len(classes) == len(labels) > 2 and elsewhere.isdisjoint(classes):
             raise ValueError(
                 f"Every training image of the dataset {name!r} has a label of its own, such as {classes[0]!r}: these are no "
                 "classes. Name another column by `label_column_name`."
@@ -207,15 +173,8 @@ def _with_class_label(name: str, split: str, dataset: Dataset, feature: ClassLab
 
 def class_name(value: Any, own: Any, classes: ClassLabel) -> str | None:
     """
-    Give the name of the class that a label stands for.
-
-    Args:
-        value (`int`, `str` or `None`): The label.
-        own (`ClassLabel` or `Value`): The type of its column.
-        classes (`ClassLabel`): The classes of the training images.
-
-    Returns:
-        `str` or `None`: The name, which need not be among `classes`; `None` for a missing label.
+    Give the name of the class that a label in a column of type `own` stands for, `None` for a missing one. The name need not be
+    among the `classes` of the training images.
     """
     if value is None or (isinstance(own, ClassLabel) and value < 0):
         return None

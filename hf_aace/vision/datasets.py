@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 
 _DIGITS_TEST_SIZE = 500
 _TEST_FRACTION = 0.2
+# The description of test images that the dataset did not have.
+SET_APART = "Set apart from the training images."
 # Test images stay the same whatever the seed of a run, or the runs could not be compared.
 _SPLIT_SEED = 0
 
@@ -46,6 +48,7 @@ def load_image_dataset(
     label_column_name: str | None = None,
     skip_corrupt_images: bool = False,
     image_range: Sequence[float] | None = None,
+    to_train: bool = True,
 ) -> DatasetDict:
     """
     Load a dataset for image classification.
@@ -79,6 +82,9 @@ def load_image_dataset(
             The values that become black and white when the images are decoded, see
             [`~hf_aace.vision.images.decode_image`]. Some images are compared with it, or with what the type of their files
             can hold, and a warning says if they do not fit. The images themselves are not changed.
+        to_train (`bool`, *optional*, defaults to `True`):
+            `False` for images that a trained model is evaluated on: the labeled splits are returned as they are, and they may be
+            of one class, or of one image for each. The digits are always split.
 
     Returns:
         `DatasetDict`: The splits `train` and `test`, and `validation` if `validation_size` asks for it or the dataset has
@@ -98,8 +104,10 @@ def load_image_dataset(
     if name == "digits":
         splits = _load_digits()
     else:
-        splits = _load(name, image_column_name, label_column_name, skip_corrupt_images)
+        splits = _load(name, image_column_name, label_column_name, skip_corrupt_images, to_train)
         check_image_range(name, splits.values(), image_range)
+        if not to_train:
+            return splits
     test = splits.pop("test")
     if validation_size > 0:
         if splits.pop("validation", None) is not None:
@@ -131,9 +139,11 @@ def _load_digits() -> DatasetDict:
     return _split(dataset, _DIGITS_TEST_SIZE, _SPLIT_SEED)
 
 
-def _load(name: str, image_column_name: str | None, label_column_name: str | None, skip_corrupt: bool) -> DatasetDict:
-    """Load the splits `train`, `test` and perhaps `validation`, all labeled and readable."""
-    loaded = load_splits(name)
+def _load(
+    name: str, image_column_name: str | None, label_column_name: str | None, skip_corrupt: bool, to_train: bool
+) -> DatasetDict:
+    """Load the splits that are labeled and readable; those to train on are `train`, `test` and perhaps `validation`."""
+    loaded = load_splits(name, one_class=not to_train)
     try:
         splits = with_classes(name, image_and_label(name, loaded, image_column_name, label_column_name))
     except ValueError as error:
@@ -144,14 +154,18 @@ def _load(name: str, image_column_name: str | None, label_column_name: str | Non
     warn_of_unused_images(name, loaded, splits)
     if skip_corrupt or Path(name).exists():  # to check all images of the Hub may take longer than to train on them
         splits = without_corrupt_images(name, splits, skip_corrupt)
-    return _train_and_test(name, splits)
+    if not _is_labeled(splits["train"]):
+        raise ValueError(f"Some training images of the dataset {name!r} have no label. Leave them out.")
+    if to_train:
+        return _train_and_test(name, splits)
+    if not any(map(len, splits.values())):
+        raise ValueError(f"The dataset {name!r} has no image that could be read.{metadata_hint(name)}")
+    return splits
 
 
 def _train_and_test(name: str, splits: DatasetDict) -> DatasetDict:
     """Choose the test and validation images, or set some apart, and check that all classes can be learned."""
     train = splits["train"]
-    if not _is_labeled(train):
-        raise ValueError(f"Some training images of the dataset {name!r} have no label. Leave them out.")
     names, present = train.features["label"].names, np.unique(_labels(train))
     if len(present) < 2:
         found = f"of one class, {names[present[0]]!r}" if len(present) else "gone: there is none"
@@ -179,6 +193,7 @@ def _train_and_test(name: str, splits: DatasetDict) -> DatasetDict:
                 "some apart for the test. Add some."
             )
         parts = _split(train, size, _SPLIT_SEED)
+        parts["test"].info.description = SET_APART
     if missing := np.setdiff1d(present, _labels(parts["test"])).tolist():
         logger.warning(
             f"No test image of {name!r} is of the classes {first_few([names[index] for index in missing])}. The results on the "

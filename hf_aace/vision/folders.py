@@ -42,18 +42,11 @@ _RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
 _FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".dcm", *_RAW_SUFFIXES)
 
 
-def load_splits(name: str, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+def load_splits(name: str, streaming: bool = False, one_class: bool = False) -> DatasetDict | IterableDatasetDict:
     """
-    Load the splits of a dataset as they are.
-
-    Args:
-        name (`str`):
-            The dataset, as [`~hf_aace.vision.datasets.load_image_dataset`] takes it, except for `"digits"`.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Open the dataset without reading it.
-
-    Raises:
-        `ValueError`: If there is no such dataset, or it cannot be read or streamed.
+    Load the splits of a dataset as they are; with `streaming` open it without reading it. `name` is as for
+    [`~hf_aace.vision.datasets.load_image_dataset`], except for `"digits"`. Refuse a dataset that does not exist, or that cannot
+    be read or streamed; a folder of a single class too, unless it may have `one_class`.
     """
     options = {"streaming": True} if streaming else {}
     path = Path(name)
@@ -78,7 +71,7 @@ def load_splits(name: str, streaming: bool = False) -> DatasetDict | IterableDat
                 "read image by image, or mapped into memory, without it."
             )
         if builder == "imagefolder":
-            return _load_images(name)
+            return _load_images(name, one_class)
         saved = load_from_disk(name)
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     try:
@@ -107,6 +100,10 @@ def _builder(folder: Path) -> str | None:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return None
     files = [file for file in files_in(folder) if not _is_hidden(file.relative_to(folder))]
+    if odd := [ascii(str(file)) for file in files if not is_utf8(file)]:
+        raise ValueError(
+            f"The names of {len(odd)} files in {str(folder)!r}, such as {odd[0]}, are not in UTF-8, so that they cannot be read. Rename them."
+        )
     images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]
     # A picture beside the files or in one folder, such as `assets`, is a logo; images of two classes lie in two folders.
     if len({file.parent for file in images} - {folder}) > 1 or any(file.name in _METADATA for file in files):
@@ -124,7 +121,7 @@ def _builder(folder: Path) -> str | None:
     )
 
 
-def _load_images(name: str) -> DatasetDict:
+def _load_images(name: str, one_class: bool) -> DatasetDict:
     """Load a folder of images, whose labels are the names of their folders or columns of a metadata file."""
     folders = split_folders(Path(name)) or {"train": Path(name)}
     for split, path in folders.items():
@@ -141,7 +138,8 @@ def _load_images(name: str) -> DatasetDict:
     # Not `data_dir`, which is many times as slow and takes also a class, or an image, called `test` for a split.
     patterns = {split: found for split, path in folders.items() if (found := _patterns(path))}
     with _explained(name):
-        splits = load_dataset("imagefolder", data_files=patterns)
+        # Told to, `imagefolder` takes the folder for the label even if there is only one.
+        splits = load_dataset("imagefolder", data_files=patterns, drop_labels=False if one_class else None)
     if not metadata:
         _check_class_folders(name, splits)
     return splits
@@ -190,14 +188,7 @@ def _table_hint(folder: Path) -> str:
 
 
 def warn_of_unused_images(name: str, loaded: DatasetDict | IterableDatasetDict, used: Iterable[str]) -> None:
-    """
-    Warn, once and by reason, of the images in a dataset or its folder that are in no split that is used.
-
-    Args:
-        name (`str`): The dataset.
-        loaded (`DatasetDict` or `IterableDatasetDict`): Its splits, as [`load_splits`] returned them.
-        used (iterable of `str`): The names of the splits that are used.
-    """
+    """Warn, once and by reason, of images in a dataset, `loaded` by [`load_splits`], or its folder that no `used` split has."""
     folder, read = Path(name), set()
     builder = _builder(folder) if folder.is_dir() else None
     reasons = {}
@@ -266,6 +257,15 @@ def is_image(file: Path) -> bool:
         return False
 
 
+def is_utf8(file: Path) -> bool:
+    """Tell whether the name of a file is in UTF-8. Archives of older systems have others, which no table can hold."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_hidden(path: Path) -> bool:
     """Tell whether `datasets` leaves out a file for its path below the folder of the dataset."""
     return any(part.startswith(".") for part in path.parts) or any(part.startswith("__") for part in path.parent.parts)
@@ -296,12 +296,7 @@ def metadata_hint(name: str) -> str:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """
-    List all files in a folder, at any depth, including those behind links to folders.
-
-    Args:
-        folder (`Path`): The folder.
-    """
+    """List all files in a folder, at any depth, including those behind links to folders."""
     for parent, _, names in _walk(folder):
         yield from (Path(parent, name) for name in names)
 
@@ -338,16 +333,8 @@ def _names_a_split(name: str) -> bool:
 
 def split_folders(folder: Path) -> dict[str, Path]:
     """
-    Find the folders of the splits in a folder of images, perhaps further down as in some archives.
-
-    Args:
-        folder (`Path`): The folder.
-
-    Returns:
-        `dict[str, Path]`: The folder of each split, `train` among them; empty if there are none.
-
-    Raises:
-        `ValueError`: If several folders could be one split.
+    Find the folder of each split, `train` among them, or none, in a folder of images, perhaps further down as in some archives.
+    Refuse several folders that could be one split, or that have splits of their own.
     """
     inside, found = _sub_folders(folder), {}
     for split, words in _SPLIT_WORDS.items():

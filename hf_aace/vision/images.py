@@ -37,7 +37,7 @@ def decode_image(
 
     - The image is turned upright, by its EXIF data.
     - Transparent parts become white.
-    - Gray of 16 bits is scaled so that 65535 becomes 255, and gray of 32 bits (integers or floating-point numbers that do not
+    - Gray of 16 bits is scaled so that 65535 becomes 255, and gray of 32 bits (floating-point numbers, and integers that do not
       fit into 16) from the lowest and the highest value of the image to 0 and 255; unless `image_range` says otherwise.
     - Palettes, gray and CMYK are converted; of an animation the first frame is taken.
 
@@ -69,18 +69,11 @@ def decode_image(
 
 def value_range(image: dict[str, Any]) -> tuple[str, float, float]:
     """
-    Read the range of the values in an encoded image, before they are scaled.
+    Read the range of the values in an encoded image, before they are scaled; refuse one that cannot be decoded.
 
-    Args:
-        image (`dict`): The image, with `bytes` or `path`.
-
-    Returns:
-        `tuple[str, float, float]`: How the values are stored (`"8 bits"`, `"16 bits"`, `"16 bits of color"`, or `"32 bits"` for
-        integers and floating-point numbers that are not in `[0, 65535]`), the lowest value and the highest. Of more than 8 bits
-        each end leaves out 0.5 % of the pixels, at least one: defects of the sensor and burned-in marks.
-
-    Raises:
-        `ValueError`: If the image cannot be decoded.
+    Return how the values are stored (`"8 bits"`, `"16 bits"`, `"16 bits of color"`, or `"32 bits"` for floating-point numbers
+    and for integers that are not in `[0, 65535]`), the lowest value and the highest. Of more than 8 bits each end leaves out
+    0.5 % of the values, at least one of 64 or more: defects of the sensor and burned-in marks.
     """
     with _opened(image, min_size=1) as opened:
         factor = 257 if _is_deep_color(opened) else 1
@@ -96,13 +89,8 @@ def value_range(image: dict[str, Any]) -> tuple[str, float, float]:
 
 def has_more_pages(image: dict[str, Any]) -> bool:
     """
-    Tell whether an encoded image has more pages or frames than the first, the one that [`decode_image`] takes.
-
-    Args:
-        image (`dict`): The image, with `bytes` or `path`.
-
-    Raises:
-        `ValueError`: If the image cannot be opened.
+    Tell whether an encoded image has more pages or frames than the first, the one that [`decode_image`] takes; refuse one that
+    cannot be opened.
     """
     with _opened(image, min_size=None) as opened:
         # Photographs of telephones are of the format MPO, with previews as further pages.

@@ -39,6 +39,9 @@ def classify(
 
     Yields:
         `np.ndarray` of shape `(classes,)`, or `ValueError`: The probabilities, or the error for an image that cannot be decoded.
+
+    Raises:
+        `ValueError`: If the logits of an image are not finite, or the processor leaves a batch images of several sizes.
     """
     transform = image_transform(processor, image_range=image_range)
 
@@ -71,4 +74,10 @@ def _probabilities(model: PreTrainedModel, samples: list[dict[str, torch.Tensor]
                 "the model's preprocessor_config.json, or classify them one at a time (`batch_size` 1)."
             )
         inputs[name] = torch.cat([sample[name] for sample in samples]).to(model.device)
-    return model(**inputs).logits.float().softmax(dim=-1).cpu().numpy()
+    probabilities = model(**inputs).logits.float().softmax(dim=-1).cpu().numpy()
+    if not np.isfinite(probabilities).all():
+        raise ValueError(
+            "The model gives no finite logits for some image. Its training may have diverged: take an earlier checkpoint, or "
+            "train it again at a lower learning rate."
+        )
+    return probabilities

@@ -90,7 +90,7 @@ def add_lora(
 
 
 def _why_not_mergeable(layer: nn.Module) -> str | None:
-    """Tell what makes an adapted layer with its adapter merged another function than the two beside each other, if anything."""
+    """Tell why merging the adapter would change what the layer computes; `None` if it would not."""
     (down,) = layer.lora_A.values()  # of the class of the adapted layer, if that is a convolution
     if not isinstance(down, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return None

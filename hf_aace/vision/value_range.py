@@ -20,18 +20,11 @@ def check_image_range(
     name: str, splits: Iterable[Dataset | IterableDataset], image_range: Sequence[float] | None = None
 ) -> None:
     """
-    Warn if some images of a dataset hold values that do not fit the range that they are scaled from.
+    Warn if some images of a dataset, in the column `image` of its splits, hold values that do not fit the range that they are
+    scaled from, see [`~hf_aace.vision.images.decode_image`]; refuse a range that is not two numbers in ascending order.
 
-    The type of a file does not tell the range of its values: of 12 bits in files of 16, 4095 is white, but is scaled as if 65535
-    were, and the image becomes nearly black.
-
-    Args:
-        name (`str`): The name of the dataset, for messages.
-        splits (iterable of `Dataset` or `IterableDataset`): Its splits, with a column `image`.
-        image_range (`Sequence[float]`, *optional*): The range, see [`~hf_aace.vision.images.decode_image`].
-
-    Raises:
-        `ValueError`: If the range is not two numbers in ascending order.
+    The type of a file does not tell the range of its values: of 12 bits in files of 16, 4095 is white, but is scaled as if
+    65535 were, and the image becomes nearly black.
     """
     if image_range is not None and not (
         len(image_range) == 2 and all(map(isfinite, image_range)) and image_range[0] < image_range[1]

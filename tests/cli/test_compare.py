@@ -125,6 +125,20 @@ def test_a_study_is_made_told_and_not_made_twice(tmp_path, monkeypatch, capsys, 
     assert "--train_size 50`: `" in capsys.readouterr().err
 
 
+def test_a_study_without_a_run_is_begun_anew_with_other_options(tmp_path, monkeypatch, capsys):
+    """What shows only when the data are loaded could not be mended otherwise. The title has all models."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_aace.study.runner.ProcessPoolExecutor", Here)
+    methods = "trainer:model_name_or_path=convnext-tiny-digits,trainer:model_name_or_path=vit-tiny-digits"
+    argv = [*TINY, "--methods", methods]
+    assert main([*argv, "--train_size", "9999"]) == 1
+    assert "`train_size` must lie between" in capsys.readouterr().err
+    assert main(argv) == 0
+    assert "convnext-tiny-digits, vit-tiny-digits on digits, test accuracy" in capsys.readouterr().out
+    assert main([*argv, "--label_noise", "0.5"]) == 1
+    assert "holds a study with other options" in capsys.readouterr().err
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path, monkeypatch, capsys):
     """In processes of their own."""
     monkeypatch.chdir(tmp_path)

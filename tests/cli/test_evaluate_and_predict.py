@@ -4,6 +4,7 @@
 import csv
 import json
 import logging
+import os
 from pathlib import Path
 
 import datasets
@@ -159,6 +160,70 @@ def test_all_images_are_those_of_every_split():
     argv = ["evaluate", "--model_name_or_path", "model", "--dataset_name", "images", "--split", "all"]
     assert main([*argv, "--output_dir", "out"]) == 0
     assert len(table("out/predictions.csv")) == 18
+
+
+def test_the_training_images_of_a_run_are_those_that_it_saw_with_their_labels():
+    """Where labels were replaced at random, the list of wrong labels is to find these; `sharpness` looks at the same images."""
+    save_model("model", [str(digit) for digit in range(10)])
+    drawn = {"seed": 3, "train_size": 50, "label_noise": 0.4, "validation_size": 0.2}
+    Path("model/train_options.json").write_text(json.dumps({"dataset_name": "digits", **drawn}))
+    argv = ["evaluate", "--model_name_or_path", "model", "--output_dir", "out", "--split"]
+    assert main([*argv, "train"]) == 0
+    expected = load_image_dataset("digits", **drawn)["train"]
+    rows = table("out/predictions.csv")
+    assert len(rows) == 50
+    labels = {int(row["image"].removeprefix("image ")): int(row["label"]) for row in rows}
+    assert [labels[row] for row in range(50)] == expected["label"][:]
+    for split, count in (("test", 500), ("all", 1797)):
+        assert main([*argv, split]) == 0
+        assert json.loads(Path("out/evaluation.json").read_text())["images"] == count
+
+
+def test_to_evaluate_takes_no_more_than_an_image_of_one_class(capsys):
+    """Nothing is trained on them or set apart, and the model knows the other classes."""
+    save_model("model", COLOURS)
+    argv = ["evaluate", "--model_name_or_path", "model", "--output_dir", "out", "--split"]
+    save_images("each", count=1)
+    save_images("grey", ["grey"], count=4)
+    save_images("pink", ["pink"])
+    for folder, count in (("each", 3), ("grey", 4)):
+        assert main([*argv, "all", "--dataset_name", folder]) == 0
+        report = json.loads(Path("out/evaluation.json").read_text())
+        assert report["images"] == np.sum(report["confusion_matrix"]) == count
+        assert "Add some" in message(capsys, *argv, "test", "--dataset_name", "each")
+    assert "does not know these classes of the data: pink" in message(capsys, *argv, "all", "--dataset_name", "pink")
+
+
+def test_a_model_that_gives_nan_is_told(capsys):
+    model, _ = save_model("model", COLOURS)
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)
+    model.save_pretrained("model")
+    save_images("images")
+    told = "gives no finite logits for some image. Its training may have diverged"
+    assert told in message(capsys, "evaluate", "--model_name_or_path", "model", "--dataset_name", "images")
+    assert told in message(capsys, "predict", "--model_name_or_path", "model", "--images", "images")
+
+
+def test_files_with_names_that_are_no_text_are_named(capsys, caplog, monkeypatch):
+    """As archives of older systems have them: no table can hold such a name."""
+    monkeypatch.setattr(logging.getLogger("hf_aace.cli.predict"), "propagate", True)
+    save_model("model", COLOURS)
+    save_images("images")
+    try:
+        os.rename(b"images/grey/0.png", b"images/grey/stra\xdfe.png")
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    assert main(["predict", "--model_name_or_path", "model", "--images", "images"]) == 0
+    assert len(table()) == 23
+    assert (
+        r"The names of 1 files in 'images' are not in UTF-8, and they are left out: 'grey/stra\udcdfe.png'"
+        in caplog.text
+    )
+    error = message(capsys, "evaluate", "--model_name_or_path", "model", "--dataset_name", "images")
+    assert (
+        r"such as 'images/grey/stra\udcdfe.png', are not in UTF-8, so that they cannot be read. Rename them." in error
+    )
 
 
 def test_mistakes_are_drawn_in_the_range_that_the_model_got_them(monkeypatch):

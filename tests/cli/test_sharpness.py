@@ -273,6 +273,13 @@ def test_names_and_data_can_be_given_for_runs_that_do_not_say(runs, tmp_path, ca
     assert report["runs"]["My method"][0]["samples"] == 30
 
 
+@pytest.mark.parametrize("command", ["sharpness", "plot", "benchmark"])
+def test_a_folder_for_results_that_cannot_be_one_is_told_before_anything_is_measured(command, runs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    argv = [command] if command == "benchmark" else [command, str(runs / "sam")]
+    assert "`output_dir` is 'file', but 'file' is no folder" in said(capsys, *argv, "--output_dir", "file")
+
+
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged_unasked(runs, tmp_path, capsys):
     shutil.copytree(runs / "plain-0", tmp_path / "other")
     options = json.loads((runs / "plain-0" / "train_options.json").read_text())
@@ -283,14 +290,14 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged_unasked(runs, t
 
 def test_runs_that_were_trained_otherwise_or_with_one_seed_are_not_averaged_unasked(runs, tmp_path, capsys):
     assert main([*TINY, "--rho", "0", "--seed", "1", "--learning_rate", "0.1", "--output_dir", "faster"]) == 0
-    assert "but differ in learning_rate, seed." in said(capsys, "plot", str(runs / "plain-0"), "faster")
-    assert "but differ in learning_rate." in said(capsys, "plot", str(runs / "plain-1"), "faster")
+    assert "they differ in learning_rate, seed." in said(capsys, "plot", str(runs / "plain-0"), "faster")
+    assert "they differ in learning_rate." in said(capsys, "plot", str(runs / "plain-1"), "faster")
     options = json.loads(Path("faster/train_options.json").read_text())
     del options["learning_rate"]  # as an older version wrote them
     Path("faster/train_options.json").write_text(json.dumps(options))
-    assert "only one of them has a record of learning_rate" in said(capsys, "plot", str(runs / "plain-0"), "faster")
+    assert "they differ in learning_rate, seed." in said(capsys, "plot", str(runs / "plain-0"), "faster")
     again = [str(runs / name) for name in ("plain-0", "plain-1", "plain-0")]
-    assert "do not differ, not even in the seed" in said(capsys, "plot", *again)
+    assert "they differ in nothing, not even the seed." in said(capsys, "plot", *again)
 
 
 def test_other_data_are_read_by_their_own_columns_and_sizes(runs, tmp_path):

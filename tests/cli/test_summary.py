@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from datasets import load_dataset
 
 from hf_aace import AACETrainer
 from hf_aace.cli import main
@@ -44,6 +45,16 @@ def test_images_and_what_was_set_apart_are_counted(capsys):
     save_images({"a": 6, "b": 6}, "both/train")
     save_images({"a": 2, "b": 3}, "both/test")
     assert told(capsys, "--dataset_name", "both")["Images"].strip() == "12 for training, 5 for the test"
+
+
+def test_whether_images_were_set_apart_is_told_of_saved_datasets_too(capsys):
+    save_images({"a": 10, "b": 10})
+    loaded = load_dataset("imagefolder", data_dir="images")["train"]
+    loaded.train_test_split(0.25, seed=0).save_to_disk("split")
+    loaded.save_to_disk("whole")
+    assert told(capsys, "--dataset_name", "split")["Images"].strip() == "15 for training, 5 for the test"
+    facts = told(capsys, "--dataset_name", "whole")
+    assert facts["Images"].strip() == "16 for training, 4 for the test (set apart from the training images)"
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,8 @@ def test_a_trained_model_trains_on_with_a_folder_of_images(run, tmp_path, capsys
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "runs" / f"{run.name}-pets")
     assert model.config.id2label == {0: "cat", 1: "dog"}
     assert "Test:    macro_f1 " in capsys.readouterr().out
+    assert main([*argv, "--metrics", "confusion_matrix"]) == 0
+    assert "Test:    loss " in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_model(run, tmp_path):
@@ -339,6 +341,17 @@ def test_a_run_is_resumed_with_its_own_images_only(run, capsys, monkeypatch):
     assert said == [
         f"Not as it was for {Path('here/checkpoint-3')}, from which this run goes on: `rho=0.01`, now 0.5."
     ]
+
+
+def test_a_run_is_resumed_with_its_folder_spelled_otherwise(tmp_path):
+    for name in ("dark", "light"):
+        Path("photos", name).mkdir(parents=True)
+        for index in range(10):
+            PIL.Image.new("L", (8, 8), 10 * index + 100 * (name == "light")).save(Path("photos", name, f"{index}.png"))
+    argv = ["train", "--max_steps", "2", "--save_steps", "1", "--save_strategy", "steps", "--output_dir", "here"]
+    argv += ["--eval_strategy", "no", "--dataset_name"]
+    assert main([*argv, "photos"]) == 0
+    assert main([*argv, str(tmp_path / "photos"), "--resume_from_checkpoint", "here/checkpoint-1"]) == 0
 
 
 def test_a_checkpoint_that_is_chosen_by_the_test_images_is_warned_of(warnings):
@@ -502,6 +515,13 @@ def test_only_the_head_is_trained_if_the_backbone_is_frozen(run):
         ),
         (["--dtype", "bfloat16", "--freeze_backbone", "true"], "give `--bf16 true` too"),
         (["--gradient_accumulation_steps", "0"], "`gradient_accumulation_steps` must be at least 1, got 0"),
+        (["--per_device_train_batch_size", "0"], "`per_device_train_batch_size` must be at least 1, got 0"),
+        (["--num_train_epochs", "-1"], "`num_train_epochs` must be a number from 0, got -1.0"),
+        (["--num_train_epochs", "nan"], "`num_train_epochs` must be a number from 0, got nan"),
+        (["--learning_rate", "inf"], "`learning_rate` must be a number from 0, got inf"),
+        (["--label_smoothing_factor", "1.5"], "`label_smoothing_factor` must be a number from 0 to 1, got 1.5"),
+        (["--label_smoothing_factor", "-0.5"], "`label_smoothing_factor` must be a number from 0 to 1, got -0.5"),
+        (["--seed", "-1"], "`seed` must be a number from 0 to 4294967295, got -1"),
         (
             ["--metric_for_best_model", "none", "--load_best_model_at_end", "true"],
             "`metric_for_best_model` is 'none', which this run does not measure. Give one of accuracy, loss, macro_f1, or add",

@@ -109,6 +109,9 @@ def test_labels_of_a_wrong_type_are_refused(tmp_path, labels, kind):
 def test_a_label_for_each_image_is_no_class(tmp_path):
     with pytest.raises(ValueError, match=r"Every training image .* a label of its own, such as 'a'"):
         load_image_dataset(saved(tmp_path / "set", train=made(["c", "b", "a"])), seed=0)
+    # Of faces there may be one each to train on; the test images show that they are classes.
+    faces = saved(tmp_path / "faces", train=made(["c", "b", "a"]), test=made(["a", "b", "b"]))
+    assert named(load_image_dataset(faces, seed=0)["test"]) == {0: "a", 1: "b", 2: "b"}
 
 
 # ---- Columns ---------------------------------------------------------------
