@@ -6,8 +6,6 @@ though they promise nothing about it, for want of a public name. If one goes, th
 - `_fused_sgd_` (torch; perturbation.py): let `_step_` take its other branch for all parameters.
 - `_foreach_copy_`, `_foreach_mul` (torch; perturbation.py, isolation.py): loop over the tensors. It is only slower.
 - `_version` (torch; analysis/derived_state.py): compare values with a copy.
-- `_post_accumulate_grad_hooks` (torch; checks.py): leave the check out. `no_optimizer_steps` (pass_checks.py) still refuses
-  optimizers that step too early.
 - `_parameters`, `_buffers`, `_modules` (torch; isolation.py, analysis/derived_state.py): the names of the attributes that hold a module's state.
 - `_orig_mod` (torch; distributed.py, parameters.py): what a compiled module holds, and what compilation puts into names.
 - `_checkpoint_wrapped_module` (torch; parameters.py): what FSDP2's activation checkpointing puts into names.
@@ -15,8 +13,6 @@ though they promise nothing about it, for want of a public name. If one goes, th
 - `_prepare_for_training`, `_load_from_checkpoint`, `_load_best_model` (transformers; here): see at each which defect it serves.
 - `core_model_loading.revert_weight_conversion` (transformers; here): load by `from_pretrained`, as the other branch does.
 - `CheckpointFunctionBackward` (torch; checks.py): take the gradients of every ascent by `backward()`, as reentrant checkpointing needs it.
-- `_cdata`, `torch.utils._python_dispatch` (torch; analysis/derived_state.py): what tells the memory of a tensor, and a watch on all
-  operations. Without them state outside of modules is not found.
 - `_get_help_string` (argparse; cli/output.py): give each option its help with the default.
 
 These are public by name, in modules without documentation: `transformers.modelcard`, `transformers.hf_argparser`,

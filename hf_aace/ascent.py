@@ -22,7 +22,15 @@ from .config import AACEArguments, aace_arguments, perturbs
 from .distributed import average_gradients, outside_ddp, reshard, sum_over_processes
 from .hook_watch import HookWatch
 from .interval_metrics import IntervalMetrics
-from .isolation import frozen_running_statistics, gradients_set_aside, in_training, replayed_rng, unchanged_buffers
+from .isolation import (
+    frozen_running_statistics,
+    gradients_set_aside,
+    in_training,
+    modules_in_eval,
+    replayed_rng,
+    unchanged_attributes,
+    unchanged_buffers,
+)
 from .loss_meter import LossMeter
 from .losses import aace_loss, count_correct, count_labels
 from .parameters import parameters_to_perturb
@@ -51,12 +59,11 @@ class _Gradient:
 
 class Ascent(TrainerCallback):
     """
-    Holds the state of sharpness-aware training that is kept between micro-batches and steps: the window (the micro-batches of
+    Hold the state of sharpness-aware training that is kept between micro-batches and steps: the window (the micro-batches of
     one optimizer step), the ascent gradient, BatchNorm's statistics between the two passes, and the metrics since the last log.
 
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer with [`SharpnessAwareMixin`], which calls [`Ascent.prepare_perturbation`] before
-            each of its training steps, runs the step inside [`Ascent.descent`], and calls [`Ascent.log_descent`] after it.
+    The trainer, with [`SharpnessAwareMixin`], calls [`Ascent.prepare_perturbation`] before each of its training steps, runs the
+    step inside [`Ascent.descent`], and calls [`Ascent.log_descent`] after it.
     """
 
     def __init__(self, trainer: Trainer):
@@ -76,6 +83,7 @@ class Ascent(TrainerCallback):
         self._parameters: list[nn.Parameter] = []  # those of the present perturbation
         self._descents = 0  # since training began
         self._passes = 0  # ascent passes so far
+        self.label_name = "labels"  # the key of the labels in the present batch
         self._uses_backward = False  # take gradients by `backward()`: `autograd.grad` gives none for some models
         self._modules_in_eval: set[nn.Module] | None = None  # in the last descent; not known before the first
         self._images: list[torch.Tensor] | None = None  # of the first ascent pass, until the descent after it
@@ -93,7 +101,7 @@ class Ascent(TrainerCallback):
 
     @property
     def in_sync(self) -> bool:
-        """True if all processes perturb by one gradient."""
+        """Tell whether all processes perturb by one gradient."""
         return self.trainer.args.world_size > 1 and (self.args.sync_ascent or self.trainer.accelerator.is_fsdp2)
 
     def check(self) -> None:
@@ -132,14 +140,8 @@ class Ascent(TrainerCallback):
 
     def prepare_perturbation(self, model: nn.Module, inputs: Any) -> perturbed | None:
         """
-        Prepare the perturbation for one micro-batch. Runs an ascent pass unless the kept gradient may be reused.
-
-        Args:
-            model (`nn.Module`): The model that the training step got.
-            inputs (`dict[str, torch.Tensor | Any]`): The micro-batch that the training step got. Not modified.
-
-        Returns:
-            [`perturbed`]: The perturbation, not made yet; `None` if the step is a plain one.
+        Prepare the perturbation for one micro-batch, which is not modified, and return it, not made yet; `None` if the step is
+        a plain one. Run an ascent pass unless the kept gradient may be reused.
         """
         args, trainer = self.args, self.trainer
         if not perturbs(args, trainer.state.global_step):
@@ -182,7 +184,10 @@ class Ascent(TrainerCallback):
         return perturbation
 
     def _may_reuse(self, gradient: _Gradient, window: list[Any], parameters: list[nn.Parameter]) -> bool:
-        """True within the window that the gradient was taken over, and in the next `ascent_every - 1` optimizer steps."""
+        """
+        Tell whether a gradient serves again: for the same loss and parameters, within the window that it was taken over, and in
+        the next `ascent_every - 1` optimizer steps.
+        """
         age = self.trainer.state.global_step - gradient.step  # in optimizer steps
         # With `micro_batch` each micro-batch makes a list of its own, which no other shares.
         in_its_time = gradient.window is window or 0 < age < self.args.ascent_every
@@ -193,16 +198,12 @@ class Ascent(TrainerCallback):
 
     @contextmanager
     def descent(self, model: nn.Module) -> Iterator[None]:
-        """
-        Run the descent at the perturbed weights inside this context manager: it leaves the statistics of BatchNorm alone.
-
-        Args:
-            model (`nn.Module`): The model that the training step got.
-        """
+        """Run the descent at the perturbed weights inside this context manager: it leaves the statistics of BatchNorm alone."""
         try:
             ascended = self._last_step == self.trainer.state.global_step
             check = self._descents < 2 and not self.trainer.accelerator.is_fsdp2
             with (
+                modules_in_eval(model) as in_eval,
                 no_optimizer_steps(self.trainer, self._parameters),
                 refuse_lost_changes(self.trainer, model, self._parameters) if check else nullcontext(),
                 frozen_running_statistics(model),
@@ -220,7 +221,7 @@ class Ascent(TrainerCallback):
             self._parameters = []
         # A layer that the descent has in evaluation mode, frozen by `compute_loss`, for example, keeps its statistics, and the
         # next ascent leaves it in evaluation mode.
-        self._modules_in_eval = {module for module in model.modules() if not module.training}
+        self._modules_in_eval = in_eval
         self._descents += 1
         self._apply_statistics()
 
@@ -243,11 +244,7 @@ class Ascent(TrainerCallback):
     def log_descent(self, inputs: Any, loss: torch.Tensor, num_items: torch.Tensor | int | None) -> None:
         """
         Add the loss at the perturbed weights to the metrics, if there is a `clean_loss` of the same step to compare it with.
-
-        Args:
-            inputs (`dict[str, torch.Tensor | Any]`): The micro-batch that the training step got.
-            loss (`torch.Tensor`): The loss that it returned.
-            num_items (`torch.Tensor` or `int`, *optional*): The `num_items_in_batch` that it got.
+        `loss` is what the training step returned, `num_items` the `num_items_in_batch` that it got.
         """
         if self._last_step != self.trainer.state.global_step:
             return
@@ -278,7 +275,6 @@ class Ascent(TrainerCallback):
         first = trained != self._checked  # in the first ascent, and where layers have been frozen or unfrozen
         if first:
             self.check()  # a callback may have raised a `rho` of 0
-            checks.check_backward_hooks(parameters)
         values = self._pass(model, window, parameters, first)
         self._checked, self._last_step = trained, trainer.state.global_step
         scaler = trainer.accelerator.scaler
@@ -303,7 +299,9 @@ class Ascent(TrainerCallback):
         # The generators are put back after the ascent: the descent draws the same numbers, and later steps what plain training draws.
         with (
             replayed_rng({p.device for p in trainer.model.parameters()}),
+            no_optimizer_steps(trainer, parameters),  # by hooks of parameters
             outside_ddp(model) as inner,
+            unchanged_attributes(trainer.model),
             unchanged_buffers(trainer.model) as statistics,
             in_training(model, except_modules=self._modules_in_eval or ()),
             gradients_set_aside(trainer.model) if use_backward or first else nullcontext(),
@@ -374,9 +372,15 @@ class Ascent(TrainerCallback):
         """Prepare one micro-batch on the device: the samples that the ascent uses, their labels, and the labels of all."""
         if type(self.trainer)._prepare_inputs is not Trainer._prepare_inputs:
             inputs = _copy(inputs)  # it may change the batch in place, and the descent prepares it again
-        inputs, name = self.trainer._prepare_inputs(inputs), self.label_name
-        checks.check_batch(inputs, name)
-        labels = inputs[name]
+        inputs = self.trainer._prepare_inputs(inputs)
+        # A model without an argument for labels leaves them to `compute_loss_func`, which looks for `labels`. And Trainer takes
+        # every argument with "label" in its name for one, such as weights of labels.
+        names = self.trainer.label_names
+        self.label_name = names[0] if names and "labels" not in names else "labels"
+        if isinstance(inputs, Mapping) and self.label_name not in inputs and "labels" in inputs:
+            self.label_name = "labels"
+        checks.check_batch(inputs, self.label_name)
+        labels = inputs[self.label_name]
         if not labels.is_floating_point():
             # As models flatten them; and -100 is no class, which in 8 bits it might look like.
             labels = (labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels).long()
@@ -388,13 +392,6 @@ class Ascent(TrainerCallback):
             return inputs, labels, labels
         return {key: _first(value, used, batch) for key, value in inputs.items()}, labels[:used], labels
 
-    @property
-    def label_name(self) -> str:
-        """The key of the labels in a batch."""
-        # A model without an argument for labels leaves them to `compute_loss_func`, which looks for `labels`.
-        names = self.trainer.label_names
-        return names[0] if names and "labels" not in names else "labels"
-
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, first: bool) -> torch.Tensor:
         """Compute the ascent loss, summed over the samples."""
         check_classification(logits, labels)
@@ -404,7 +401,9 @@ class Ascent(TrainerCallback):
             generator = self._new_generator(logits.device) if self.args.aace_target == "random" else None
             return aace_loss(logits, labels, target=self.args.aace_target, reduction="sum", generator=generator)
         with explained_labels(labels, logits.shape[1]):
-            return F.cross_entropy(logits, labels, reduction="sum")
+            return F.cross_entropy(
+                logits if logits.dtype == torch.float64 else logits.float(), labels, reduction="sum"
+            )
 
     def _new_generator(self, device: torch.device) -> torch.Generator:
         """Seed a new generator for each micro-batch. The global one is reset after each ascent, so it would repeat itself."""

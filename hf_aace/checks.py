@@ -3,7 +3,7 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -31,15 +31,8 @@ _INSTEAD = (
 
 def check_trainer(trainer: Trainer, args: AACEArguments, parameters: list[nn.Parameter]) -> None:
     """
-    Check that a trainer can train with these settings.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer.
-        args ([`AACEArguments`]): The settings of its ascent.
-        parameters (`list[nn.Parameter]`): The parameters to perturb.
-
-    Raises:
-        `ValueError`: If it cannot: for its processes and devices, its optimizer, its model, or the dtype of the parameters.
+    Refuse a trainer whose processes, devices, optimizer or model cannot train with these settings, or whose parameters to
+    perturb are not float32 or float64.
     """
     _check_processes(trainer)
     if trainer.accelerator.is_fsdp2 and not args.sync_ascent and trainer.is_world_process_zero():
@@ -90,13 +83,8 @@ def _warn_of_lost_statistics(trainer: Trainer) -> None:
 
 def warn_of_rare_statistics(trainer: Trainer, args: AACEArguments, steps: int) -> None:
     """
-    Warn if the training is too short for BatchNorm. With `ascent_every` it updates its running statistics on steps with an ascent
-    pass only; more than a tenth of their values would remain as they were before the training.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer.
-        args ([`AACEArguments`]): The settings of its ascent.
-        steps (`int`): The number of optimizer steps of the whole training.
+    Warn if `steps` optimizer steps, the whole training, are too few for BatchNorm. With `ascent_every` it updates its running
+    statistics on steps with an ascent pass only; more than a tenth of their values would remain as they were before.
     """
     if args.rho == 0 or args.ascent_every == 1 or args.perturb_every > 1:  # plain steps update the statistics, too
         return
@@ -149,12 +137,7 @@ def _check_processes(trainer: Trainer) -> None:
 
 
 def check_mixin_order(cls: type, mixin: type) -> None:
-    """
-    Check that a subclass of the mixin has it before the Trainer class among its bases.
-
-    Raises:
-        `TypeError`: If not: the class would train plainly.
-    """
+    """Refuse, by a `TypeError`, a subclass with the mixin behind the Trainer class among its bases: it would train plainly."""
     order = cls.__mro__
     if Trainer in order and order.index(Trainer) < order.index(mixin):
         raise TypeError(
@@ -163,17 +146,7 @@ def check_mixin_order(cls: type, mixin: type) -> None:
 
 
 def check_parameters(trainable: Mapping[str, nn.Parameter], chosen: list[nn.Parameter], pattern: str | None) -> None:
-    """
-    Check that there are parameters to perturb.
-
-    Args:
-        trainable (`Mapping[str, nn.Parameter]`): The trainable parameters of the model by name.
-        chosen (`list[nn.Parameter]`): The ones that `perturb_modules` chooses.
-        pattern (`str`, *optional*): `perturb_modules`.
-
-    Raises:
-        `ValueError`: If one of the two is empty.
-    """
+    """Refuse a model without trainable parameters, and a `perturb_modules` (`pattern`) that chooses none of them."""
     if not trainable:
         raise ValueError(
             "The model has no parameter that requires a gradient, so there is nothing to train. To evaluate it only, "
@@ -190,12 +163,7 @@ def check_parameters(trainable: Mapping[str, nn.Parameter], chosen: list[nn.Para
 
 
 def warn_of_unusual_norm_parameters(names: list[str]) -> None:
-    """
-    Warn, once, of parameters of normalization layers that `perturb_modules="norm"` does not take.
-
-    Args:
-        names (`list[str]`): Their names.
-    """
+    """Warn, once, of the parameters of normalization layers with these names, which `perturb_modules="norm"` does not take."""
     if names:
         ends = sorted({".".join(name.split(".")[-2:]) for name in names})
         logger.warning_once(
@@ -205,30 +173,10 @@ def warn_of_unusual_norm_parameters(names: list[str]) -> None:
         )
 
 
-def check_backward_hooks(parameters: Iterable[nn.Parameter]) -> None:
-    """
-    Check that no optimizer steps inside the backward pass, where the weights are the perturbed ones.
-
-    Raises:
-        `ValueError`: If a parameter has a hook that runs there.
-    """
-    if any(p._post_accumulate_grad_hooks for p in parameters):
-        raise ValueError(
-            "Some parameters have hooks that run inside the backward pass (`register_post_accumulate_grad_hook`), as "
-            "optimizers that step there do: they would act on the perturbed weights. Step the optimizer after it."
-        )
-
-
 def uses_reentrant_checkpointing(loss: torch.Tensor) -> bool:
     """
     Tell whether a loss was computed with reentrant activation checkpointing: `autograd.grad` then takes no gradients of what is
     inside, often without an error, while `backward()` does.
-
-    Args:
-        loss (`torch.Tensor`): The loss, with its graph.
-
-    Returns:
-        `bool`: `True` if it was.
     """
     seen, nodes = set(), [loss.grad_fn]
     while nodes:
@@ -243,15 +191,7 @@ def uses_reentrant_checkpointing(loss: torch.Tensor) -> bool:
 
 
 def check_static_graph(trainer: Trainer) -> None:
-    """
-    Check that the ascent may take its gradients by `backward()`.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer.
-
-    Raises:
-        `ValueError`: If DDP has a static graph: it would count the ascent pass.
-    """
+    """Refuse an ascent by `backward()` if DDP has a static graph: it would count the ascent pass."""
     if trainer.args.ddp_static_graph:
         raise ValueError(
             "`ddp_static_graph` does not go with sharpness-aware training of layers that run a backward pass of their own, such as those of "
@@ -262,10 +202,8 @@ def check_static_graph(trainer: Trainer) -> None:
 
 def check_window(inputs: Any, window: list[Any]) -> None:
     """
-    Check that a batch is one of the micro-batches that the ascent over the whole accumulated batch takes.
-
-    Raises:
-        `ValueError`: If it is another object: the two passes would see different batches.
+    Refuse a batch that is not itself one of the micro-batches that the ascent over the whole accumulated batch takes: the two
+    passes would see different batches.
     """
     if not any(inputs is batch for batch in window):
         raise ValueError(
@@ -276,12 +214,7 @@ def check_window(inputs: Any, window: list[Any]) -> None:
 
 
 def check_batch(inputs: Any, label_name: str) -> None:
-    """
-    Check that a batch is a dictionary with labels.
-
-    Raises:
-        `ValueError`: If it is not.
-    """
+    """Refuse a batch that is not a dictionary with a tensor of labels under `label_name`."""
     if not isinstance(inputs, Mapping):
         raise ValueError(
             f"Sharpness-aware training needs batches that are dictionaries, got a {type(inputs).__name__}. Let the "
@@ -299,23 +232,18 @@ def check_inputs_of_model(
     trainer: Trainer, accepted: Mapping[str, inspect.Parameter], kept: Set[str], batch: Set[str]
 ) -> None:
     """
-    Check that a batch holds what the model's `forward` cannot do without.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer.
-        accepted (`Mapping[str, inspect.Parameter]`): The parameters of `forward`.
-        kept (`Set[str]`): The keys of the batch that the model is given.
-        batch (`Set[str]`): All keys of the batch.
-
-    Raises:
-        `ValueError`: If an argument without a default is missing, or `forward` has no argument of the name of any key.
+    Refuse a batch that lacks an argument that the model's `forward` needs, or holds none that it takes. `accepted` are the
+    parameters of `forward`, `kept` the keys that the model is given, `batch` all keys.
     """
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {name: argument for name, argument in accepted.items() if argument.kind not in variable}
     missing = sorted(
         name for name, argument in named.items() if argument.default is argument.empty and name not in kept
     )
-    if named and not missing and not kept & named.keys():
+    # Its images may be among the other keywords that it takes, unless it says how they are called.
+    takes_others = any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in accepted.values())
+    images_are_named = not takes_others or getattr(bare_model(trainer), "main_input_name", None) in named
+    if named and not missing and images_are_named and not kept & named.keys():
         missing = [main_input_name(trainer)]
     if missing:
         raise ValueError(
@@ -325,17 +253,7 @@ def check_inputs_of_model(
 
 
 def check_part(logits: torch.Tensor, used: int, batch: int) -> None:
-    """
-    Check that the model got as many samples as `ascent_fraction` takes.
-
-    Args:
-        logits (`torch.Tensor`): What it returned.
-        used (`int`): The number of samples that the ascent is to use.
-        batch (`int`): The number of samples in the batch.
-
-    Raises:
-        `ValueError`: If it got the whole batch.
-    """
+    """Refuse logits of all `batch` samples where `ascent_fraction` takes `used` of them."""
     if used < batch and logits.dim() > 0 and len(logits) == batch:
         raise ValueError(
             f"`ascent_fraction` takes {used} of the {batch} samples of a batch, but the model returned {batch}: its inputs do not have the "
@@ -345,11 +263,8 @@ def check_part(logits: torch.Tensor, used: int, batch: int) -> None:
 
 def warn_of_other_width(trainer: Trainer, classes: int) -> None:
     """
-    Warn if what was taken for logits has another width than the model has classes.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer.
-        classes (`int`): The width.
+    Warn if what was taken for logits has `classes` columns, but the configuration of the model another number of classes, other
+    than its default of 2.
     """
     num_labels = getattr(getattr(bare_model(trainer), "config", None), "num_labels", classes)
     if num_labels not in (classes, 2) and trainer.is_world_process_zero():  # 2 is the default of a configuration
@@ -362,10 +277,8 @@ def warn_of_other_width(trainer: Trainer, classes: int) -> None:
 
 def check_labels(trainer: Trainer, labels: torch.Tensor, classes: int) -> None:
     """
-    Check the values of the first labels. This waits for the device.
-
-    Raises:
-        `ValueError`: If they are no classes of the model, or soft labels that its own loss would take for something else.
+    Refuse labels that are no classes of the model, and soft labels that its own loss would take for multi-label targets. This
+    reads them, which waits for the device.
     """
     check_label_values(labels, classes)
     own_loss = trainer.compute_loss_func is not None or type(trainer).compute_loss is not Trainer.compute_loss

@@ -125,7 +125,7 @@ class AACEArguments:
         default=1.0,
         metadata={
             "help": "Share of each batch that the ascent pass uses, in (0, 1]: its first samples, at least two, and with "
-            "BatchNorm a dozen, if the batch has them."
+            "BatchNorm twelve, if the batch has them."
         },
     )
     ascent_scope: Literal["micro_batch", "full_batch"] = field(
@@ -160,7 +160,7 @@ class AACEArguments:
         },
     )
 
-    _base: ClassVar[str | None] = None  # the method that sets the fields that were not given
+    _base: ClassVar[str | None] = None  # the method whose values fill the fields that were not given
     _applied_method: ClassVar[str | None] = None  # `method` when `_apply_method` last ran
     _given: ClassVar[frozenset[str]] = frozenset()  # the fields of a method that were given
 
@@ -212,6 +212,9 @@ class AACEArguments:
             value = getattr(self, name)
             if not isinstance(value, Real):  # YAML reads `1e-2` as a string
                 raise ValueError(f"`{name}` must be a number, got {value!r}. (In a YAML file write 1e-2 as 0.01.)")
+        for name in ("rho", "ascent_fraction"):
+            # Trainer's `hyperparameter_search` gives a value the type of the one before: a whole number would cut it to 0.
+            super().__setattr__(name, float(getattr(self, name)))
         if not (math.isfinite(self.rho) and self.rho >= 0):
             raise ValueError(f"`rho` must be a finite number >= 0, got {self.rho}. Use 0 for plain training.")
         if not 0 < self.ascent_fraction <= 1:

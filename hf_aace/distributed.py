@@ -15,13 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 @contextmanager
 def outside_ddp(model: nn.Module) -> Iterator[nn.Module]:
     """
-    Give the model to call for a pass whose gradients DDP neither averages nor waits for, by this context manager.
-
-    Args:
-        model (`nn.Module`): The model as prepared by accelerate.
-
-    Returns:
-        `nn.Module`: The model inside `DistributedDataParallel`, or `model` itself.
+    Give, by this context manager, the model to call for a pass whose gradients DDP neither averages nor waits for: the one
+    inside `DistributedDataParallel`, or `model` itself.
     """
     if isinstance(model, DistributedDataParallel):
         yield model.module
@@ -43,14 +38,8 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 def average_gradients(gradients: list[torch.Tensor | None], parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     """
-    Average gradients over all processes, by a single collective. A gradient that one process lacks counts as zero there.
-
-    Args:
-        gradients (`list[torch.Tensor | None]`): The gradients of this process.
-        parameters (`list[nn.Parameter]`): Their parameters, the same on all processes and all on one device.
-
-    Returns:
-        `list[torch.Tensor]`: The averaged gradients.
+    Average gradients over all processes, by a single collective. A gradient that one process lacks counts as zero there; the
+    parameters are the same on all processes, and all on one device.
     """
     flat = torch.cat(
         [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, gradients, strict=True)]
@@ -65,9 +54,6 @@ def reshard(model: nn.Module) -> None:
     """
     Make the modules of FSDP2 forget the weights that they have gathered, so that their parameters are the shards. A pass
     without gradients leaves some gathered, as does an exception. Nothing else is touched.
-
-    Args:
-        model (`nn.Module`): The model as prepared by accelerate.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

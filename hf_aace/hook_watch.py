@@ -13,14 +13,9 @@ _INSTEAD = "Call it by `super()` where you override it. If you do not, this Tran
 
 class HookWatch(TrainerCallback):
     """
-    Watches that `training_step` and `get_batch_samples` of [`SharpnessAwareMixin`] are called while a trainer trains.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer.
-
-    Raises:
-        `RuntimeError`: If `training_step` was not called by the end of the first perturbed step, or `get_batch_samples`, under
-            gradient accumulation, not before a step. The message names the method.
+    Stop the training by a `RuntimeError` if `training_step` of [`SharpnessAwareMixin`] was not called by the end of the first
+    perturbed step, or if `get_batch_samples`, under gradient accumulation, was not called before a step for all of its
+    micro-batches.
     """
 
     def __init__(self, trainer: Trainer):

@@ -19,12 +19,7 @@ class IntervalMetrics:
         self._sums = {}
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
-        """
-        Add one value of each metric.
-
-        Args:
-            values (`dict[str, torch.Tensor]`): Scalars by name. One that is not finite does not enter the average.
-        """
+        """Add one value, a scalar, of each metric. One that is not finite does not enter the average."""
         device = next(iter(values.values())).device
         stacked = torch.stack([value.detach().to(device, torch.float32) for value in values.values()])
         finite = torch.isfinite(stacked)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Context managers that keep a second pass through a model from leaving traces: random numbers, buffers, modes, gradients."""
 
+import operator
 import random
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from ._compat import BATCH_NORM
 
 
 _FORWARD_OF_BATCH_NORM = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+# The attributes that every module has and that are not its state: hooks and the like.
+NO_STATE = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers", "_modules"}
 
 
 @contextmanager
@@ -42,19 +44,11 @@ def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.Tensor, torch.Tensor]]]:
     """
-    Restore the buffers of a model after this context manager. Forward passes update the running statistics of BatchNorm, for
-    example, and the vectors of spectral normalization.
-
-    Args:
-        model (`nn.Module`): The model.
-
-    Returns:
-        `list[tuple[nn.Module, torch.Tensor, torch.Tensor]]`: Filled on leaving, with an entry for each buffer of BatchNorm: the
-        layer, the buffer, and the value that the buffer had come to.
+    Restore the buffers of a model after this context manager: forward passes update the running statistics of BatchNorm, for
+    example, and the vectors of spectral normalization. On leaving, fill the list that it gives with an entry for each buffer of
+    BatchNorm: the layer, the buffer, and a copy of the value that the buffer had come to.
     """
-    modules = list(model.modules())
-    kept = _values_of_buffers(modules)
-    registered = [(module, dict(module._buffers), dict(vars(module))) for module in modules]
+    kept = _values_of_buffers(model.modules())
     statistics = []
     try:
         yield statistics
@@ -65,24 +59,38 @@ def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.
             if isinstance(module, BATCH_NORM)
         ]
         _restore(kept)
-        for module, buffers, attributes in registered:
-            _forget_new_buffers(module, buffers, attributes)
 
 
-def _forget_new_buffers(
-    module: nn.Module, buffers_before: dict[str, torch.Tensor | None], attributes_before: dict[str, Any]
-) -> None:
-    """Take away what the pass filled or made, so that the next one fills or makes it."""
-    new = [name for name, buffer in module._buffers.items() if buffer is not None and buffers_before.get(name) is None]
-    for name in new:
-        if name in buffers_before:
-            setattr(module, name, None)
-        else:
-            delattr(module, name)
-    if new:  # and what the module noted of them, such as the size of the images that they are for
-        vars(module).clear()
-        # With the same dictionary of buffers, from which the loop has taken the new ones.
-        vars(module).update(attributes_before)
+@contextmanager
+def unchanged_attributes(model: nn.Module) -> Iterator[None]:
+    """
+    Give all modules back, after this context manager, the attributes that they had before it: counters, flags, what they note of
+    the last batch. Lists, dictionaries and sets among them get back their contents, and buffers that were made go.
+    """
+    before = [(module, type(module), vars(module).copy()) for module in model.modules()]
+    contents = [
+        (value, value.copy())
+        for *_, attributes in before
+        for name in attributes.keys() - NO_STATE - {"_parameters"}  # FSDP2 exchanges parameters
+        if type(value := attributes[name]) in (list, dict, set)
+    ]
+    try:
+        yield
+    finally:
+        for module, cls, attributes in before:
+            if type(module) is cls and not _holds_the_same(
+                vars(module), attributes
+            ):  # a lazy layer becomes another class
+                vars(module).clear()
+                vars(module).update(attributes)
+        for value, entries in contents:
+            if not (isinstance(value, dict) and _holds_the_same(value, entries)):
+                value.clear()
+                value.extend(entries) if isinstance(value, list) else value.update(entries)
+
+
+def _holds_the_same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(map(operator.is_, first.values(), second.values()))
 
 
 def _values_of_buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]:
@@ -115,7 +123,7 @@ def _restore(kept: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]) -> N
 
 
 def _is_writable(buffer: torch.Tensor) -> bool:
-    """False for a tensor that no forward pass can write to either: an expanded one, or one made in inference mode."""
+    """Tell whether a forward pass could write to a tensor: not to an expanded one, nor to one made in inference mode."""
     expanded = buffer.layout == torch.strided and any(
         stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
     )
@@ -125,11 +133,8 @@ def _is_writable(buffer: torch.Tensor) -> bool:
 @contextmanager
 def in_training(model: nn.Module, except_modules: Collection[nn.Module]) -> Iterator[None]:
     """
-    Put a model into training mode inside this context manager. Afterwards every module has the mode of before.
-
-    Args:
-        model (`nn.Module`): The model.
-        except_modules (collection of `nn.Module`): Modules to have in evaluation mode; their submodules are not affected.
+    Put a model into training mode inside this context manager, and `except_modules`, not their submodules, into evaluation
+    mode. Afterwards every module has the mode of before.
     """
     before = [(module, module.training) for module in model.modules()]
     try:
@@ -143,13 +148,29 @@ def in_training(model: nn.Module, except_modules: Collection[nn.Module]) -> Iter
 
 
 @contextmanager
-def gradients_set_aside(model: nn.Module) -> Iterator[None]:
+def modules_in_eval(model: nn.Module) -> Iterator[set[nn.Module]]:
     """
-    Take the gradients off the trainable parameters inside this context manager. Afterwards they have those of before.
+    Find the modules that are in evaluation mode at every forward pass of the model inside this context manager (at its end, if
+    there is none). The set that it gives is filled on leaving.
+    """
+    found, forwards = set(), []
 
-    Args:
-        model (`nn.Module`): The model.
-    """
+    def note(*_) -> None:
+        forwards.append({module for module in model.modules() if not module.training})
+
+    handle = model.register_forward_pre_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
+        if not forwards:
+            note()
+        found |= set.intersection(*forwards)
+
+
+@contextmanager
+def gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """Take the gradients off the trainable parameters inside this context manager. Afterwards they have those of before."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     accumulated = [p.grad for p in parameters]
     try:
@@ -163,12 +184,7 @@ def gradients_set_aside(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replayed_rng(devices: set[torch.device]) -> Iterator[None]:
-    """
-    Set every global random number generator back to where it was, after this context manager.
-
-    Args:
-        devices (`set[torch.device]`): The devices whose generators are set back, beside those of the CPU.
-    """
+    """Set every global random number generator of the CPU and of these devices back after this context manager."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # some models draw from these two
     accelerators = [device for device in devices if device.type != "cpu"]
     try:

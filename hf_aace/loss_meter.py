@@ -27,13 +27,10 @@ _NOT_LOGGED = "`clean_loss` and `sharpness` are not logged: "
 
 class LossMeter:
     """
-    Measures the training loss by the logits: the cross-entropy, with the label smoothing of the arguments, or what
+    Measure the training loss by the logits: the cross-entropy, with the label smoothing of the arguments, or what
     `compute_loss_func` returns. Trainer's own number will not do: for many models it grows with accumulation and processes.
 
     Nothing here can end a run. What cannot be measured is left out of the log, which is said once.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer.
     """
 
     def __init__(self, trainer: Trainer):
@@ -47,18 +44,16 @@ class LossMeter:
 
     def loss(self, outputs: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
-        Measure the training loss, summed over the samples; NaN if that fails.
-
-        Args:
-            outputs (`Any`): The outputs of the model, for `compute_loss_func`.
-            logits (`torch.Tensor` of shape `(batch, classes)`): The logits in them.
-            labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): The labels.
+        Measure the training loss, summed over the samples; NaN if that fails. `logits` are those in `outputs`, which
+        `compute_loss_func` gets; labels of shape `(batch, classes)` are probabilities.
         """
         loss_func, smoothing = self._trainer.compute_loss_func, self._trainer.args.label_smoothing_factor
         if not self._measurable:
             return torch.full((), math.nan, device=logits.device)
         try:
             if loss_func is None:
+                # Sums of 16 bits would be too coarse to subtract.
+                logits = logits if logits.dtype == torch.float64 else logits.float()
                 with torch.no_grad():
                     return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             # As Trainer counts them: of probabilities every entry.
@@ -92,12 +87,7 @@ class LossMeter:
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
-        """
-        Keep a copy of what the model returns inside this context manager, as losses may change it in place.
-
-        Args:
-            model (`nn.Module`): The model that the training step got.
-        """
+        """Keep a copy of what the model returns inside this context manager, as losses may change it in place."""
 
         def keep(module: nn.Module, args: tuple, outputs: Any) -> None:
             self._forwards += 1
@@ -122,15 +112,10 @@ class LossMeter:
         num_items: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """
-        Measure the training loss at the perturbed weights, summed over the samples of the ascent. It is compared with the loss that
-        is trained on, in the first step, which waits for the device, and at each log.
-
-        Args:
-            loss (`torch.Tensor`): The loss that the training step returned.
-            labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): The labels of its batch.
-            used (`int`): The number of samples, from the first on, that the ascent used.
-            micro_batches (`int`): The number of micro-batches in the optimizer step.
-            num_items (`torch.Tensor` or `int`, *optional*): `num_items_in_batch` of the training step.
+        Measure the training loss at the perturbed weights, summed over the first `used` samples, those of the ascent; NaN if
+        that fails. Compare the measured loss of all samples with `loss`, which the training step returned, in the first step,
+        which waits for the device, and at each log. Trainer scales it by `num_items` or by the number of `micro_batches` in the
+        optimizer step.
         """
         outputs, self._outputs, self._micro_batches = self._outputs, None, micro_batches
         try:
@@ -204,11 +189,8 @@ class LossMeter:
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
         """
-        Leave out of the log what could not be measured. At the first log, tell of a perturbation that does next to nothing or
-        much too much.
-
-        Args:
-            metrics (`dict[str, float]`): The averages for the log.
+        Leave out of the averages for the log what could not be measured. At the first log, tell of a perturbation that does
+        next to nothing or much too much.
         """
         self._compare()
         if not self._measurable:

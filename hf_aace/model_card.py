@@ -33,8 +33,6 @@ def write_model_card(
     Write the model card, `README.md` in the output directory of a trainer.
 
     Args:
-        trainer ([`~transformers.Trainer`]): The trainer.
-        settings ([`AACEArguments`]): Its settings of sharpness-aware training.
         first_step (`int`, *optional*, defaults to 0): The step that the last training began at; above 0 it was resumed.
         tags (`str` or `list[str]`, *optional*): Tags besides those of the trainer and those of a card that is there.
         facts (`dict[str, str]`, *optional*): Facts about the run by title, for the section on the training.

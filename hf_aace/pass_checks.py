@@ -19,14 +19,8 @@ logger = logging.get_logger(__name__)
 @contextmanager
 def images_given_to(model: nn.Module, trainer: Trainer) -> Iterator[list[torch.Tensor]]:
     """
-    Keep a copy of the main input of the first forward pass inside this context manager.
-
-    Args:
-        model (`nn.Module`): The model that is called.
-        trainer ([`~transformers.Trainer`]): Its trainer.
-
-    Returns:
-        `list[torch.Tensor]`: Empty until the model is called with a tensor.
+    Keep a copy of the first dense tensor that the model gets as its main input inside this context manager, in a list that is
+    empty until then.
     """
     seen, name = [], main_input_name(trainer)
 
@@ -45,12 +39,8 @@ def images_given_to(model: nn.Module, trainer: Trainer) -> Iterator[list[torch.T
 
 def warn_of_other_images(trainer: Trainer, ascent: list[torch.Tensor], descent: list[torch.Tensor]) -> None:
     """
-    Warn if the first images of the descent are not those of the ascent. This waits for the device.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer.
-        ascent (`list[torch.Tensor]`): What the model got in the ascent pass, perhaps of a part of the batch.
-        descent (`list[torch.Tensor]`): What it got in the descent.
+    Warn if the images of the descent do not begin with those of the ascent, which may be of a part of the batch;
+    [`images_given_to`] kept both. This waits for the device.
     """
     if not ascent or not descent or not trainer.is_world_process_zero():
         return
@@ -67,18 +57,18 @@ def warn_of_other_images(trainer: Trainer, ascent: list[torch.Tensor], descent: 
 @contextmanager
 def refuse_changed_parameters(model: nn.Module) -> Iterator[None]:
     """
-    Refuse a forward pass that changes frozen parameters: it runs twice in a step, the second time at the perturbed weights. This waits
-    for the device.
-
-    Args:
-        model (`nn.Module`): The model that is run inside this context manager.
-
-    Raises:
-        `ValueError`: If a frozen parameter has changed on leaving. The message names it.
+    Refuse a forward pass inside this context manager that changes frozen parameters: it runs twice in a step, the second time
+    at the perturbed weights. This waits for the device.
     """
-    before = _bits({name: p for name, p in model.named_parameters() if not p.requires_grad})
+    # Embeddings whose vectors have a limited norm have the same after one pass and after two.
+    limited = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm}
+
+    def frozen() -> dict[str, int]:
+        return _bits({name: p for name, p in model.named_parameters() if not p.requires_grad and id(p) not in limited})
+
+    before = frozen()
     yield
-    after = _bits({name: p for name, p in model.named_parameters() if not p.requires_grad})
+    after = frozen()
     changed = [name for name, bits in before.items() if bits != after.get(name, bits)]
     if changed:
         raise ValueError(
@@ -91,16 +81,8 @@ def refuse_changed_parameters(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def refuse_lost_changes(trainer: Trainer, model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
     """
-    Refuse a training step that changes the weights while they are perturbed, unless the forward pass does it. This waits for the
-    device.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer, whose step is run inside this context manager.
-        model (`nn.Module`): The model that the step got.
-        parameters (`list[nn.Parameter]`): The perturbed parameters.
-
-    Raises:
-        `ValueError`: If one of them has changed on leaving. The message names it.
+    Refuse a training step inside this context manager that changes the perturbed `parameters`, unless the forward pass of
+    `model` does it: the change would be lost. This waits for the device.
     """
     perturbed, changed = {id(p) for p in parameters}, []
     own = {name: p for name, p in trainer.model.named_parameters() if id(p) in perturbed}
@@ -109,7 +91,7 @@ def refuse_lost_changes(trainer: Trainer, model: nn.Module, parameters: list[nn.
     def compare(*_) -> None:
         changed.extend(name for name, bits in _bits(own).items() if bits != before[name])
 
-    # What the forward pass changes (weights of a limited norm, for example), that of the ascent has changed at the clean weights.
+    # The forward pass may change weights itself, limit their norm, for example: that of the ascent made the same change.
     handles = [
         model.register_forward_pre_hook(compare),
         model.register_forward_hook(lambda *_: before.update(_bits(own))),
@@ -134,21 +116,19 @@ def _bits(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
     return {
         name: int(p.detach().view(integer[p.element_size()]).sum(dtype=torch.int64))
         for name, p in parameters.items()
-        if p.is_floating_point() and p.element_size() in integer
+        # Not of sparse and quantized ones, whose bits lie elsewhere.
+        if type(p.data) is torch.Tensor
+        and p.layout is torch.strided
+        and p.is_floating_point()
+        and p.element_size() in integer
     }
 
 
 @contextmanager
 def no_optimizer_steps(trainer: Trainer, parameters: list[nn.Parameter]) -> Iterator[None]:
     """
-    Refuse steps of an optimizer of perturbed weights inside this context manager: they would be put back over the update.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer, which the message names.
-        parameters (`list[nn.Parameter]`): The perturbed parameters.
-
-    Raises:
-        `RuntimeError`: If an optimizer steps that holds one of them.
+    Refuse, by a `RuntimeError`, steps of an optimizer of the perturbed `parameters` inside this context manager: in the descent
+    the weights would be put back over the update, and in the ascent, where hooks may step one, it would have the wrong gradient.
     """
     perturbed = {id(p) for p in parameters}
 
@@ -156,8 +136,9 @@ def no_optimizer_steps(trainer: Trainer, parameters: list[nn.Parameter]) -> Iter
         if perturbed.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
             return  # of a discriminator, for example
         raise RuntimeError(
-            f"`training_step` of {type(trainer).__name__} steps {type(optimizer).__name__} itself, while the weights are perturbed: "
-            "the update would be lost. Leave the step to Trainer, or make it in a callback (`on_step_end`)."
+            f"`training_step` of {type(trainer).__name__} steps {type(optimizer).__name__} itself, or a hook in the backward pass does, "
+            "while the weights are perturbed: the update would be lost. Leave the step to Trainer, or make it in a callback "
+            "(`on_step_end`)."
         )
 
     handle = register_optimizer_step_pre_hook(refuse)

@@ -9,15 +9,8 @@ import torch
 
 def check_classification(logits: torch.Tensor, labels: torch.Tensor) -> None:
     """
-    Check that `logits` and `labels` are those of a single-label classifier, by shape and dtype alone: no value is
-    read, so that no device is waited for.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch, classes)`): The scores.
-        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
-
-    Raises:
-        `ValueError`: If they are not; the message says what was found and what is needed.
+    Refuse logits that are not of shape `(batch, classes)`, with at least two classes, and labels that are neither integers of
+    shape `(batch,)` nor floating-point numbers of shape `(batch, classes)`. No value is read, so that no device is waited for.
     """
     if logits.dim() != 2:
         raise ValueError(
@@ -45,15 +38,8 @@ def check_classification(logits: torch.Tensor, labels: torch.Tensor) -> None:
 
 def check_label_values(labels: torch.Tensor, classes: int, ignore_index: int = -100) -> None:
     """
-    Check the values of the labels. This reads them, which waits for the device: call it once, or after a failure.
-
-    Args:
-        labels (`torch.Tensor` of shape `(batch,)` or `(batch, classes)`): Class indices, or class probabilities.
-        classes (`int`): Number of classes.
-        ignore_index (`int`, *optional*, defaults to `-100`): The index that marks samples to leave out.
-
-    Raises:
-        `ValueError`: If a class index lies outside `[0, classes)`, or if probabilities do not sum to one.
+    Refuse classes outside `[0, classes)`, except `ignore_index`, and probabilities that are negative or do not sum to one. This
+    reads the labels, which waits for the device: call it once, or after a failure.
     """
     if labels.is_floating_point():
         sums = labels.sum(dim=1)
@@ -89,11 +75,8 @@ def check_perturbation(
     parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], rho: float
 ) -> None:
     """
-    Check that weights can be perturbed along gradients.
-
-    Raises:
-        `ValueError`: If `rho` is negative or not finite, the lengths differ, there is no gradient at all, or a parameter with
-            one is of 16 bits.
+    Refuse a `rho` that is negative or not finite, gradients that are not one for each parameter or are all `None`, and a
+    parameter with a gradient that is not float32 or float64.
     """
     if not 0 <= rho < float("inf"):
         raise ValueError(f"`rho` must be a finite number >= 0, got {rho}.")
@@ -112,14 +95,8 @@ def check_perturbation(
 
 def check_precision(parameters: Iterable[torch.Tensor]) -> None:
     """
-    Check that the parameters can hold a perturbation.
-
-    Args:
-        parameters (iterable of `torch.Tensor`): The parameters to be perturbed.
-
-    Raises:
-        `ValueError`: If one of them is of 16 bits or fewer: a step of 5e-6, for example, on a weight of 0.02 is then
-            rounded away.
+    Refuse parameters to perturb that are not float32 or float64: a step of 5e-6, for example, on a weight of 0.02 is rounded
+    away in 16 bits.
     """
     for parameter in parameters:
         if parameter.dtype not in (torch.float32, torch.float64):

@@ -121,7 +121,8 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         """
         Compute the model's outputs in the ascent pass. By default the model gets of the batch what its `forward` has an argument for,
         by name (all of it, if that takes any keyword), but no labels unless it demands them. Override it for a model that your
-        `compute_loss` calls otherwise, as one of torchvision: `return model(inputs["pixel_values"])`.
+        `compute_loss` calls otherwise, as one of torchvision: `return model(inputs["pixel_values"])`; and for one whose logits depend
+        on the labels, as those with a margin do: `return model(**inputs)`.
 
         Args:
             model (`nn.Module`): The model to call.
@@ -256,51 +257,21 @@ class AACETrainer(SharpnessAwareMixin, Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-        *,
-        facts: dict[str, str] | None = None,
-        **metadata,
-    ) -> None:
+    def create_model_card(self, *args, facts: dict[str, str] | None = None, **metadata) -> None:
         """
         Write the model card, `README.md` in the output directory: Trainer's metadata, and a text that tells the settings,
         the results, the cost, and how to load and to cite the model. `push_to_hub` calls it.
 
         Args:
-            language (`str`, *optional*): The language of the model, if it has one.
-            license (`str`, *optional*): The licence. Defaults to that of the model on the Hub that it started from.
-            tags (`str` or `list[str]`, *optional*): Tags besides those of the trainer and those of a card that is there.
-            model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args:
-                As [`~transformers.Trainer.create_model_card`] has them.
+            *args: Positional arguments of [`~transformers.Trainer.create_model_card`]: language, licence, tags and so on.
             facts (`dict[str, str]`, *optional*): Facts about the run by title, for the section on the training.
-            **metadata: What else [`~transformers.modelcard.TrainingSummary.from_trainer`] takes, such as `dataset_metadata`.
+            **metadata:
+                Keyword arguments of [`~transformers.Trainer.create_model_card`], and what else
+                [`~transformers.modelcard.TrainingSummary.from_trainer`] takes, such as `dataset_metadata`.
         """
         if self.is_world_process_zero():
-            write_model_card(
-                self,
-                self._ascent.args,
-                self._ascent.first_step,
-                tags,
-                facts,
-                language=language,
-                license=license,
-                model_name=model_name,
-                finetuned_from=finetuned_from,
-                tasks=tasks,
-                dataset_tags=dataset_tags,
-                dataset=dataset,
-                dataset_args=dataset_args,
-                **metadata,
-            )
+            named = inspect.signature(super().create_model_card).bind_partial(*args).arguments
+            write_model_card(self, self._ascent.args, self._ascent.first_step, facts=facts, **named, **metadata)
 
 
 def _load_model(name: str) -> PreTrainedModel:

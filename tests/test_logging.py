@@ -20,6 +20,7 @@ from tiny import (
     vit,
 )
 from tiny_configs import NUM_LABELS, image_classifier, inputs
+from torch import nn
 
 from hf_aace import AACEConfig, AACETrainer, aace_loss
 from hf_aace.vision.weighted_loss import WeightedCrossEntropy
@@ -119,6 +120,30 @@ def test_clean_loss_is_the_training_loss_that_compute_loss_func_computes(tmp_pat
     trainer = AACETrainer(convnext(), arguments, train_dataset=digits(16), compute_loss_func=focal)
     trainer.train()
     assert trainer.state.log_history[0]["clean_loss"] == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-5)
+
+
+def test_logits_of_16_bits_do_not_round_the_sharpness_away(tmp_path):
+    """The sum of a batch would be rounded to quarters, and the difference of two sums be 0."""
+
+    class Short(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = vit()
+
+        def forward(self, pixel_values, labels=None):
+            logits = self.inner(pixel_values).logits.bfloat16()
+            return (
+                {"loss": F.cross_entropy(logits.float(), labels), "logits": logits}
+                if labels is not None
+                else {"logits": logits}
+            )
+
+    trainer = train(AACETrainer, AACEConfig, Short(), tmp_path, rho=0.1, logging_steps=1)
+    logs = [log for log in trainer.state.log_history if "sharpness" in log]
+    assert len(logs) == 6
+    for log in logs:
+        assert log["sharpness"] == pytest.approx(log["loss"] - log["clean_loss"], abs=1e-4)
+        assert log["sharpness"] != 0
 
 
 def test_sharpness_is_of_the_steps_that_took_an_ascent_pass(tmp_path):

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from hf_aace import AACEArguments, AACEConfig, AACETrainer, SharpnessAwareMixin
+from hf_aace.vision.weighted_loss import WeightedCrossEntropy
 
 
 def test_mixin_over_a_trainer_and_arguments_of_ones_own(tmp_path):
@@ -188,6 +189,33 @@ def test_a_model_that_is_called_otherwise_than_by_the_names_of_the_batch(tmp_pat
         ValueError, match=r"needs \['x'\], got .*\['labels', 'pixel_values'\].* `ascent_outputs` of WithoutIt"
     ):
         train(WithoutIt, AACEConfig, Positional(), tmp_path, remove_unused_columns=False)
+
+
+def test_a_wrapper_that_names_an_argument_and_takes_the_images_among_the_others(tmp_path):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = vit()
+
+        def forward(self, output_attentions=None, labels=None, **inputs):
+            return self.inner(inputs["pixel_values"], labels=labels, output_attentions=output_attentions)
+
+    check_goes_on_working(Wrapper, tmp_path, remove_unused_columns=False)
+
+
+def test_an_argument_with_label_in_its_name_need_not_be_the_labels(tmp_path):
+    """Trainer takes it for them, but gives those of the batch to `compute_loss_func`."""
+
+    class Weighing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = vit()
+
+        def forward(self, pixel_values, label_weights=None):
+            return self.inner(pixel_values)
+
+    loss = WeightedCrossEntropy()
+    check_goes_on_working(Weighing, tmp_path, remove_unused_columns=False, compute_loss_func=loss)
 
 
 def test_the_ascent_is_by_the_batch_that_the_trainer_has_prepared(tmp_path):

@@ -198,6 +198,49 @@ class MadeForASize(nn.Module):
         return x + self.table
 
 
+class MadeForTheLast(MadeForASize):
+    """Notes what the last batch needs, not its images, and keeps the table that was made before."""
+
+    def forward(self, x):
+        number = int(x.flatten()[0] > 0)
+        if self.size != number:
+            self.size = number
+            table = torch.full((8, 1, 1), float(number))
+            if "table" in self._buffers:
+                self.table = table
+            else:
+                self.register_buffer("table", table)
+        return x + self.table
+
+
+class FilledByAFlag(nn.Module):
+    """Fills its buffer in place with the first batch, which a flag tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.ready = False
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        if not self.ready:
+            self.mean.copy_(x.detach().mean((0, 2, 3)))
+            self.ready = True
+        return x - self.mean[:, None, None]
+
+
+class Counting(nn.Module):
+    """Counts its calls, in a number and in a list, and anneals by them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.noted = 0, []
+
+    def forward(self, x):
+        self.calls += 1
+        self.noted.append(self.calls)
+        return x * (1 + 0.1 * self.calls + 0.01 * len(self.noted))
+
+
 class WithUnusualBuffers(nn.Module):
     """Expanded or made in inference mode, which no pass can write to, sparse, and conjugate."""
 
@@ -237,6 +280,9 @@ class Convolutional(nn.Module):
         lambda: FilledWhenNeeded(registered=True),
         lambda: FilledWhenNeeded(registered=False),
         MadeForASize,
+        MadeForTheLast,
+        FilledByAFlag,
+        Counting,
         WithUnusualBuffers,
         lambda: nn.BatchNorm2d(8),
         lambda: OwnBatchNorm(8),
@@ -250,6 +296,9 @@ class Convolutional(nn.Module):
         "filled when needed",
         "made when needed",
         "made for a size",
+        "made for the last batch",
+        "filled by a flag",
+        "counting",
         "unusual buffers",
         "batch norm",
         "batch norm with a forward of its own",
@@ -314,6 +363,27 @@ def test_layers_that_the_trainer_puts_into_evaluation_mode(where, tmp_path):
         lambda: Convolutional(lambda: nn.BatchNorm2d(8)), tmp_path, trainer=Frozen, ours=Ours
     )
     assert real.model.layer.num_batches_tracked == 0
+
+
+def test_layers_that_the_training_step_leaves_in_evaluation_mode(tmp_path):
+    """As a loss does that logs the accuracy: Trainer puts the model into training mode again, so the step trained BatchNorm."""
+
+    class LogsAccuracy(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss = super().compute_loss(model, dict(inputs), return_outputs, **kwargs)
+            model.eval()
+            with torch.no_grad():
+                model(inputs["pixel_values"])
+            return loss
+
+    class Ours(AACETrainer, LogsAccuracy):
+        pass
+
+    plain, vanishing, _ = check_goes_on_working(
+        lambda: Convolutional(lambda: nn.BatchNorm2d(8)), tmp_path, trainer=LogsAccuracy, ours=Ours
+    )
+    assert identical(dict(plain.model.named_buffers()), dict(vanishing.model.named_buffers()))
+    assert vanishing.model.layer.num_batches_tracked == 6
 
 
 def test_the_ascent_is_in_training_mode_after_an_evaluation(tmp_path):

@@ -133,7 +133,9 @@ def test_rho_may_follow_a_schedule(tmp_path):
         assert log["perturbation_norm"] == pytest.approx(log["rho"] * log["ascent_grad_norm"], rel=1e-5)
 
 
-def test_hyperparameter_search_sets_rho(tmp_path):
+@pytest.mark.parametrize("rho", [None, 1])
+def test_hyperparameter_search_sets_rho(rho, tmp_path):
+    """Trainer gives it the type of the value before it, which a user may have written as a whole number."""
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     used = []
@@ -144,7 +146,7 @@ def test_hyperparameter_search_sets_rho(tmp_path):
             return super().training_step(*args, **kwargs)
 
     trainer = Watching(
-        args=training_arguments(AACEConfig, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2),
+        args=training_arguments(AACEConfig, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2, rho=rho),
         model_init=lambda: vit(),
         train_dataset=digits(64),
         eval_dataset=digits(32),
@@ -152,7 +154,7 @@ def test_hyperparameter_search_sets_rho(tmp_path):
     best = trainer.hyperparameter_search(
         backend="optuna", n_trials=3, hp_space=lambda trial: {"rho": trial.suggest_float("rho", 0.01, 0.5, log=True)}
     )
-    assert len(set(used)) == 3
+    assert len(set(used)) == 3 and min(used) >= 0.01
     assert best.hyperparameters["rho"] in used
 
 
@@ -182,12 +184,13 @@ def test_a_generator_that_the_model_holds_draws_in_both_passes(tmp_path):
     class Noisy(Linear):
         def __init__(self):
             super().__init__()
-            self.generator, self.seen = torch.Generator().manual_seed(0), []
+            self.generator = torch.Generator().manual_seed(0)
 
         def forward(self, pixel_values, labels=None):
-            self.seen.append(torch.rand((), generator=self.generator).item())
+            seen.append(torch.rand((), generator=self.generator).item())
             return super().forward(pixel_values, labels)
 
+    seen = []
     trainer = trainer_for_single_steps(Noisy(), tmp_path, rho=0.1)
     trainer.training_step(trainer.model, batch())
-    assert len(set(trainer.model.seen)) == 2
+    assert len(set(seen)) == 2

@@ -2,25 +2,20 @@
 """
 State that a model derives from its weights and keeps in evaluation mode: it must not outlive a move of the weights.
 
-Not seen are numbers and arrays of NumPy that a model keeps outside of its modules, and there also a tensor without a graph
-that it keeps in training mode too: the weight behind such a tensor is not trained either.
+What a model keeps outside of its modules, in a closure or a cache of a function, is not seen.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from .._compat import BATCH_OR_INSTANCE_NORM
+from ..isolation import NO_STATE, unchanged_attributes
 from ..perturbation import perturbed
-
-
-# The attributes that every module has and that are not its state: hooks and the like.
-_NO_STATE = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers", "_modules"}
 
 
 _KEPT = (
@@ -43,22 +38,12 @@ def unchanged_state(model: nn.Module) -> Iterator[None]:
     Args:
         model (`nn.Module`): The model.
     """
-    attributes = [
-        (module, {name: value for name, value in vars(module).items() if name not in _NO_STATE})
-        for module in model.modules()
-    ]
-    containers = [value for _, state in attributes for value in state.values() if type(value) in (dict, list, set)]
-    contents = [container.copy() for container in containers]
     rewritten = [p for module in switching_modules(model) for p in module.parameters()]
     tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.buffers(), *rewritten)]
     try:
-        yield
+        with unchanged_attributes(model):
+            yield
     finally:
-        for module, before in attributes:
-            vars(module).update(before)
-        for container, before in zip(containers, contents, strict=True):
-            container.clear()
-            container.extend(before) if isinstance(container, list) else container.update(before)
         with torch.no_grad():
             for tensor, before in tensors:
                 tensor.copy_(before)
@@ -74,43 +59,6 @@ def derive_anew(modules: Sequence[nn.Module]) -> None:
     for module in modules:
         module.train()
         module.eval()
-
-
-class OutsideTensors(TorchDispatchMode):
-    """
-    Context manager around a forward pass, not the first one, that finds the floating-point tensors in it from elsewhere:
-    neither of the model nor of the batch nor computed in the pass. A closure, a cache of functions or an object that is no
-    module may have kept them from an earlier pass.
-
-    Args:
-        model (`nn.Module`): The model.
-        batch (`Mapping[str, Any]`): The batch.
-    """
-
-    def __init__(self, model: nn.Module, batch: Mapping[str, Any]):
-        super().__init__()
-        self._found: list[torch.Tensor] = []
-        # By their memory: `p.data` and views are other tensors.
-        self._known = set(map(_memory, (*model.parameters(), *model.buffers(), *_tensors(dict(batch)))))
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        outputs = function(*args, **(kwargs or {}))
-        if function is not torch.ops.aten.lift_fresh.default:  # of a tensor written in the code
-            read = _tensors([args, kwargs])
-            self._found += [t for t in read if t.is_floating_point() and _memory(t) not in self._known]
-        self._known.update(map(_memory, _tensors([outputs])))
-        return outputs
-
-    def are_there(self) -> bool:
-        """
-        Tell whether there are any.
-
-        Raises:
-            `ValueError`: If one has a graph, which leads back to weights of an earlier pass.
-        """
-        if kept := [tuple(tensor.shape) for tensor in self._found if tensor.grad_fn is not None]:
-            raise ValueError(f"A forward pass uses a tensor of shape {kept[0]} that an earlier one computed{_KEPT}")
-        return bool(self._found)
 
 
 def check_logits_follow_weights(
@@ -194,7 +142,7 @@ def may_keep_derived_state(model: nn.Module, state: dict[int, int]) -> bool:
     trainable parameters together with a buffer that may be derived from them.
     """
     for module in model.modules():
-        held = _tensors([value for name, value in vars(module).items() if name not in _NO_STATE])
+        held = _tensors([value for name, value in vars(module).items() if name not in NO_STATE])
         buffers = not isinstance(module, BATCH_OR_INSTANCE_NORM) and any(
             b.is_floating_point() for b in module.buffers(recurse=False)
         )
@@ -211,7 +159,3 @@ def _tensors(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
     elif depth and isinstance(value, dict | list | tuple | set):
         for entry in value.values() if isinstance(value, dict) else value:
             yield from _tensors(entry, depth - 1)
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)

@@ -2,7 +2,7 @@
 """The mean loss of a classifier over a dataset as a function of its weights, which are one vector here, and its derivatives."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from ..losses import count_labels
 from ..perturbation import perturbed
 from ..tensor_checks import check_classification, check_label_values, check_precision
 from .derived_state import (
-    OutsideTensors,
     check_logits_follow_weights,
     derive_anew,
     may_keep_derived_state,
@@ -55,24 +54,21 @@ class EmpiricalRisk:
         self.size = sum(self.sizes)
         self.device = self.parameters[0].device
         self._switching = switching_modules(model)
-        self._passes = 0
+        self._checked = False
         # Sums over many batches need 64 bits, which Apple's accelerator does not have.
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
 
     def logits_and_labels(self, batches: Batches | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Run the model on each batch and check what it returns."""
         for batch in self.batches if batches is None else batches:
-            self._passes += 1
-            state = versions(self.model) if self._passes == 1 else None
-            outside = OutsideTensors(self.model, batch) if self._passes == 2 else None
+            state = None if self._checked else versions(self.model)
+            self._checked = True
             derive_anew(self._switching)
-            with outside or nullcontext():
-                logits, labels = self._run(batch)
-            if (state and may_keep_derived_state(self.model, state)) or (outside and outside.are_there()):
+            logits, labels = self._run(batch)
+            if state and may_keep_derived_state(self.model, state):
                 # Of a single sample, timm's LeViT has a wrong gradient (torch 2.13).
                 two = next(samples_in_groups(batch, 2))
                 check_logits_follow_weights(self.model, self.parameters, lambda two=two: self._run(two)[0])
-                self._passes = 2  # all is checked
                 derive_anew(self._switching)
                 logits, labels = self._run(batch)  # the weights have moved meanwhile
             yield logits, labels
