@@ -11,7 +11,7 @@ The files stand in an order in which each imports only what is above it. To foll
     losses.py            the AACE loss
     perturbation.py      moves weights along a gradient, and puts them back bit for bit
     parameters.py        which parameters are perturbed
-    isolation.py         lets a pass leave no traces: random numbers, buffers, modes, gradients
+    isolation.py         lets a pass leave no traces: random numbers, buffers, attributes, modes, gradients
     distributed.py       the ascent under DDP and FSDP2
     interval_metrics.py  averages of what is logged
     loss_meter.py        the loss before and after the perturbation, for the log

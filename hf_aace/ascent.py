@@ -140,8 +140,8 @@ class Ascent(TrainerCallback):
 
     def prepare_perturbation(self, model: nn.Module, inputs: Any) -> perturbed | None:
         """
-        Prepare the perturbation for one micro-batch, which is not modified, and return it, not made yet; `None` if the step is
-        a plain one. Run an ascent pass unless the kept gradient may be reused.
+        Return the perturbation for one micro-batch, not applied yet, or `None` in a plain step. The micro-batch is not modified.
+        Run an ascent pass unless the kept gradient may be reused.
         """
         args, trainer = self.args, self.trainer
         if not perturbs(args, trainer.state.global_step):
@@ -299,7 +299,8 @@ class Ascent(TrainerCallback):
         # The generators are put back after the ascent: the descent draws the same numbers, and later steps what plain training draws.
         with (
             replayed_rng({p.device for p in trainer.model.parameters()}),
-            no_optimizer_steps(trainer, parameters),  # by hooks of parameters
+            # Hooks of parameters could step one.
+            no_optimizer_steps(trainer, [p for p in trainer.model.parameters() if p.requires_grad]),
             outside_ddp(model) as inner,
             unchanged_attributes(trainer.model),
             unchanged_buffers(trainer.model) as statistics,
@@ -377,7 +378,8 @@ class Ascent(TrainerCallback):
         # every argument with "label" in its name for one, such as weights of labels.
         names = self.trainer.label_names
         self.label_name = names[0] if names and "labels" not in names else "labels"
-        if isinstance(inputs, Mapping) and self.label_name not in inputs and "labels" in inputs:
+        guessed = self.trainer.args.label_names is None
+        if isinstance(inputs, Mapping) and "labels" in inputs and (guessed or self.label_name not in inputs):
             self.label_name = "labels"
         checks.check_batch(inputs, self.label_name)
         labels = inputs[self.label_name]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Context managers that keep a second pass through a model from leaving traces: random numbers, buffers, modes, gradients."""
+"""Context managers that keep a second pass through a model from leaving traces: random numbers, buffers, attributes, modes, gradients."""
 
 import operator
 import random
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -14,8 +15,6 @@ from ._compat import BATCH_NORM
 
 
 _FORWARD_OF_BATCH_NORM = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
-# The attributes that every module has and that are not its state: hooks and the like.
-NO_STATE = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers", "_modules"}
 
 
 @contextmanager
@@ -65,26 +64,28 @@ def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.
 def unchanged_attributes(model: nn.Module) -> Iterator[None]:
     """
     Give all modules back, after this context manager, the attributes that they had before it: counters, flags, what they note of
-    the last batch. Lists, dictionaries and sets among them get back their contents, and buffers that were made go.
+    the last batch. Lists, dictionaries and sets among them, those of hooks too, get back their entries, one level deep. Tensors
+    that are no buffers, and other objects, are not copied: what is changed inside them stays changed.
     """
     before = [(module, type(module), vars(module).copy()) for module in model.modules()]
     contents = [
-        (value, value.copy())
-        for *_, attributes in before
-        for name in attributes.keys() - NO_STATE - {"_parameters"}  # FSDP2 exchanges parameters
-        if type(value := attributes[name]) in (list, dict, set)
+        (module, cls, value, value.copy())
+        for module, cls, attributes in before
+        for name, value in attributes.items()
+        if type(value) in (list, dict, set, OrderedDict) and name != "_parameters"  # which FSDP2 exchanges
     ]
     try:
         yield
     finally:
+        # A lazy layer becomes one of another class in its first pass, and stays so.
         for module, cls, attributes in before:
-            if type(module) is cls and not _holds_the_same(
-                vars(module), attributes
-            ):  # a lazy layer becomes another class
+            if type(module) is cls and not _holds_the_same(vars(module), attributes):
                 vars(module).clear()
                 vars(module).update(attributes)
-        for value, entries in contents:
-            if not (isinstance(value, dict) and _holds_the_same(value, entries)):
+        for module, cls, value, entries in contents:
+            if not value and not entries:  # most hooks
+                continue
+            if type(module) is cls and not (isinstance(value, dict) and _holds_the_same(value, entries)):
                 value.clear()
                 value.extend(entries) if isinstance(value, list) else value.update(entries)
 

@@ -127,8 +127,9 @@ def _bits(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
 @contextmanager
 def no_optimizer_steps(trainer: Trainer, parameters: list[nn.Parameter]) -> Iterator[None]:
     """
-    Refuse, by a `RuntimeError`, steps of an optimizer of the perturbed `parameters` inside this context manager: in the descent
-    the weights would be put back over the update, and in the ascent, where hooks may step one, it would have the wrong gradient.
+    Refuse, by a `RuntimeError`, steps of an optimizer of these `parameters` inside this context manager. In the descent the update
+    would be lost when the weights are put back; in the ascent, where a hook may step the optimizer, it would follow the gradient
+    of the ascent loss.
     """
     perturbed = {id(p) for p in parameters}
 
@@ -137,8 +138,8 @@ def no_optimizer_steps(trainer: Trainer, parameters: list[nn.Parameter]) -> Iter
             return  # of a discriminator, for example
         raise RuntimeError(
             f"`training_step` of {type(trainer).__name__} steps {type(optimizer).__name__} itself, or a hook in the backward pass does, "
-            "while the weights are perturbed: the update would be lost. Leave the step to Trainer, or make it in a callback "
-            "(`on_step_end`)."
+            "while the weights are perturbed: the update would be lost, or follow the gradient of the ascent loss. Leave the step to "
+            "Trainer, or make it in a callback (`on_step_end`)."
         )
 
     handle = register_optimizer_step_pre_hook(refuse)

@@ -214,8 +214,10 @@ def test_an_argument_with_label_in_its_name_need_not_be_the_labels(tmp_path):
         def forward(self, pixel_values, label_weights=None):
             return self.inner(pixel_values)
 
-    loss = WeightedCrossEntropy()
-    check_goes_on_working(Weighing, tmp_path, remove_unused_columns=False, compute_loss_func=loss)
+    for rows in (digits(64), [{**row, "label_weights": torch.tensor(0.5)} for row in digits(64)]):
+        check_goes_on_working(
+            Weighing, tmp_path, rows=rows, remove_unused_columns=False, compute_loss_func=WeightedCrossEntropy()
+        )
 
 
 def test_the_ascent_is_by_the_batch_that_the_trainer_has_prepared(tmp_path):

@@ -308,6 +308,15 @@ def test_what_a_forward_pass_keeps_is_updated_once(layer, accumulate, tmp_path):
     check_goes_on_working(lambda: Convolutional(layer), tmp_path, **accumulate)
 
 
+def test_hooks_that_a_first_pass_registers_are_there_once(tmp_path):
+    """Transformers notes in the model that it has registered those that collect hidden states."""
+    model = vit()
+    model.config.output_hidden_states = True
+    number = len(vit()(batch()["pixel_values"], output_hidden_states=True).hidden_states)
+    trainer = train(AACETrainer, AACEConfig, model, tmp_path, steps=2, rho=0.1)
+    assert len(trainer.model(batch()["pixel_values"]).hidden_states) == number
+
+
 @pytest.mark.parametrize("write", [lambda a, b: a.lerp_(b, 1e-3), lambda a, b: a.data.lerp_(b.data, 1e-3)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_teacher_that_the_forward_pass_moves_is_refused(dtype, write, tmp_path):

@@ -14,9 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .._compat import BATCH_OR_INSTANCE_NORM
-from ..isolation import NO_STATE, unchanged_attributes
+from ..isolation import unchanged_attributes
 from ..perturbation import perturbed
 
+
+# The attributes that every module has and that are not its state: hooks and the like.
+_NO_STATE = vars(nn.Module()).keys() - {"training", "_parameters", "_buffers", "_modules"}
 
 _KEPT = (
     ": the model keeps something that it derived from its weights. Its sharpness can be measured if each forward pass derives "
@@ -38,12 +41,16 @@ def unchanged_state(model: nn.Module) -> Iterator[None]:
     Args:
         model (`nn.Module`): The model.
     """
+    registered = [(module._parameters, module._parameters.copy()) for module in model.modules()]
     rewritten = [p for module in switching_modules(model) for p in module.parameters()]
     tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.buffers(), *rewritten)]
     try:
         with unchanged_attributes(model):
             yield
     finally:
+        for parameters, before in registered:
+            parameters.clear()
+            parameters.update(before)
         with torch.no_grad():
             for tensor, before in tensors:
                 tensor.copy_(before)
@@ -142,7 +149,7 @@ def may_keep_derived_state(model: nn.Module, state: dict[int, int]) -> bool:
     trainable parameters together with a buffer that may be derived from them.
     """
     for module in model.modules():
-        held = _tensors([value for name, value in vars(module).items() if name not in NO_STATE])
+        held = _tensors([value for name, value in vars(module).items() if name not in _NO_STATE])
         buffers = not isinstance(module, BATCH_OR_INSTANCE_NORM) and any(
             b.is_floating_point() for b in module.buffers(recurse=False)
         )

@@ -96,10 +96,14 @@ def run(argv: list[str]) -> int:
     check_exists("dataset_name", dataset_name)
     compute_metrics = compute_metrics_fn([name for name in options.metrics if name != "confusion_matrix"])
     model, processor = load_pretrained(source)
-    run, drawn = train_options(Path(name)), {"seed": 0}
-    if options.split == "train" and is_same_data(dataset_name, run.get("dataset_name")) and not run.get("streaming"):
+    trained, drawn = train_options(Path(name)), {"seed": 0}
+    if (
+        options.split == "train"
+        and not trained.get("streaming")
+        and is_same_data(dataset_name, trained.get("dataset_name"))
+    ):
         names = ("seed", "train_size", "label_noise", "validation_size")  # which say what the run trained on
-        drawn |= {name: run[name] for name in names if name in run}
+        drawn |= {name: trained[name] for name in names if name in trained}
     splits = load_images(options, **drawn, to_train=options.split != "all")
     data = concatenate_datasets(list(splits.values())) if options.split == "all" else splits[options.split]
     data = in_the_classes_of(model.config.id2label, data)

@@ -220,7 +220,7 @@ def in_the_classes_of(id2label: dict[int, str], data: Dataset) -> Dataset:
 
 def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, list[Run]]:
     """
-    List the runs in the folders by name, each name where it first comes; by default a run has its own name, see [`Run`]. Refuse
+    Group the runs in the folders by name, in the order in which the names first appear; by default a run has its own, see [`Run`]. Refuse
     a folder that does not exist, names that are not as many, and, without `names`, runs of one name that differ in anything but
     the seed, or not even in that.
     """
@@ -235,10 +235,12 @@ def open_runs(folders: Sequence[str], names: Sequence[str] | None) -> dict[str, 
             keys = sorted(first.options.keys() | other.options.keys())
             different = [k for k in keys if first.options.get(k) != other.options.get(k)]
             if different != ["seed"]:
+                why = f"differ in {first_few(different)}" if different else "do not differ, not even in the seed"
+                if not first.options and not other.options:
+                    why = f"have no {TRAIN_OPTIONS_NAME} that says how they were trained"
                 raise ValueError(
                     f"The runs in {str(first.folder)!r} and {str(other.folder)!r} would both be called {name!r}, as runs of one method with "
-                    f"several seeds, but by their {TRAIN_OPTIONS_NAME} they differ in "
-                    f"{first_few(different) if different else 'nothing, not even the seed'}. Say by `--names` what to call each run."
+                    f"several seeds, but they {why}. Say by `--names` what to call each run."
                 )
     return groups
 

@@ -6,6 +6,8 @@ import json
 import os
 import shlex
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -63,8 +65,8 @@ def read_study(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpar
 class Study:
     """
     The folder, seeds and options of a study, and which methods have several settings to choose from (`searched`). `options` and
-    `common` come from [`read_study`]; with `chooses` validation images choose, whatever the candidates. Refuse bad options of
-    any candidate, before the first run, and a folder that holds a study with other options.
+    `common` come from [`read_study`]; with `chooses` the study needs validation images even if no method has several settings.
+    Refuse bad options of any candidate, before the first run, and a folder that holds a study with other options.
     """
 
     def __init__(
@@ -107,10 +109,8 @@ class Study:
                     "out, or compare methods of one setting each with `--validation_size 0`."
                 )
         self.title = f"{', '.join(models)} on {', '.join(datasets)}"
-        record, has_runs = self.folder / "study.json", any(self.folder.glob("*/*/all_results.json"))
-        begun_with = (
-            json.loads(record.read_text(encoding="utf-8"))["options"] if has_runs and record.is_file() else common
-        )
+        self._record = record = self.folder / "study.json"
+        begun_with = json.loads(record.read_text(encoding="utf-8"))["options"] if record.is_file() else common
         if _by_option(begun_with) != _by_option(common):
             raise ValueError(
                 f"The folder {str(self.folder)!r} holds a study with other options of `hf-aace train` than "
@@ -119,9 +119,15 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({"options": common}, indent=2) + "\n", encoding="utf-8")
 
-    def runner(self, total: int) -> Runner:
-        """Make the context manager that makes the runs of this study, `total` of them."""
-        return Runner(self.folder, _train, self._options, self._jobs, total)
+    @contextmanager
+    def runner(self, total: int) -> Iterator[Runner]:
+        """Give, by this context manager, what makes the runs of this study, `total` of them."""
+        try:
+            with Runner(self.folder, _train, self._options, self._jobs, total) as runner:
+                yield runner
+        finally:
+            if not any(self.folder.glob("*/*/all_results.json")):
+                self._record.unlink(missing_ok=True)  # without a run it may begin anew with other options
 
 
 def _by_option(argv: list[str]) -> list[list[str]]:

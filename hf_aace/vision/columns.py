@@ -127,12 +127,14 @@ def _type_name(feature: Any) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
-def with_classes(name: str, splits: dict[str, Dataset]) -> DatasetDict:
+def with_classes(name: str, splits: dict[str, Dataset], to_train: bool = True) -> DatasetDict:
     """
     Give the labels of all splits, classes, strings or integers, the type [`~datasets.ClassLabel`] of the training images.
-    Strings and integers become the names of classes, in ascending order. A missing label is `None`; in the other splits -1 is a
-    missing label too, unless a training image has it, and stays -1 in a split of that type. Refuse training images without a
-    label, or each with one that no other image has, and classes of other splits that no training image has.
+    Strings and integers become the names of classes, in ascending order. A missing label is `None`; in the other splits -1 is one
+    too, unless a training image has it. A split that has the classes of `train` already is left as it is, -1 included.
+
+    Refuse classes of other splits that no training image has. If the training labels are strings or integers, refuse missing ones,
+    and `to_train` on more than two that all differ and of which the other splits have none.
 
     `class_encode_column` and `align_labels_with_mapping` of `datasets` do not serve: the one sorts numbers by their digits and
     encodes each split by itself, the other takes names that differ only in case for one.
@@ -147,7 +149,7 @@ def with_classes(name: str, splits: dict[str, Dataset]) -> DatasetDict:
             )
         classes = sorted(set(labels))
         elsewhere = {label for split, part in splits.items() if split != "train" for label in part["label"]}
-        if len(classes) == len(labels) > 2 and elsewhere.isdisjoint(classes):
+        if to_train and len(classes) == len(labels) > 2 and elsewhere.isdisjoint(classes):
             raise ValueError(
                 f"Every training image of the dataset {name!r} has a label of its own, such as {classes[0]!r}: these are no "
                 "classes. Name another column by `label_column_name`."

@@ -84,7 +84,8 @@ def load_image_dataset(
             can hold, and a warning says if they do not fit. The images themselves are not changed.
         to_train (`bool`, *optional*, defaults to `True`):
             `False` for images that a trained model is evaluated on: the labeled splits are returned as they are, and they may be
-            of one class, or of one image for each. The digits are always split.
+            of one class, or of one image for each. `train_size`, `label_noise` and `validation_size` are then not used. The digits
+            are always split.
 
     Returns:
         `DatasetDict`: The splits `train` and `test`, and `validation` if `validation_size` asks for it or the dataset has
@@ -145,7 +146,7 @@ def _load(
     """Load the splits that are labeled and readable; those to train on are `train`, `test` and perhaps `validation`."""
     loaded = load_splits(name, one_class=not to_train)
     try:
-        splits = with_classes(name, image_and_label(name, loaded, image_column_name, label_column_name))
+        splits = with_classes(name, image_and_label(name, loaded, image_column_name, label_column_name), to_train)
     except ValueError as error:
         raise ValueError(f"{error}{metadata_hint(name)}") from error
     for split in TEST_SPLITS:  # public competitions often withhold the test labels

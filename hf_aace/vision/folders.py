@@ -46,7 +46,7 @@ def load_splits(name: str, streaming: bool = False, one_class: bool = False) -> 
     """
     Load the splits of a dataset as they are; with `streaming` open it without reading it. `name` is as for
     [`~hf_aace.vision.datasets.load_image_dataset`], except for `"digits"`. Refuse a dataset that does not exist, or that cannot
-    be read or streamed; a folder of a single class too, unless it may have `one_class`.
+    be read or streamed, and a folder of a single class unless `one_class` is true.
     """
     options = {"streaming": True} if streaming else {}
     path = Path(name)

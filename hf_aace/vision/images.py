@@ -73,7 +73,7 @@ def value_range(image: dict[str, Any]) -> tuple[str, float, float]:
 
     Return how the values are stored (`"8 bits"`, `"16 bits"`, `"16 bits of color"`, or `"32 bits"` for floating-point numbers
     and for integers that are not in `[0, 65535]`), the lowest value and the highest. Of more than 8 bits each end leaves out
-    0.5 % of the values, at least one of 64 or more: defects of the sensor and burned-in marks.
+    0.5 % of the values, at least one if there are 64 or more: defects of the sensor and burned-in marks.
     """
     with _opened(image, min_size=1) as opened:
         factor = 257 if _is_deep_color(opened) else 1

@@ -274,7 +274,7 @@ def test_names_and_data_can_be_given_for_runs_that_do_not_say(runs, tmp_path, ca
 
 
 @pytest.mark.parametrize("command", ["sharpness", "plot", "benchmark"])
-def test_a_folder_for_results_that_cannot_be_one_is_told_before_anything_is_measured(command, runs, tmp_path, capsys):
+def test_a_folder_for_results_that_cannot_be_one_is_told(command, runs, tmp_path, capsys):
     (tmp_path / "file").touch()
     argv = [command] if command == "benchmark" else [command, str(runs / "sam")]
     assert "`output_dir` is 'file', but 'file' is no folder" in said(capsys, *argv, "--output_dir", "file")
@@ -297,7 +297,7 @@ def test_runs_that_were_trained_otherwise_or_with_one_seed_are_not_averaged_unas
     Path("faster/train_options.json").write_text(json.dumps(options))
     assert "they differ in learning_rate, seed." in said(capsys, "plot", str(runs / "plain-0"), "faster")
     again = [str(runs / name) for name in ("plain-0", "plain-1", "plain-0")]
-    assert "they differ in nothing, not even the seed." in said(capsys, "plot", *again)
+    assert "they do not differ, not even in the seed." in said(capsys, "plot", *again)
 
 
 def test_other_data_are_read_by_their_own_columns_and_sizes(runs, tmp_path):
