@@ -199,13 +199,13 @@ class MadeForASize(nn.Module):
 
 
 class MadeForTheLast(MadeForASize):
-    """Notes what the last batch needs, not its images, and keeps the table that was made before."""
+    """Puts another table in place for each batch, unless it is the one that it noted last."""
 
     def forward(self, x):
-        number = int(x.flatten()[0] > 0)
+        number = float(x.detach().mean())
         if self.size != number:
             self.size = number
-            table = torch.full((8, 1, 1), float(number))
+            table = torch.full((8, 1, 1), number)
             if "table" in self._buffers:
                 self.table = table
             else:
