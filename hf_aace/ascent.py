@@ -32,7 +32,7 @@ from .isolation import (
     unchanged_buffers,
 )
 from .loss_meter import LossMeter
-from .losses import aace_loss, count_correct, count_labels
+from .losses import aace_loss, count_correct, count_labels, in_full_precision
 from .parameters import parameters_to_perturb
 from .pass_checks import (
     images_given_to,
@@ -403,9 +403,7 @@ class Ascent(TrainerCallback):
             generator = self._new_generator(logits.device) if self.args.aace_target == "random" else None
             return aace_loss(logits, labels, target=self.args.aace_target, reduction="sum", generator=generator)
         with explained_labels(labels, logits.shape[1]):
-            return F.cross_entropy(
-                logits if logits.dtype == torch.float64 else logits.float(), labels, reduction="sum"
-            )
+            return F.cross_entropy(in_full_precision(logits), labels, reduction="sum")
 
     def _new_generator(self, device: torch.device) -> torch.Generator:
         """Seed a new generator for each micro-batch. The global one is reset after each ascent, so it would repeat itself."""

@@ -17,7 +17,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from .isolation import replayed_rng
-from .losses import count_labels
+from .losses import count_labels, in_full_precision
 
 
 logger = logging.get_logger(__name__)
@@ -52,8 +52,7 @@ class LossMeter:
             return torch.full((), math.nan, device=logits.device)
         try:
             if loss_func is None:
-                # Sums of 16 bits would be too coarse to subtract.
-                logits = logits if logits.dtype == torch.float64 else logits.float()
+                logits = in_full_precision(logits)  # sums of 16 bits would be too coarse to subtract
                 with torch.no_grad():
                     return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             # As Trainer counts them: of probabilities every entry.

@@ -9,6 +9,11 @@ import torch.nn.functional as F
 from .tensor_checks import check_classification, explained_labels
 
 
+def in_full_precision(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits in 32 bits, or in the 64 that they have."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def count_labels(labels: torch.Tensor) -> torch.Tensor | int:
     """
     Count the samples, but not those with the index -100, which cross-entropy ignores too.
@@ -91,8 +96,7 @@ def aace_loss(
         raise ValueError(f"`target` must be 'adaptive', 'uniform' or 'random', got {target!r}.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none', got {reduction!r}.")
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
+    logits = in_full_precision(logits)
 
     if labels.is_floating_point():
         every_class = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..isolation import replayed_rng
-from ..losses import count_labels
+from ..losses import count_labels, in_full_precision
 from ..perturbation import perturbed
 from ..tensor_checks import check_classification, check_label_values, check_precision
 from .derived_state import (
@@ -87,7 +87,7 @@ class EmpiricalRisk:
         check_classification(logits, labels)
         check_label_values(labels, logits.shape[1])
         labels = labels if labels.is_floating_point() else labels.long()
-        return logits if logits.dtype == torch.float64 else logits.float(), labels
+        return in_full_precision(logits), labels
 
     @torch.no_grad()
     def loss(self, batches: Batches | None = None) -> float:
