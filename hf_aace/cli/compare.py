@@ -52,10 +52,9 @@ def run(argv: list[str]) -> int:
     study = Study(options, common, candidates)
     seeds, tried_on = study.seeds, study.seeds[: options.search_seeds]
     search = [(each, seed) for each in candidates for seed in (tried_on if each.method in study.searched else seeds)]
-    for option, without in unequal_search(candidates).items():
-        searching = next(method for method in methods if method not in without)
+    for option, (searching, without) in unequal_search(candidates).items():
         print(
-            f"hf-aace: warning: `{option}` is searched for {searching}, but not for {', '.join(without)}. The comparison "
+            f"hf-aace: warning: `{option}` is searched for {searching[0]}, but not for {', '.join(without)}. The comparison "
             f"favors what is searched: give each method values of `{option}` to try, as `:{option}=A|B`.",
             file=sys.stderr,
         )
@@ -70,10 +69,10 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def unequal_search(candidates: list[Candidate]) -> dict[str, list[str]]:
+def unequal_search(candidates: list[Candidate]) -> dict[str, tuple[list[str], list[str]]]:
     """
     List the options that are searched for some methods only, which makes a comparison unfair, each with the methods for which
-    it is not. Plain training is not expected to search options of the perturbation.
+    it is, and those for which it is not. Plain training is not expected to search options of the perturbation.
     """
     settings = pd.DataFrame([dict(each.settings) for each in candidates], index=[each.method for each in candidates])
     values = settings.groupby(level=0, sort=False).nunique()
@@ -81,8 +80,9 @@ def unequal_search(candidates: list[Candidate]) -> dict[str, list[str]]:
     unequal = {}
     for option in values.columns[(values > 1).any()]:
         could = [name for name in values.index if option not in of_perturbation or not name.startswith("trainer")]
-        if without := [method for method in could if values.loc[method, option] <= 1]:
-            unequal[option] = without
+        searching = [method for method in could if values.loc[method, option] > 1]
+        if without := [method for method in could if method not in searching]:
+            unequal[option] = searching, without
     return unequal
 
 

@@ -346,10 +346,10 @@ def test_a_study_that_is_interrupted_says_how_to_go_on(command, total, tmp_path,
     [
         (
             "trainer:learning_rate=1e-3|3e-3,sam:rho=0.05|0.2,aace:rho=0.03|0.1",
-            {"learning_rate": ["sam:rho=0.05|0.2", "aace:rho=0.03|0.1"]},
+            {"learning_rate": (["trainer:learning_rate=1e-3|3e-3"], ["sam:rho=0.05|0.2", "aace:rho=0.03|0.1"])},
         ),
-        ("trainer,aace:weight_decay=0|0.1", {"weight_decay": ["trainer"]}),
-        ("trainer:learning_rate=1|2,sam,aace:learning_rate=1|2:rho=1|2", {"learning_rate": ["sam"], "rho": ["sam"]}),
+        ("trainer,aace:weight_decay=0|0.1", {"weight_decay": (["aace:weight_decay=0|0.1"], ["trainer"])}),
+        ("trainer,sam:rho=1|2,aace", {"rho": (["sam:rho=1|2"], ["aace"])}),
         ("trainer,sam,aace:ascent_fraction=0.125", {}),
         ("trainer,sam:rho=0.05|0.2,aace:rho=0.03|0.1", {}),
         ("trainer:learning_rate=1|2,aace:learning_rate=3|4:perturb_modules=norm:rho=10|30", {}),
@@ -374,6 +374,9 @@ def test_an_unequal_search_is_warned_of_once_and_before_the_runs(tmp_path, monke
     assert main([*argv, "trainer:learning_rate=1e-3|1e-2,aace"]) == 0
     assert "warning: `learning_rate` is searched for trainer:learning_rate=1e-3|1e-2, but not for aace" in said[0]
     assert "`:learning_rate=A|B`" in said[0]
+    said.clear()
+    assert main([*argv, "trainer,sam,aace:rho=0.03|0.1"]) == 0
+    assert "warning: `rho` is searched for aace:rho=0.03|0.1, but not for sam" in said[0]
     assert "warning" not in "".join(said[1:]) + capsys.readouterr().err
     said.clear()
     assert main([*argv, "trainer:learning_rate=1e-3|1e-2,aace:learning_rate=1e-3|1e-2"]) == 0
