@@ -15,7 +15,7 @@ The files stand in an order in which each imports only what is above it. To foll
     distributed.py       the ascent under DDP and FSDP2
     interval_metrics.py  averages of what is logged
     loss_meter.py        the loss before and after the perturbation, for the log
-    callbacks.py         callbacks that see each perturbation
+    callbacks.py         callbacks that are called after each ascent pass
     hook_watch.py        notices when the methods of the trainer are no longer called
     pass_checks.py       checks of what happens in the passes
     ascent.py            the ascent pass, and how long its gradient is used

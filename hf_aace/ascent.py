@@ -19,7 +19,7 @@ from . import checks
 from ._compat import BATCH_NORM
 from .callbacks import PerturbationCallback
 from .config import AACEArguments, aace_arguments, perturbs
-from .distributed import average_gradients, outside_ddp, reshard, sum_over_processes
+from .distributed import average_gradients, outside_ddp, reshard
 from .hook_watch import HookWatch
 from .interval_metrics import IntervalMetrics
 from .isolation import (
@@ -89,7 +89,8 @@ class Ascent(TrainerCallback):
         self._images: list[torch.Tensor] | None = None  # of the first ascent pass, until the descent after it
         # BatchNorm: the ascent updates the running statistics at the clean weights, `unchanged_buffers` takes the update back and
         # returns it, the descent runs with frozen statistics, and `_apply_statistics` makes the update, except in layers that the
-        # descent has in evaluation mode. Known only after a first descent, these are those of the last one.
+        # descent has in evaluation mode. Which layers these are is known after a descent only: an ascent goes by the descent
+        # before it.
         self._statistics: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # layer, buffer, new value
         self._ascent_batches: list[tuple[Any, torch.Tensor, int]] = []  # micro-batch, labels, samples used
         self._perturbed_losses: list[torch.Tensor] = []  # in the descents of these micro-batches
@@ -178,7 +179,8 @@ class Ascent(TrainerCallback):
         if new:
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, PerturbationCallback) and (values := callback.on_perturbation(perturbation)):
-                    self.metrics.add(values)
+                    device = perturbation.norm.device
+                    self.metrics.add({name: torch.as_tensor(value, device=device) for name, value in values.items()})
         if args.ascent_every == 1 and inputs is window[-1]:
             self._gradient = None
         return perturbation
@@ -198,7 +200,10 @@ class Ascent(TrainerCallback):
 
     @contextmanager
     def descent(self, model: nn.Module) -> Iterator[None]:
-        """Run the descent at the perturbed weights inside this context manager: it leaves the statistics of BatchNorm alone."""
+        """
+        Run the descent at the perturbed weights inside this context manager. It leaves the statistics of BatchNorm alone, which
+        get those of the ascent afterwards.
+        """
         try:
             ascended = self._last_step == self.trainer.state.global_step
             check = self._descents < 2 and not self.trainer.accelerator.is_fsdp2
@@ -294,11 +299,12 @@ class Ascent(TrainerCallback):
         # (reversible ones), which fill `p.grad` and give `grad` none. They are found after the first pass, which is then repeated.
         draws, use_backward = self._random_draws, sharded or self._uses_backward
         keep = len(window) > 1 or self.args.ascent_every > 1
+        devices = {p.device for p in trainer.model.parameters()}
         gradients: list[torch.Tensor | None] = [None] * len(parameters)
         losses: dict[str, Any] = {"clean_loss": 0.0, "clean_accuracy": 0.0, "ascent_loss": 0.0}
         # The generators are put back after the ascent: the descent draws the same numbers, and later steps what plain training draws.
         with (
-            replayed_rng({p.device for p in trainer.model.parameters()}),
+            replayed_rng(devices),
             # Hooks of parameters could step one.
             no_optimizer_steps(trainer, [p for p in trainer.model.parameters() if p.requires_grad]),
             outside_ddp(model) as inner,
@@ -307,23 +313,25 @@ class Ascent(TrainerCallback):
             in_training(model, except_modules=self._modules_in_eval or ()),
             gradients_set_aside(trainer.model) if use_backward or first else nullcontext(),
             images_given_to(inner, trainer) if first else nullcontext() as images,
-            # In the second, too: a momentum teacher that starts as a copy does not move in the first.
+            # In the first two: a momentum teacher that begins as a copy of the model moves in the second only.
             refuse_changed_parameters(trainer.model) if self._passes < 2 and not sharded else nullcontext(),
         ):
-            samples = [self._samples(inputs) for inputs in window]
-            self._ascent_batches = [
-                (batch, whole, labels.shape[:1].numel())
-                for batch, (_, labels, whole) in zip(window, samples, strict=True)
-            ]
-            self._perturbed_losses = []
+            # An own `_prepare_inputs` may draw random numbers: it is called to count the labels, and again before each forward
+            # pass, in the order of the descents.
+            prepare_again = len(window) > 1 and type(trainer)._prepare_inputs is not Trainer._prepare_inputs
+            with replayed_rng(devices) if prepare_again else nullcontext():
+                samples = [self._samples(inputs) for inputs in window]
+            self._ascent_batches, self._perturbed_losses = [], []
             count = divisor = sum(count_labels(labels) for _, labels, _ in samples)
             self._label_count = count
             if self.in_sync:  # with this divisor the mean over the processes is that over all their samples
                 count_here = torch.as_tensor(count, dtype=torch.float32, device=trainer.args.device)
-                divisor = sum_over_processes(count_here) / trainer.args.world_size
-            for index, (inputs, labels, whole) in enumerate(samples):
+                divisor = trainer.accelerator.reduce(count_here, "mean")
+            for index, batch in enumerate(window):
+                inputs, labels, whole = self._samples(batch) if prepare_again else samples[index]
+                self._ascent_batches.append((batch, whole, labels.shape[:1].numel()))
                 if sharded:
-                    model.set_requires_gradient_sync(index == len(samples) - 1)
+                    model.set_requires_gradient_sync(index == len(window) - 1)
                 with trainer.compute_loss_context_manager():
                     # A copy: some models change their inputs in place, and the descent is to get them unchanged.
                     outputs = trainer.ascent_outputs(inner, recursively_apply(torch.clone, inputs))

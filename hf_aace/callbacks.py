@@ -26,7 +26,7 @@ class PerturbationCallback(TrainerCallback):
             perturbation ([`perturbed`]): The step that is about to be made.
 
         Returns:
-            `dict[str, torch.Tensor]`, *optional*: Scalars on the device (reading them would wait for it), which are averaged
+            `dict[str, torch.Tensor]`, *optional*: Scalars, best on the device (reading them would wait for it), which are averaged
             over the steps and the processes and logged beside those of the trainer. All processes must return the same names.
         """
 

@@ -70,7 +70,7 @@ def _warn_of_lost_statistics(trainer: Trainer) -> None:
         name
         for name, module in model.named_modules()
         if isinstance(module, BATCH_OR_INSTANCE_NORM) and module.track_running_stats
-        # peft's copy that is trained and saved, and the one that it stands for, which is not run any more
+        # neither peft's trained copy, which is saved, nor the original, which no longer runs
         if "modules_to_save" not in name and "original_module" not in name
     ]
     if lost:

@@ -5,7 +5,7 @@ import math
 import re
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from transformers import TrainingArguments
 
@@ -36,12 +36,6 @@ METHODS: dict[str, dict[str, Any]] = {
 # validation images in a study of digits (notebooks/study); in fine-tuning on photographs 1 to 3 were best. Not measured for ASAM,
 # which is nearly SAM where weights are near 1.
 _RHO_OF_NORM_LAYERS = {"aace": 10.0, "sam": 1.0, "asam": 1.0}
-
-_CHOICES = {
-    "perturbation_loss": ["aace", "cross_entropy"],
-    "aace_target": ["adaptive", "uniform", "random"],
-    "ascent_scope": ["micro_batch", "full_batch"],
-}
 
 
 def perturbs(args: "AACEArguments", step: int) -> bool:
@@ -227,9 +221,10 @@ class AACEArguments:
                 raise ValueError(
                     f"`{name}` must be a whole number of steps >= 1, got {value}. Use 1 to {meaning} on every step."
                 )
-        for name, choices in _CHOICES.items():
+        for name in ("perturbation_loss", "aace_target", "ascent_scope"):
+            choices = get_args(AACEArguments.__annotations__[name])
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+                raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
         if self.perturb_modules is not None:
             try:
                 re.compile(self.perturb_modules)
@@ -240,7 +235,7 @@ class AACEArguments:
 
 
 def method_and_settings(args: AACEArguments) -> str:
-    """Return the title of a method with its `rho`, and with the fields that no method sets where they are not the defaults."""
+    """Return the title of a method, its `rho`, and every other field that is not at its default."""
     if args.rho == 0:
         return method_title(args)
     others = [option for option in fields(AACEArguments) if option.name not in ("method", *METHODS["aace"])]

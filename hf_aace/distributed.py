@@ -27,15 +27,6 @@ def outside_ddp(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all processes into a new one; with a single process, return the tensor."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return tensor
-    tensor = tensor.clone()
-    dist.all_reduce(tensor)
-    return tensor
-
-
 def average_gradients(gradients: list[torch.Tensor | None], parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     """
     Average gradients over all processes, by a single collective. A gradient that one process lacks counts as zero there; the

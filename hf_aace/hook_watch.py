@@ -30,21 +30,25 @@ class HookWatch(TrainerCallback):
         self._called = self._ever_called = True
         # Trainer has this number from what its `get_batch_samples` returned. With one micro-batch nothing depends on it.
         if self._expected and 1 < self._trainer.current_gradient_accumulation_steps != self._micro_batches:
-            self._raise("get_batch_samples", "does not know the micro-batches of the optimizer step")
+            self._raise(
+                "get_batch_samples",
+                "does not know the micro-batches of the optimizer step (if you change them, do so in a class behind it)",
+            )
 
     def note_window(self, batches: list[Any]) -> None:
         """Note that `get_batch_samples` was called, and the micro-batches that it returned."""
-        trainer, steps = self._trainer, self._trainer.args.gradient_accumulation_steps
-        within_a_step = (
-            self._called and not trainer.accelerator.sync_gradients and not trainer.control.should_epoch_stop
-        )
-        # A stream without a length ends in an empty window; its last, short one goes on in the next epoch.
+        steps = self._trainer.args.gradient_accumulation_steps
+        within_a_step = self._called and not self._trainer.accelerator.sync_gradients
+        # A stream without a length ends in an empty window.
         if batches and self._expected and within_a_step and self._micro_batches == 1 < steps:
             self._raise("get_batch_samples", f"was called for one micro-batch of {steps}, not for all of them")
         self._micro_batches = len(batches)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._expected, self._called, self._ever_called, self._micro_batches = False, False, False, 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._called = False  # the last, short window of a stream goes on in the next epoch
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._expected, self._called = perturbs(aace_arguments(args), state.global_step), False

@@ -4,8 +4,7 @@
 import math
 
 import torch
-
-from .distributed import sum_over_processes
+from accelerate.utils import reduce
 
 
 class IntervalMetrics:
@@ -37,8 +36,8 @@ class IntervalMetrics:
         totals = torch.cat([torch.stack((total, count.float())) for total, count in self._sums.values()], dim=1)
         self.reset()
         sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-        for name, total, count in zip(names, *sum_over_processes(totals).tolist(), strict=True):
-            sums[name] += total  # a callback may return a name now with others and now without
+        for name, total, count in zip(names, *reduce(totals, "sum").tolist(), strict=True):
+            sums[name] += total  # a name may be in several groups: a callback returns it with others or alone
             counts[name] += count
         means = {name: total / counts[name] if counts[name] else math.nan for name, total in sums.items()}
         if "clean_loss" in means:  # some of the steps took an ascent pass

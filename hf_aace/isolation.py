@@ -3,7 +3,7 @@
 
 import operator
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +14,7 @@ from torch import nn
 from ._compat import BATCH_NORM
 
 
+_CONTAINERS = (list, deque, set, dict, OrderedDict, defaultdict, Counter)
 _FORWARD_OF_BATCH_NORM = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
 
@@ -72,7 +73,7 @@ def unchanged_attributes(model: nn.Module) -> Iterator[None]:
         (module, cls, value, value.copy())
         for module, cls, attributes in before
         for name, value in attributes.items()
-        if type(value) in (list, dict, set, OrderedDict) and name != "_parameters"  # which FSDP2 exchanges
+        if type(value) in _CONTAINERS and name != "_parameters"  # which FSDP2 exchanges
     ]
     try:
         yield
@@ -87,7 +88,7 @@ def unchanged_attributes(model: nn.Module) -> Iterator[None]:
                 continue
             if type(module) is cls and not (isinstance(value, dict) and _holds_the_same(value, entries)):
                 value.clear()
-                value.extend(entries) if isinstance(value, list) else value.update(entries)
+                value.extend(entries) if isinstance(value, (list, deque)) else value.update(entries)
 
 
 def _holds_the_same(first: dict, second: dict) -> bool:

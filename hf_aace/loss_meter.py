@@ -67,8 +67,8 @@ class LossMeter:
 
     def _copy(self, loss_func: Any) -> Any:
         """
-        Copy an object that is called as a function, as a call may change it. Models in evaluation mode, such as a teacher, parameters,
-        and the trainer are shared.
+        Copy an object that is called as a function, as a call may change it. Shared are the trainer, all parameters, and models in
+        evaluation mode (a teacher, for example).
         """
         state = getattr(loss_func, "__dict__", None)
         if not state or isinstance(loss_func, (FunctionType, MethodType, functools.partial)):

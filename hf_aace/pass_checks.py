@@ -110,8 +110,7 @@ def refuse_lost_changes(trainer: Trainer, model: nn.Module, parameters: list[nn.
 
 
 def _bits(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    # Sums, not copies, which take memory: with adapters nearly all of a large model is frozen. Of the bits, as these show the
-    # least change.
+    # Sums of the bits, in which the least change shows; copies would take the memory of a whole frozen model.
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return {
         name: int(p.detach().view(integer[p.element_size()]).sum(dtype=torch.int64))

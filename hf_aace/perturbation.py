@@ -31,9 +31,8 @@ class perturbed:
     | `False`     | `True`     | `rho * w**2 * g`                   |
     | `True`      | `True`     | `rho * w**2 * g / norm(abs(w) * g)` (ASAM) |
 
-    The step is subtracted, so that the loss with gradient `g` falls, unless `maximize=True`. A gradient that is not
-    finite gives no step at all, without an error: the loss at the unmoved weights is then an ordinary one. Nothing
-    waits for the device.
+    The step is subtracted, so that the loss with gradient `g` falls, unless `maximize=True`. A gradient that is not finite
+    gives no step, without an error. Nothing waits for the device.
 
     Some models keep in evaluation mode what they derive from their weights (LeViT its attention biases, for example), and so
     do not see the move. Use them in training mode, or call `model.train()` and `model.eval()` inside, and again after it.
@@ -107,7 +106,9 @@ class perturbed:
             first = pairs[0][0]
             self._sharding = (first.device_mesh, first.placements) if isinstance(first, DTensor) else None
             self._parameters = [_shard(p) for p, _ in pairs]
-            self._measure([_shard(g) for _, g in pairs], rho, normalize, adaptive, grad_scale)
+            # Dense, as the weights that move: of an embedding with `sparse=True` they are sparse.
+            dense = [g if g.layout == torch.strided else g.to_dense() for _, g in pairs]
+            self._measure([_shard(g) for g in dense], rho, normalize, adaptive, grad_scale)
 
     @record_function(PROFILED + "norm")
     def _measure(self, gradients: list, rho: float, normalize: bool, adaptive: bool, grad_scale: torch.Tensor | None):

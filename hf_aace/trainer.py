@@ -141,7 +141,7 @@ class SharpnessAwareMixin(TrainerWorkarounds):
         needs_label = label in accepted and accepted[label].default is inspect.Parameter.empty
         if not needs_label:
             accepted.pop(label, None)
-        # What is not accepted, such as sample weights, is for an overridden `compute_loss`.
+        # The rest, sample weights, for example, is for an overridden `compute_loss`.
         kept = {
             key: value
             for key, value in inputs.items()

@@ -72,7 +72,7 @@ def run(cls, config, make_model, output_dir, *, steps=30, dtype=torch.float32, *
 
 
 def rng_states() -> tuple:
-    """Where the three global random number generators are."""
+    """The states of the three global random number generators."""
     numpy_state = np.random.get_state()
     return torch.get_rng_state().tolist(), numpy_state[1].tolist(), numpy_state[2:], random.getstate()
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What test_distributed.py runs on several processes: `distributed_run.py FOLDER PROCESSES GROUPS`, where GROUPS are lists of names
-of scenarios as JSON. Each group has processes of its own, forked, so that everything is imported once. Each process leaves what a
-scenario returns in FOLDER/SCENARIO-RANK.pt, and what it is at in FOLDER/running-RANK.txt. The last line tells how each group has
-ended, as JSON: null, or the error.
+Scenarios for test_distributed.py, on several processes: `distributed_run.py FOLDER PROCESSES GROUPS`, where GROUPS are lists of
+names of scenarios as JSON. Each group has processes of its own, forked, so that everything is imported once. Each process leaves
+what a scenario returns in FOLDER/SCENARIO-RANK.pt, and what it is at in FOLDER/running-RANK.txt. The last line tells how each group
+has ended, as JSON: null, or the error.
 """
 
 import copy
@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
-from tiny import MODELS, VANISHING, InOrder, activation_checkpointing, digits, learning_curve, training_arguments
+from tiny import MODELS, VANISHING, activation_checkpointing, digits, learning_curve, training_arguments
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -33,7 +32,7 @@ from hf_aace.callbacks import PerturbationConsistencyCallback
 
 ON_GPU = os.environ.get("DISTRIBUTED_RUN_ON_GPU") == "1"
 # How long a process waits for the others within one collective, in seconds: this bounds a hang, however slow the machine.
-WAIT = int(os.environ.get("DISTRIBUTED_RUN_WAIT", 600))
+WAIT = 600
 
 
 def rank():
@@ -146,7 +145,6 @@ def whole(model):
 
 def run(
     *mixins,
-    base=InOrder,
     name="vit",
     rows=None,
     callbacks=None,
@@ -157,13 +155,14 @@ def run(
     **kwargs,
 ):
     """Trains on a joint batch of `batch_size`, and returns the weights and the logs."""
-    trainer_class = type("_", (*mixins, base), {})
+    trainer_class = type("_", (*mixins, AACETrainer), {})
     arguments = training_arguments(
         AACEConfig,
         output_dir,
         **{
             "max_steps": 6,
             "rho": 0.05,
+            "train_sampling_strategy": "sequential",
             # Without a preconditioner, which would blow up differences by rounding.
             "optim": "sgd",
             "learning_rate": 0.1,
@@ -197,13 +196,13 @@ def uneven_rows():
     return [{**row, "labels": -100} if index % 16 >= 12 else row for index, row in enumerate(rows)]
 
 
-def against_plain(*mixins, base=InOrder, **kwargs):
+def against_plain(*mixins, **kwargs):
     """A plain run, one whose ascent pass must leave no trace, and a real one."""
     kwargs = {"max_steps": 4, "logging_steps": 2, "dropout": 0.1, **kwargs}
     return {
-        "plain": run(*mixins, base=base, **{**kwargs, "rho": 0}),
-        "vanishing": run(*mixins, base=base, **{**kwargs, "rho": VANISHING}),
-        "real": run(*mixins, base=base, **kwargs),
+        "plain": run(*mixins, **{**kwargs, "rho": 0}),
+        "vanishing": run(*mixins, **{**kwargs, "rho": VANISHING}),
+        "real": run(*mixins, **kwargs),
     }
 
 
@@ -219,7 +218,7 @@ def interrupted(*mixins, where):
     class Interrupted(RuntimeError):
         pass
 
-    class Mine(*mixins, InOrder):
+    class Mine(*mixins, AACETrainer):
         broken = False
 
         def ascent_logits(self, outputs):
@@ -234,7 +233,14 @@ def interrupted(*mixins, where):
             return loss
 
     arguments = training_arguments(
-        AACEConfig, "unused", max_steps=3, rho=0.5, optim="sgd", per_device_train_batch_size=8, ddp_backend="gloo"
+        AACEConfig,
+        "unused",
+        max_steps=3,
+        rho=0.5,
+        optim="sgd",
+        per_device_train_batch_size=8,
+        ddp_backend="gloo",
+        train_sampling_strategy="sequential",
     )
     trainer = Mine(MODELS["vit"](), arguments, train_dataset=digits(64))
     trainer.train()
@@ -279,15 +285,6 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Hangs:
-    """The last process never comes back from its second ascent pass."""
-
-    def ascent_logits(self, outputs):
-        if rank() == world_size() - 1 and self.state.global_step == 1:
-            time.sleep(1e6)
-        return super().ascent_logits(outputs)
-
-
 class Fails:
     """The last process fails inside the ascent pass of the seventh step."""
 
@@ -298,7 +295,7 @@ class Fails:
 
 
 RESUMABLE = {
-    "base": AACETrainer,
+    "train_sampling_strategy": "random",
     "dropout": 0.2,
     "optim": "adamw_torch",
     "learning_rate": 0.01,
@@ -383,7 +380,6 @@ def scenarios(folder):
         "ddp fails": partial(
             run, Fails, max_steps=8, output_dir=folder / "ddp fails", save_strategy="steps", save_steps=4
         ),
-        "ddp hangs": {"at once": partial(run, max_steps=1), "in the second step": partial(run, Hangs)},
         "fsdp2 joint": {case: partial(run, Fsdp2OnCpu, max_steps=5, **kwargs) for case, kwargs in JOINT.items()},
         "fsdp2 on GPUs": {
             case: partial(run, max_steps=5, fsdp=True, fsdp_config={"version": 2}, **kwargs)

@@ -2,8 +2,8 @@
 """
 A stand-in for the Hub on this machine, for the real client: models and data sets are folders, and commits change them.
 
-It answers what `huggingface_hub`, `transformers` and `datasets` ask for when they load from the Hub and push to it, and
-logs the requests. A client is pointed at it by `environment()`, which must be set before those packages are imported.
+It answers what `huggingface_hub`, `transformers` and `datasets` ask for when they load from the Hub and push to it. A client is
+pointed at it by `environment()`, which must be set before those packages are imported.
 """
 
 import base64
@@ -30,7 +30,6 @@ class Hub:
 
     def __init__(self, root: Path):
         self.root = Path(root)
-        self.requests: list[str] = []
         self.commits: list[tuple[str, str]] = []  # the repository and the message of each
         self.uploads: dict[str, bytes] = {}  # what was sent by git-lfs, by its hash
         self.broken = False  # whether commits are refused
@@ -86,7 +85,6 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urlsplit(self.path)
         path = unquote(url.path).strip("/")
-        self.hub.requests.append(f"{method} {path}")
         if method == "PUT" and path.startswith("lfs/"):
             self.hub.uploads[path.removeprefix("lfs/")] = body
             return self._send(b"")

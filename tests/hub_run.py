@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What test_hub.py runs in another process, where the environment points the real client at a Hub of this process's own
-before anything that reads it is imported. Prints what each step gave, as JSON in its last line.
+Runs for test_hub.py, in a process whose environment points the real client at a Hub of its own before anything that reads it is
+imported. Prints what each step gave, as JSON in its last line.
 """
 
 import contextlib
@@ -15,18 +15,7 @@ from unittest import mock
 from hub import USER, Hub
 
 
-TINY = [
-    "--max_steps",
-    "2",
-    "--save_steps",
-    "1",
-    "--save_strategy",
-    "steps",
-    "--disable_tqdm",
-    "true",
-    "--use_cpu",
-    "true",
-]
+TINY = "--max_steps 2 --save_steps 1 --save_strategy steps --disable_tqdm true --use_cpu true".split()
 
 
 def command(main, *argv):
@@ -85,16 +74,8 @@ def online(folder):
         results["commits"] = hub.commits.copy()
         answers = pipeline("image-classification", model=f"{USER}/pushed", device="cpu")(_white())
         results["pipeline"] = sorted(answer["label"] for answer in answers)
-        results["evaluate"] = command(
-            main,
-            "evaluate",
-            "--model_name_or_path",
-            f"{USER}/pushed",
-            "--dataset_name",
-            data,
-            "--output_dir",
-            "evaluated",
-        )
+        evaluate = f"evaluate --model_name_or_path {USER}/pushed --dataset_name {data} --output_dir evaluated"
+        results["evaluate"] = command(main, *evaluate.split())
         results["unknown model"] = command(main, "train", *TINY, "--model_name_or_path", f"{USER}/nothing")
         results["unknown data"] = command(main, "train", *TINY, "--dataset_name", f"{USER}/nothing")
         results["wrong token"] = command(
@@ -102,7 +83,6 @@ def online(folder):
         )
         hub.broken = True
         results["push fails"] = command(main, *train, *push, "--output_dir", "kept")
-        results["requests"] = hub.requests
     huggingface_hub.close_session()  # what is kept open would break off, which is not how a network that is not there fails
     with mock.patch("time.sleep"):  # between the attempts to reach the Hub, which is gone
         results["no network"] = command(main, "train", *TINY, "--model_name_or_path", f"{USER}/other")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from comparison import train
 from tiny import (
-    InOrder,
     alive,
     batch,
     convnext,
@@ -48,9 +47,10 @@ def test_ascent_every_reuses_the_gradient(normalize, adaptive, tmp_path):
         optim="sgd",
         lr_scheduler_type="constant",
         max_grad_norm=0,
+        train_sampling_strategy="sequential",
         **settings,
     )
-    trainer = InOrder(model, arguments, train_dataset=rows)
+    trainer = AACETrainer(model, arguments, train_dataset=rows)
     trainer.train()
     assert alive(*model.classifier.weight.shape) == before, "the memory is let go of"
 

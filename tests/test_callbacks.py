@@ -117,11 +117,11 @@ def test_consistency_starts_anew_when_more_is_trained(tmp_path):
 def test_a_callback_of_ones_own_sees_each_perturbation(tmp_path):
     class LargestStep(PerturbationCallback):
         def on_perturbation(self, perturbation):
-            return {"largest_step": torch.stack([d.abs().max() for d in perturbation.direction]).max()}
+            return {"largest_step": torch.stack([d.abs().max() for d in perturbation.direction]).max(), "number": 0.5}
 
     trainer = train(tmp_path, [LargestStep()], rho=0.05)
-    logged = [entry["largest_step"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logged) == 2 and all(value > 0 for value in logged)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2 and all(entry["largest_step"] > 0 and entry["number"] == 0.5 for entry in logged)
 
 
 def test_a_callback_hears_of_new_ascents_only(tmp_path):

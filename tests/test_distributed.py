@@ -30,10 +30,10 @@ from hf_aace.vision.models import load_model_and_processor
 class Launch:
     """Runs scenarios of distributed_run.py on several processes, and reads what they left."""
 
-    # Seconds. Not reached on any machine, however busy: a process that waits for another one gives up after `wait` seconds.
+    # Seconds. Not reached on any machine, however busy: a process that waits for another one gives up after 600.
     limit = 3600
 
-    def __init__(self, folder, *groups, processes=2, on_gpu=False, wait=600, fails=()):
+    def __init__(self, folder, *groups, processes=2, on_gpu=False, fails=()):
         """Each group of scenarios has processes of its own. The last of each that is in `fails` ends them with an error."""
         self.folder, self.processes = folder, processes
         script = Path(__file__).with_name("distributed_run.py")
@@ -44,12 +44,7 @@ class Launch:
                 stderr=subprocess.STDOUT,
                 text=True,
                 timeout=self.limit,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "DISTRIBUTED_RUN_ON_GPU": str(int(on_gpu)),
-                    "DISTRIBUTED_RUN_WAIT": str(wait),
-                },
+                env={**os.environ, "OMP_NUM_THREADS": "1", "DISTRIBUTED_RUN_ON_GPU": str(int(on_gpu))},
                 cwd=folder,
             )
         except subprocess.TimeoutExpired as error:
@@ -104,7 +99,7 @@ def pair(tmp_path_factory):
 
 @functools.cache
 def one_process(case):
-    """What one process makes of the joint batch."""
+    """Train one process on the joint batch."""
     with tempfile.TemporaryDirectory() as folder:
         return run(output_dir=folder, max_steps=5, **JOINT[case])
 
@@ -294,13 +289,6 @@ def test_failure_of_one_process_ends_the_run(pair):
     assert not (pair.folder / "ddp fails" / "checkpoint-8").exists()
 
 
-@pytest.mark.slow
-def test_a_hang_ends_in_a_message_that_names_the_case(tmp_path):
-    """After the time that one process waits for another, which does not depend on what else is run."""
-    with pytest.raises(AssertionError, match=r"Process 0 was at 'ddp hangs: in the second step'.*Process 1 was at"):
-        Launch(tmp_path, ["ddp hangs"], wait=5)
-
-
 # ---- More processes, and GPUs ---------------------------------------------------------------------------------------
 
 
@@ -330,27 +318,8 @@ def test_four_processes(tmp_path):
 def test_command_under_the_shipped_configuration_for_fsdp2(model, tmp_path):
     """By `accelerate launch`: it trains in shards, and leaves a model in one piece."""
     config = Path(hf_aace.__file__).with_name("cli") / "accelerate_configs" / "fsdp2.yaml"
-    launcher = [
-        "accelerate.commands.launch",
-        "--config_file",
-        config,
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    options = [
-        "--use_cpu",
-        "true",
-        "--ddp_backend",
-        "gloo",
-        "--max_steps",
-        "4",
-        "--train_size",
-        "40",
-        "--disable_tqdm",
-        "true",
-    ]
+    launcher = ["accelerate.commands.launch", *"--num_processes 2 --main_process_port 0 --config_file".split(), config]
+    options = "--use_cpu true --ddp_backend gloo --max_steps 4 --train_size 40 --disable_tqdm true".split()
     done = subprocess.run(
         [
             *(sys.executable, "-m", *launcher, Path(__file__).with_name("fsdp2_cli_run.py")),

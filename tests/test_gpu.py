@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a CUDA device can show: `pytest -m gpu`."""
+"""Properties that need a CUDA device: `pytest -m gpu`."""
 
 import gc
 

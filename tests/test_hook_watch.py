@@ -291,10 +291,18 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(digits(12))
 
 
+class ShorterThanItSays(Stream):
+    def __len__(self):
+        return 16
+
+
+@pytest.mark.parametrize("stream", [Stream, ShorterThanItSays])
 @pytest.mark.parametrize("scope", ["micro_batch", "full_batch"])
-def test_a_stream_that_ends_within_an_optimizer_step_trains_as_plain(scope, tmp_path):
+def test_a_stream_that_ends_within_an_optimizer_step_trains_as_plain(scope, stream, tmp_path):
     """Trainer goes on with the step in the next epoch."""
-    settings = {"rows": Stream(), "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    settings = {"rows": stream(), "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     plain = train(Trainer, TrainingArguments, convnext(), tmp_path, **settings)
     ours = train(AACETrainer, AACEConfig, convnext(), tmp_path, rho=VANISHING, ascent_scope=scope, **settings)
-    assert ours.state.global_step == 6 and identical(weights(plain.model), weights(ours.model))
+    assert ours.state.global_step == plain.state.global_step >= 3 and identical(
+        weights(plain.model), weights(ours.model)
+    )

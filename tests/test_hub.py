@@ -30,7 +30,7 @@ def online(folder):
 
 
 def failed(result):
-    """What a command said that ended with exit code 1: one sentence, its own."""
+    """Return the one sentence of a command that ended with exit code 1."""
     assert result["code"] == 1
     assert result["last"].startswith("hf-aace: error: ")
     return result["last"]

@@ -149,7 +149,7 @@ def test_ignored_samples_do_not_count():
 
 
 def test_the_index_of_ignored_samples_can_be_another():
-    """Which then is no class that is out of range, while -100 is."""
+    """Then 255 is out of range no longer, and -100 is."""
     logits, labels = torch.randn(6, 4), torch.tensor([0, 255, 3, 255, 1, 2])
     counted = labels != 255
     expected = aace_loss(logits[counted], labels[counted])

@@ -45,7 +45,7 @@ def test_card_has_settings_results_cost_and_citation(tmp_path):
 
 
 def test_an_expression_with_a_bar_stays_in_its_cell(tmp_path):
-    """Which it would end even inside code, and leave another expression."""
+    """A bar would end the cell, even inside code."""
     written, _ = card(tmp_path, perturb_modules="norm|classifier")
     assert r"| `perturb_modules` | `norm\|classifier` |" in written.text
 
@@ -79,7 +79,7 @@ def test_card_takes_what_trainer_takes(tmp_path):
 
 @pytest.mark.parametrize("tags", [None, "own"])
 def test_tags_at_rho_0_are_those_of_plain_trainer(tags, tmp_path):
-    """Which keeps those of a card that is there only if it is given others."""
+    """Plain Trainer keeps the tags of a card that is there only if it is given others."""
     found = []
     for cls, config, rho in ((Trainer, TrainingArguments, {}), (AACETrainer, AACEConfig, {"rho": 0.0})):
         path = tmp_path / cls.__name__ / "README.md"

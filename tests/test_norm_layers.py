@@ -35,7 +35,7 @@ CLASSES = sorted(
 
 
 def perturbed_in_one_step(model, columns, output_dir, **kwargs) -> dict[str, bool]:
-    """Which parameters were others in the descent than before the step, by name."""
+    """Tell for each parameter, by name, whether the descent saw it moved."""
     seen = {}
 
     class Spy(AACETrainer):

@@ -34,7 +34,7 @@ def runs():
 
 
 def balance(run):
-    """How far the weights have come from the sharp end (0) to the flat minimum (1), by `a**2 - b**2`."""
+    """The share of the way from the sharp end (0) to the flat minimum (1), by `a**2 - b**2`."""
     differences = run.weights[:, 0] ** 2 - run.weights[:, 1] ** 2
     return 1 - differences[-1] / differences[0]
 

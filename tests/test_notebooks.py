@@ -26,7 +26,7 @@ def _outputs(notebook):
 
 
 def _complaints(notebook):
-    """What was written to stderr, as all warnings are."""
+    """List the lines on stderr, where all warnings go."""
     text = "".join(output.text for output in _outputs(notebook) if output.get("name") == "stderr")
     return [line for line in text.splitlines() if line.strip() and not any(part in line for part in _NOT_OURS)]
 

@@ -61,7 +61,7 @@ def test_mixin_over_a_trainer_and_arguments_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("how", ["positional", "keyword"])
 def test_mixin_over_a_trainer_with_a_constructor_of_its_own(how, tmp_path):
-    """Whose first argument need not be the model; one given by its path is loaded all the same."""
+    """The first argument of its constructor need not be the model; one given by its path is loaded all the same."""
 
     class MyTrainer(Trainer):
         def __init__(self, class_weights, *args, **kwargs):
@@ -311,6 +311,32 @@ class ReturnsADefault(Linear):
         if labels is not None:
             made["loss"] = outputs[0]
         return made
+
+
+class OfWords(nn.Module):
+    """A classifier with an embedding whose gradients are sparse."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.linear = nn.EmbeddingBag(20, 16, sparse=True), nn.Linear(16, 10)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.linear(self.embedding((16 * pixel_values).flatten(1).round().long()))
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("method", ["aace", "asam"])
+def test_sparse_gradients_perturb_as_dense_ones(method, tmp_path):
+    check_goes_on_working(OfWords, tmp_path, optim="sgd")
+    moved = []
+    for is_sparse in (True, False):
+        trainer = trainer_for_single_steps(OfWords(), tmp_path, method=method, optim="sgd", rho=0.1)
+        trainer.model.embedding.sparse = is_sparse
+        with trainer.perturbed_weights(trainer.model, batch()):
+            moved.append(weights(trainer.model))
+    torch.testing.assert_close(*moved)
+    assert not identical(moved[0], weights(OfWords()))
 
 
 def sparse(rows):

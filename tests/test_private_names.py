@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the package uses of other libraries that they call private is in one list, with what to do if it goes."""
+"""Private names of other libraries are in one list, with what to do if one goes."""
 
 import ast
 import re

@@ -2,6 +2,7 @@
 """Both passes of a step see the same random numbers; BatchNorm statistics and other buffers are updated once."""
 
 import random
+from collections import Counter, defaultdict, deque
 
 import numpy as np
 import pytest
@@ -86,6 +87,16 @@ def test_random_changes_of_a_batch_on_the_device_are_the_same_in_both_passes(tmp
         pass
 
     check_goes_on_working(vit, tmp_path, trainer=Noisy, ours=Ours)
+    arguments = training_arguments(
+        AACEConfig, tmp_path, max_steps=1, gradient_accumulation_steps=3, ascent_scope="full_batch"
+    )
+    trainer, seen = Ours(vit(dropout=0.1), arguments, train_dataset=digits(64)), []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"].clone()), with_kwargs=True
+    )
+    trainer.train()
+    assert len(seen) == 6 and all(map(torch.equal, seen[:3], seen[3:]))
+    assert not torch.equal(seen[0], seen[1])
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -229,16 +240,21 @@ class FilledByAFlag(nn.Module):
 
 
 class Counting(nn.Module):
-    """Counts its calls, in a number and in a list, and anneals by them."""
+    """Counts its calls, in a number and in containers, and anneals by them."""
 
     def __init__(self):
         super().__init__()
-        self.calls, self.noted = 0, []
+        self.calls, self.noted, self.last = 0, [], deque(maxlen=4)
+        self.counter, self.by_name = Counter(), defaultdict(int)
 
     def forward(self, x):
         self.calls += 1
         self.noted.append(self.calls)
-        return x * (1 + 0.1 * self.calls + 0.01 * len(self.noted))
+        self.last.append(self.calls)
+        self.counter.update(["forward"])
+        self.by_name["forward"] += 1
+        counted = len(self.noted) + sum(self.last) + self.counter["forward"] + self.by_name["forward"]
+        return x * (1 + 0.1 * self.calls + 0.01 * counted)
 
 
 class WithUnusualBuffers(nn.Module):

@@ -99,7 +99,7 @@ def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
 
 
 def alive(*shape: int) -> int:
-    """How many tensors of a shape are in memory, parameters and gradients among them."""
+    """Count the tensors of a shape that are in memory, parameters and gradients among them."""
     gc.collect()
     return sum(type(thing) in (torch.Tensor, nn.Parameter) and thing.shape == shape for thing in gc.get_objects())
 
@@ -132,13 +132,6 @@ def learning_curve(trainer) -> list[dict]:
     return [
         {key: value for key, value in entry.items() if not key.endswith(clocks)} for entry in trainer.state.log_history
     ]
-
-
-class InOrder(AACETrainer):
-    """Takes the samples in their order."""
-
-    def _get_train_sampler(self, *args, **kwargs):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def trainer_for_single_steps(model, output_dir, cls=None, **kwargs):

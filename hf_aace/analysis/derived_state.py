@@ -73,8 +73,8 @@ def check_logits_follow_weights(
 ) -> None:
     """
     Check that the logits of a model in evaluation mode follow its weights. Each parameter is moved a little: the logits,
-    projected on a random direction, must change if and only if their gradient says so. A parameter without any effect must
-    have no gradient either if its own module is in training mode.
+    projected on a random direction, must change if and only if their gradient says so. If moving a parameter changes nothing, its
+    gradient must be zero with its module in training mode, too.
 
     Args:
         model (`nn.Module`): The model, after a forward pass in evaluation mode.

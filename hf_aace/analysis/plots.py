@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from .style import BLUE, GREEN, ORANGE, PURPLE, SCREEN, log_scale
@@ -17,10 +18,10 @@ from .style import BLUE, GREEN, ORANGE, PURPLE, SCREEN, log_scale
 
 # The lines of the training curves: title of the panel, label of its y axis, key in the log, label, color, dashes.
 _LINES = (
-    ("Loss", "loss", "loss", r"training, at $w'$", BLUE, "-"),
-    ("Loss", "loss", "clean_loss", r"training, at $w$", ORANGE, "--"),
+    ("Loss", "loss", "loss", r"training, perturbed weights $w'$", BLUE, "-"),
+    ("Loss", "loss", "clean_loss", r"training, weights $w$", ORANGE, "--"),
     ("Loss", "loss", "eval_loss", "evaluation", GREEN, "-."),
-    ("Accuracy", "score", "clean_accuracy", r"training, at $w$", ORANGE, "--"),
+    ("Accuracy", "score", "clean_accuracy", r"training, weights $w$", ORANGE, "--"),
     ("Accuracy", "score", "eval_accuracy", "evaluation", GREEN, "-."),
     ("Accuracy", "score", "eval_macro_f1", "evaluation, macro F1", PURPLE, ":"),
     ("Sharpness", r"loss at $w'$ less loss at $w$", "sharpness", "sharpness", BLUE, "-"),
@@ -63,6 +64,10 @@ def training_curves(log_history: list[dict[str, Any]]) -> Figure | None:
                 axes.set_ylabel(unit)
         if name == "Loss":
             log_scale(axes)
+        if all(epoch.is_integer() for line in axes.lines for epoch in map(float, line.get_xdata())):
+            axes.xaxis.set_major_locator(
+                MaxNLocator(integer=True, min_n_ticks=1)
+            )  # of one epoch or two there is no half
         if len(axes.lines) > 1:
             axes.legend()
     return figure
@@ -137,7 +142,9 @@ def plot_confusion_matrix(matrix: list[list[int]], classes: list[str], path: str
         for text, count in zip(display.text_.flat, counts.flat, strict=True):
             text.set_text(str(count))
     every = math.ceil(len(classes) / _MAX_NAMES)
-    names = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..." for name in map(str, classes)]
+    # Shortened in the middle: long names of classes often begin alike.
+    half = (_LONGEST_NAME - 3) // 2
+    names = [name if len(name) <= _LONGEST_NAME else f"{name[:half]}...{name[-half:]}" for name in map(str, classes)]
     ticks = {"ticks": range(0, len(names), every), "labels": names[::every], "fontsize": "small", "parse_math": False}
     axes.set_xticks(**ticks, rotation=90)
     axes.set_yticks(**ticks)

@@ -135,12 +135,12 @@ def sam_sharpness(
 
 
 def average_sharpness(
-    model: nn.Module, batches: Batches, rho: float, *, adaptive: bool = False, directions: int = 20, seed: int = 0
+    model: nn.Module, batches: Batches, rho: float, *, directions: int = 20, seed: int = 0
 ) -> Estimate:
     """
     Compute the mean rise of the cross-entropy over random directions of one length: the mean of `L(w + e) - L(w)` with `e`
-    uniform on the sphere of radius `rho`. Each direction is taken both ways, which cancels the slope. For a small radius, and without
-    `adaptive`, it is `rho**2 / 2` times the trace of the Hessian, divided by the number of weights.
+    uniform on the sphere of radius `rho`. Each direction is taken both ways, which cancels the slope. For a small radius it is
+    `rho**2 / 2` times the trace of the Hessian, divided by the number of weights.
 
     Args:
         model (`nn.Module`): The classifier, as for [`losses_and_gradient_norms`].
@@ -148,7 +148,6 @@ def average_sharpness(
         rho (`float`):
             Radius of the sphere, in units of weight, `> 0`. It must be far greater than that of the worst case for a visible
             rise: each of `n` weights moves by about `rho / sqrt(n)`.
-        adaptive (`bool`, *optional*, defaults to `False`): The sphere `norm(e / abs(w)) = rho`, as in ASAM.
         directions (`int`, *optional*, defaults to `20`): Number of directions, at least 2.
         seed (`int`, *optional*, defaults to `0`): Draws the directions, the same ones on every device.
 
@@ -162,12 +161,11 @@ def average_sharpness(
     check_at_least(2, directions=directions)  # or there is no standard error
     generator = torch.Generator().manual_seed(seed)
     with measuring(model, batches) as risk:
-        scale = risk.ball_scale(adaptive)
         base = risk.loss()
         rises = []
         for _ in range(directions):
             direction = risk.random_vector(generator)
-            direction = scale * direction * (rho / direction.norm())
+            direction *= rho / direction.norm()
             both = 0.0
             for sign in (1, -1):
                 with risk.moved(sign * direction):
@@ -177,12 +175,12 @@ def average_sharpness(
 
 
 def hessian_eigenvalues(
-    model: nn.Module, batches: Batches, count: int = 1, *, tolerance: float = 1e-4, seed: int = 0
+    model: nn.Module, batches: Batches, count: int = 1, *, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     Compute the greatest eigenvalues of the Hessian of the mean cross-entropy, and their eigenvectors, by Lanczos iteration
-    (`scipy.sparse.linalg.eigsh`). The Hessian is never stored: each product with it costs two backward passes over the
-    dataset.
+    (`scipy.sparse.linalg.eigsh`), to a relative accuracy of 1e-4. The Hessian is never stored: each product with it costs two
+    backward passes over the dataset.
 
     Args:
         model (`nn.Module`):
@@ -190,7 +188,6 @@ def hessian_eigenvalues(
             is run by a kernel that has them; the Flash Attention of another package has none.
         batches (iterable of mappings): The dataset, as there.
         count (`int`, *optional*, defaults to `1`): Number of eigenvalues.
-        tolerance (`float`, *optional*, defaults to `1e-4`): Relative accuracy at which the iteration ends.
         seed (`int`, *optional*, defaults to `0`): Draws the vector that it starts from.
 
     Returns:
@@ -210,11 +207,11 @@ def hessian_eigenvalues(
         start = np.random.default_rng(seed).standard_normal(risk.size)
         operator = LinearOperator((risk.size,) * 2, matvec=risk.hessian_product, dtype=np.float64)
         try:
-            values, vectors = eigsh(operator, k=count, which="LA", v0=start, tol=tolerance)
+            values, vectors = eigsh(operator, k=count, which="LA", v0=start, tol=1e-4)
         except ArpackNoConvergence as error:
             raise ValueError(
                 f"The Lanczos iteration found only {len(error.eigenvalues)} of `count={count}` eigenvalues of the Hessian to "
-                f"`tolerance={tolerance}`. Ask for fewer, or raise the tolerance."
+                "a relative accuracy of 1e-4. Ask for fewer."
             ) from error
     values, vectors = values[::-1].copy(), vectors.T[::-1].copy()
     largest = np.abs(vectors).argmax(axis=1, keepdims=True)

@@ -13,10 +13,10 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-import torch
 from transformers import set_seed
 
 from ..config import AACEConfig
+from ..model_card import describe_hardware
 from ..study.cost import default_methods, measure, random_batch, summarize
 from ..study.plots import plot_costs
 from ..tensor_checks import check_at_least
@@ -92,8 +92,7 @@ def run(argv: list[str]) -> int:
     )
     rows = summarize(measurements, options.batch_size)
     parameters = sum(p.numel() for p in model.parameters())
-    threads = torch.get_num_threads()
-    hardware = torch.cuda.get_device_name() if on_gpu else f"CPU, {threads} thread{'s' * (threads > 1)}"
+    hardware = describe_hardware(args.device, 1)
     title = f"{last_part(options.model_name_or_path)}, {parameters / 1e6:.1f} M parameters, batch {options.batch_size}, {hardware}"
     print(title)
     print(_cost_table(rows))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ..vision.messages import first_line
@@ -38,10 +38,11 @@ class KeepOptions(TrainerCallback):
             write_train_options(self._options, checkpoint)
 
 
-def checkpoint_to_resume(value: str | None, output_dir: str) -> str | None:
+def checkpoint_to_resume(value: str | None, output_dir: str, options: dict[str, Any]) -> str | None:
     """
     Find the checkpoint that the option `resume_from_checkpoint` means: a path, or for true the newest in `output_dir` that is
-    whole; `None` if it is false or not given. Refuse a checkpoint that does not exist or is not whole.
+    whole, of a run with the same `options` if there is one; `None` if it is false or not given. Refuse a checkpoint that does
+    not exist or is not whole.
     """
     if value is None or value.lower() in ("false", ""):
         return None
@@ -49,7 +50,9 @@ def checkpoint_to_resume(value: str | None, output_dir: str) -> str | None:
     if value.lower() == "true":
         if not whole:
             raise ValueError(f"`resume_from_checkpoint`: No valid checkpoint found in {output_dir}. Leave it out.")
-        return str(whole[-1])
+        # An earlier run in the folder may have left younger-looking ones, of more steps.
+        of_this_run = [path for path in whole if not changed_options(path, options)]
+        return str((of_this_run or whole)[-1])
     # A finished run has a state too, but no optimizer: training would begin anew.
     if not _is_whole(Path(value)) or Path(value, "all_results.json").is_file():
         whole = whole or [path for path in checkpoints_in(value) if _is_whole(path)]
@@ -63,10 +66,7 @@ def check_options(checkpoint: str, options: dict[str, Any]) -> None:
     Warn of options of a run that differ from those recorded in the checkpoint that it goes on from. Refuse those that mean
     other images, or that the optimizer of the checkpoint would override.
     """
-    earlier = train_options(Path(checkpoint))
-    changed = [name for name, value in options.items() if name in earlier and earlier[name] != value]
-    if "dataset_name" in changed and is_same_data(earlier["dataset_name"], options["dataset_name"]):
-        changed.remove("dataset_name")  # another spelling of the path
+    earlier, changed = train_options(Path(checkpoint)), changed_options(checkpoint, options)
     images = ("dataset_name", "image_range", "train_size", "label_noise", "validation_size", "seed")
     with_optimizer = any(Path(checkpoint).glob("optimizer*"))  # not with `save_only_model`
     kept = ("learning_rate", "weight_decay", "optim", "optim_args") if with_optimizer else ()
@@ -77,7 +77,42 @@ def check_options(checkpoint: str, options: dict[str, Any]) -> None:
             )
     if changed:
         told = _told(earlier, options, changed)
-        logger.warning(f"Not as it was for {checkpoint}, from which this run goes on: {told}.")
+        logger.warning(f"{checkpoint}, from which this run goes on, had other settings: {told}.")
+
+
+def warn_of_replacing(output_dir: str, options: dict[str, Any]) -> None:
+    """Warn if the folder holds a finished run, which a new one replaces."""
+    if Path(output_dir, "all_results.json").is_file():
+        told = _told(train_options(Path(output_dir)), options, changed_options(output_dir, options))
+        logger.warning(
+            f"{output_dir} holds a finished run, which this one replaces{f'. It had {told}' if told else ''}. To keep it, give "
+            "another `output_dir`."
+        )
+
+
+def was_finished(output_dir: str, checkpoint: str, state: TrainerState, options: dict[str, Any]) -> bool:
+    """
+    Tell whether a training that went on from a checkpoint made no step, and its folder holds the results already. Refuse it if
+    it made none and the checkpoint is of other options: what those have trained would get the name of these.
+    """
+    if state.global_step > TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step:
+        return False
+    if changed := changed_options(checkpoint, options):
+        told = _told(train_options(Path(checkpoint)), options, changed)
+        raise ValueError(
+            f"`resume_from_checkpoint`: after {checkpoint}, no step is left to train. It had {told}. Leave `resume_from_checkpoint` "
+            "out to train anew."
+        )
+    return Path(output_dir, "all_results.json").is_file() and not changed_options(output_dir, options)
+
+
+def changed_options(folder: str | Path, options: dict[str, Any]) -> list[str]:
+    """Return the names of the options that differ from those recorded in a checkpoint or in the folder of a run."""
+    earlier = train_options(Path(folder))
+    changed = [name for name, value in options.items() if name in earlier and earlier[name] != value]
+    if "dataset_name" in changed and is_same_data(earlier["dataset_name"], options["dataset_name"]):
+        changed.remove("dataset_name")  # another spelling of the path
+    return changed
 
 
 def _told(earlier: dict[str, Any], options: dict[str, Any], names: list[str]) -> str:

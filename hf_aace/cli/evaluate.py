@@ -14,9 +14,11 @@ from datasets.utils import tqdm
 from sklearn.metrics import confusion_matrix
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
 
 from ..analysis.plots import plot_confusion_matrix, plot_image_grid
 from ..tensor_checks import check_at_least
+from ..vision.datasets import SET_APART
 from ..vision.images import decode_image
 from ..vision.inference import classify
 from ..vision.metrics import compute_metrics_fn
@@ -34,6 +36,9 @@ from .options import (
 from .output import write_report
 from .parser import command_parser, option
 from .runs import in_the_classes_of
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -97,16 +102,18 @@ def run(argv: list[str]) -> int:
     compute_metrics = compute_metrics_fn([name for name in options.metrics if name != "confusion_matrix"])
     model, processor = load_pretrained(source)
     trained, drawn = train_options(Path(name)), {"seed": 0}
-    if (
-        options.split == "train"
-        and not trained.get("streaming")
-        and is_same_data(dataset_name, trained.get("dataset_name"))
-    ):
+    is_own = is_same_data(dataset_name, trained.get("dataset_name"))
+    if options.split == "train" and is_own and not trained.get("streaming"):
         names = ("seed", "train_size", "label_noise", "validation_size")  # which say what the run trained on
         drawn |= {name: trained[name] for name in names if name in trained}
     splits = load_images(options, **drawn, to_train=options.split != "all")
     data = concatenate_datasets(list(splits.values())) if options.split == "all" else splits[options.split]
-    data = in_the_classes_of(model.config.id2label, data)
+    if data.info.description == SET_APART and not is_own:
+        logger.warning(
+            f"{dataset_name!r} has no test split, so that {len(data)} of its {sum(map(len, splits.values()))} images are used. Give "
+            "`--split all` to use all."
+        )
+    data = in_the_classes_of(model.config.id2label, data).cast_column("image", Image(decode=False))
 
     started = time.perf_counter()
     probabilities = _classify(model.to(device), processor, data, options)
@@ -140,10 +147,7 @@ def run(argv: list[str]) -> int:
     (folder / "mistakes.png").unlink(missing_ok=True)  # of an earlier call
     if len(mistakes):
         plot_image_grid(
-            [
-                decode_image(image, image_range=options.image_range)
-                for image in data.cast_column("image", Image(decode=False))[mistakes.index.tolist()]["image"]
-            ],
+            [decode_image(image, image_range=options.image_range) for image in data[mistakes.index.tolist()]["image"]],
             [
                 f"{row.label} ({row.label_score:.2f})\ntaken for {row.prediction} ({row.score:.2f})"
                 for row in mistakes.itertuples()
@@ -164,8 +168,9 @@ def _classify(
     model: PreTrainedModel, processor: BaseImageProcessor, data: Dataset, options: EvaluationArguments
 ) -> np.ndarray:
     """Return the probabilities of the classes, of shape `(images, classes)`."""
-    encoded = data.cast_column("image", Image(decode=False))["image"]
-    predictions = classify(model, processor, encoded, batch_size=options.batch_size, image_range=options.image_range)
+    predictions = classify(
+        model, processor, data["image"], batch_size=options.batch_size, image_range=options.image_range
+    )
     probabilities = []
     for prediction in tqdm(predictions, total=len(data), desc="Evaluating", unit="image"):
         if isinstance(prediction, ValueError):
@@ -177,10 +182,9 @@ def _classify(
 def _predictions(data: Dataset, probabilities: np.ndarray, labels: np.ndarray, classes: list[str]) -> pd.DataFrame:
     """Tabulate label and prediction of each image with their probabilities, the least probable label first."""
     every, predicted = np.arange(len(labels)), probabilities.argmax(axis=-1)
-    images = data.cast_column("image", Image(decode=False))["image"]
     predictions = pd.DataFrame(
         {
-            "image": [image["path"] or f"image {row}" for row, image in enumerate(images)],
+            "image": [image["path"] or f"image {row}" for row, image in enumerate(data["image"])],
             "label": np.array(classes)[labels],
             "label_score": probabilities[every, labels].astype(float),
             "prediction": np.array(classes)[predicted],

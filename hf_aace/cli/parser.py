@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, get_origin
 
 import yaml
@@ -22,7 +21,8 @@ _MEANT = {
     "augmentation": ("augment",),
     "bf16": ("amp", "half", "mixed_precision", "precision"),
     "dataloader_num_workers": ("num_workers", "workers"),
-    "dataset_name": ("data", "data_dir", "dataset", "image_folder"),
+    "dataset_name": ("data", "data_dir", "data_path", "dataset", "image_folder", "train_dir", "train_file"),
+    "freeze_backbone": ("freeze",),
     "gradient_accumulation_steps": ("accumulation_steps", "grad_accum"),
     "label_noise": ("noise",),
     "label_smoothing_factor": ("label_smoothing",),
@@ -37,8 +37,9 @@ _MEANT = {
     "per_device_eval_batch_size": ("eval_batch_size",),
     "per_device_train_batch_size": ("batch", "batch_size", "batchsize", "bs", "train_batch_size"),
     "resume_from_checkpoint": ("checkpoint", "resume"),
-    "validation_size": ("val_size", "val_split", "validation_split"),
-    "warmup_steps": ("warmup",),
+    "train_size": ("max_train_samples",),
+    "validation_size": ("train_val_split", "val_size", "val_split", "validation_split"),
+    "warmup_steps": ("warmup", "warmup_ratio"),
     "weight_decay": ("wd",),
 }
 # What people type who mean something that is no option, and where it is.
@@ -48,6 +49,10 @@ _ELSEWHERE = {
     ),
     ("num_classes", "num_labels"): "The classes are those of the dataset.",
     ("momentum",): "It is an argument of the optimizer: `optim` sgd, `optim_args` momentum=0.9.",
+    ("test_dir", "val_dir", "validation_dir"): (
+        "Put the splits into one folder, as `train`, `validation` and `test`: its path is `dataset_name`."
+    ),
+    ("ignore_mismatched_sizes", "overwrite_output_dir"): "It is always so: leave it out.",
     ("cuda", "device", "gpu"): "A GPU is used if there is one, unless `use_cpu` is true.",
 }
 
@@ -69,9 +74,9 @@ class OptionParser(HfArgumentParser):
     options of a configuration file as words of a command line, read before those of the command line, which so override them.
     """
 
-    def __init__(self, kinds: Sequence[type], sections: Mapping[str, Sequence[str]] = MappingProxyType({}), **kwargs):
+    def __init__(self, kinds: Sequence[type], sections: Mapping[str, Sequence[str]] | None = None, **kwargs):
         self.config_words: list[str] = []
-        self._titles = {name: title for title, names in sections.items() for name in names}
+        self._titles = {name: title for title, names in (sections or {}).items() for name in names}
         self._groups: dict[str, Any] = {}
         super().__init__(kinds, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 

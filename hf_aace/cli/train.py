@@ -19,7 +19,15 @@ from ..config import AACEArguments, AACEConfig
 from ..trainer import AACETrainer
 from ..vision.messages import first_line
 from ..vision.metrics import predicted_classes
-from .checkpoints import Attempt, KeepOptions, check_options, checkpoint_to_resume, if_interrupted
+from .checkpoints import (
+    Attempt,
+    KeepOptions,
+    check_options,
+    checkpoint_to_resume,
+    if_interrupted,
+    warn_of_replacing,
+    was_finished,
+)
 from .checks import check_training
 from .launch import LaunchArguments, is_one_of_several, launch
 from .loading import load_data, make_trainer
@@ -78,9 +86,12 @@ def run(argv: list[str]) -> int:
     model_args, data_args, _, training_args = parser.read(argv)
     check_training(model_args, data_args, training_args)
     run_options = options_of_run(model_args, data_args, training_args)
-    checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, training_args.output_dir)
+    output_dir = training_args.output_dir
+    checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, output_dir, run_options)
     if checkpoint is not None:
         check_options(checkpoint, run_options)
+    elif training_args.process_index == 0:
+        warn_of_replacing(output_dir, run_options)
     with if_interrupted("Training had not begun, and nothing was saved."):
         with training_args.main_process_first(desc="loading the dataset"):
             dataset = load_data(data_args, training_args)
@@ -90,12 +101,18 @@ def run(argv: list[str]) -> int:
             facts = describe_run(trainer, dataset, last_part(model_args.model_name_or_path))
     trainer.add_callback(KeepOptions(run_options))
     trainer.add_callback(Summary(facts))
-    train_metrics = _train_and_save(trainer, model_args, checkpoint, argv)
+    attempt = Attempt(output_dir, argv, checkpoint)
+    train_metrics = _train(trainer, model_args, attempt, checkpoint)
+    if checkpoint is not None and was_finished(output_dir, checkpoint, trainer.state, run_options):
+        if trainer.is_world_process_zero():
+            print(f"No step was left to train. The finished run in {output_dir} stays as it is.")
+        return 0
+    _save(trainer, model_args, attempt, train_metrics)
     if trainer.is_world_process_zero():
-        write_train_options(run_options, training_args.output_dir)
-    picture = Path(training_args.output_dir) / "training_curves.png"
+        write_train_options(run_options, output_dir)
+    picture = Path(output_dir) / "training_curves.png"
     drawn = trainer.is_world_process_zero() and plot_training_curves(trainer.state.log_history, picture)
-    evaluate = shlex.join(["hf-aace", "evaluate", "--model_name_or_path", training_args.output_dir])
+    evaluate = shlex.join(["hf-aace", "evaluate", "--model_name_or_path", output_dir])
     with if_interrupted(f"The trained model is saved. To measure it on the test images:\n{evaluate}"):
         metrics = _evaluate(trainer, dataset, data_args)
     card = {**_card(model_args, data_args), "facts": facts}
@@ -103,7 +120,7 @@ def run(argv: list[str]) -> int:
     if training_args.push_to_hub:
         _push(trainer, card)
     if trainer.is_world_process_zero():
-        print(_results(metrics, train_metrics["train_runtime"], training_args.output_dir, picture if drawn else None))
+        print(_results(metrics, train_metrics["train_runtime"], output_dir, picture if drawn else None))
         if not math.isfinite(metrics.get("eval_loss", 0.0)):
             print(
                 "hf-aace: the loss on the test images is not finite: the training diverged. Try a smaller "
@@ -117,11 +134,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _train_and_save(
-    trainer: AACETrainer, model_args: ModelArguments, checkpoint: str | None, argv: list[str]
+def _train(
+    trainer: AACETrainer, model_args: ModelArguments, attempt: Attempt, checkpoint: str | None
 ) -> dict[str, float]:
-    """Train, and save the model; return the metrics of Trainer."""
-    attempt, processor_started = Attempt(trainer.args.output_dir, argv, checkpoint), time.process_time()
+    """Train; return the metrics of Trainer."""
+    processor_started = time.process_time()
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt as interrupt:
@@ -147,7 +164,11 @@ def _train_and_save(
             ) from error
         raise
     # It depends less than the time on the clock on what else the machine is doing.
-    result.metrics["train_processor_seconds"] = time.process_time() - processor_started
+    return {**result.metrics, "train_processor_seconds": time.process_time() - processor_started}
+
+
+def _save(trainer: AACETrainer, model_args: ModelArguments, attempt: Attempt, metrics: dict[str, float]) -> None:
+    """Save the trained model and the metrics of its training."""
     if model_args.lora:
         if trainer.is_world_process_zero():
             trainer.model.save_pretrained(Path(trainer.args.output_dir) / "adapter")
@@ -166,9 +187,8 @@ def _train_and_save(
         results = ("all_results.json", "validation_results.json", "eval_results.json")
         for name in (*results, "training_curves.png", "README.md"):
             Path(trainer.args.output_dir, name).unlink(missing_ok=True)
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    return result.metrics
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
 
 
 def _evaluate(

@@ -171,10 +171,9 @@ def shown(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table).set_index(pd.Index(summary["method"].map(short_name), name="method"))
 
 
-def study(name: str, baseline: str = "trainer", *further: str) -> pd.DataFrame:
-    """The comparison that `hf-aace compare` printed for a study, or for several of the same setting together."""
-    runs = RUNS[RUNS["study"].isin([name, *further])]
-    return shown(summarize(runs, baseline))
+def study(name: str, baseline: str = "trainer") -> pd.DataFrame:
+    """The comparison that `hf-aace compare` printed for a study."""
+    return shown(summarize(runs_of(name), baseline))
 
 
 COLUMNS = ["plain", "clean labels", "2x epochs", "SAM", "AACE", "adaptive", "norm layers"]
@@ -274,8 +273,8 @@ def at_the_rate_of_plain() -> pd.DataFrame:
 
 def advice(of_norm_layers: bool) -> pd.DataFrame:
     """
-    What `hf-aace find-rho` recommended by validation images, and what that gains on the test images over plain training at the same
-    learning rate, in the runs of other studies.
+    Compare the advice of `hf-aace find-rho` with its gain on the test images over plain training at the same learning rate, in the
+    runs of other studies.
     """
     reports = json.loads((HERE / "find-rho.json").read_text(encoding="utf-8"))
     commands = studies.commands()
@@ -319,13 +318,13 @@ def _comparable(options: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in options.items() if name not in unused}
 
 
-def beside_plain(studies: dict[str, str], plain: str = "trainer") -> pd.DataFrame:
+def beside_plain(studies: dict[str, str]) -> pd.DataFrame:
     """For each method the gain over plain training and the median ratio of their times, seed by seed; by title of the study."""
     table = {}
     for title, name in studies.items():
         by_seed = runs_of(name).set_index(["method", "seed"])
-        base = by_seed.loc[plain]
-        for method in by_seed.index.unique("method").drop(plain):
+        base = by_seed.loc["trainer"]
+        for method in by_seed.index.unique("method").drop("trainer"):
             own = by_seed.loc[method]
             difference = (own["test_accuracy"] - base["test_accuracy"]).dropna()
             row = table.setdefault(_ascent(method), {})
@@ -432,7 +431,7 @@ def tail() -> pd.DataFrame:
 
 
 def frontier() -> pd.DataFrame:
-    """What each ascent costs, relative to plain training, and what it gains at the rho that was chosen: it has the most seeds."""
+    """Cost, relative to plain training, and gain of each ascent at the chosen rho, which has the most seeds."""
     table = ascents_beside_plain().sort_values(["seeds", "validation"])
     table = table.groupby(["model", "ascent"], sort=False).tail(1).sort_index()
     costs = pd.read_csv(HERE / "cost-of-ascents.csv").rename(columns={"method": "ascent"})
@@ -519,7 +518,7 @@ def photographs() -> pd.DataFrame:
 
 
 def aace_over() -> pd.DataFrame:
-    """What AACE on all weights gains over the other methods on photographs, paired over the seeds, with p after Holm's correction."""
+    """Gains of AACE on all weights over the other methods on photographs, paired over the seeds, with p after Holm's correction."""
     opponents, rows = ("plain", "2x epochs", "early stopping", "SAM"), []
     for name in PHOTOGRAPHS:
         runs = photograph_runs(name)
@@ -560,17 +559,32 @@ def holm(p_values: pd.Series) -> pd.Series:
 
 
 def worth() -> pd.DataFrame:
-    """What else the models of the studies of photographs are worth, by `photographs.py measure`: means with standard errors."""
-    measures = pd.read_csv(HERE / "measures.csv")
-    measures["method"] = measures["method"].map(_title)
-    by_model = measures.groupby(["study", "method"], sort=False)
-    table = {}
-    for measure in measures.columns.drop(["study", "method", "options", "seed"]):
-        scale, digits = (1, 2) if measure == "log loss" else (100, 1)
-        pairs = zip(scale * by_model[measure].mean(), scale * by_model[measure].sem(), strict=True)
-        table[measure] = ["" if pd.isna(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}" for mean, error in pairs]
-    index = by_model["seed"].count().reset_index()
-    return pd.DataFrame({"study": "`" + index["study"] + "`", "method": index["method"], **table}).set_index("study")
+    """
+    What else the models of the studies of photographs are worth, by `photographs.py measure`: means of plain training, and the
+    differences of the others from it, paired over the seeds, in bold if p < 0.05 after Holm's correction for the whole table.
+    """
+    runs = pd.read_csv(HERE / "measures.csv").drop(columns="options")
+    settings = {study: name for name, setting in studies.settings().items() for study in setting["studies"]}
+    runs["method"], runs["study"] = runs["method"].map(_title), "`" + runs["study"].map(settings) + "`"
+    runs = runs.melt(["study", "method", "seed"], var_name="measure", value_name="test_accuracy").dropna()
+    runs = runs.assign(options="", validation_accuracy=math.nan, seconds=math.nan)
+    compared = pd.concat(
+        summarize(own, "plain").assign(study=study, measure=measure)
+        for (study, measure), own in runs.groupby(["study", "measure"], sort=False)
+    ).reset_index(drop=True)
+    compared["significant"] = holm(compared["p_value"]) < 0.05
+    compared["cell"] = [_difference(row) for row in compared.itertuples()]
+    rows = compared.set_index(["study", "method", "seeds", "measure"])["cell"]
+    return rows.unstack(sort=False).fillna("").reset_index(["method", "seeds"])
+
+
+def _difference(row) -> str:
+    """A cell of `worth`: the mean of plain training, or the difference from it."""
+    mean, error, sign = row.gain, row.gain_standard_error, "+"
+    if row.method == "plain":
+        mean, error, sign = row.accuracy, row.standard_error, ""
+    cell = f"{mean:{sign}.2f} ± {error:.2f}" if row.measure == "log loss" else percent(mean, error, sign)
+    return f"**{cell}**" if row.significant else cell
 
 
 CHEAP = {"ConvNeXt": "convnext-noisy-cheap", "ViT, 1e-3": "vit-noisy-1e-3-cheap", "ViT, 3e-4": "vit-noisy-cheap"}

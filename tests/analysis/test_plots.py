@@ -62,8 +62,8 @@ def lines(figure):
 def test_aace_run_has_all_panels(drawn):
     figure, path = drawn(history(TRAINING | AACE, EVALUATION))
     assert lines(figure) == {
-        "Loss": ["training, at $w'$", "training, at $w$", "evaluation"],
-        "Accuracy": ["training, at $w$", "evaluation", "evaluation, macro F1"],
+        "Loss": ["training, perturbed weights $w'$", "training, weights $w$", "evaluation"],
+        "Accuracy": ["training, weights $w$", "evaluation", "evaluation, macro F1"],
         "Sharpness": ["sharpness"],
         "Ascent loss": ["ascent loss"],
         "Gradient of the ascent loss": ["gradient"],
@@ -97,6 +97,12 @@ def test_a_single_point_is_visible(drawn):
     assert figure.axes[0].lines[0].get_marker() == "o"
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 7])
+def test_epochs_are_whole_numbers(epochs, drawn):
+    figure, _ = drawn(history(TRAINING, epochs=epochs))
+    assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
+
+
 def test_every_axis_is_labelled(drawn):
     figure, _ = drawn(history(TRAINING | AACE, EVALUATION))
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
@@ -119,12 +125,12 @@ def test_confusion_matrix_shows_counts_while_they_are_legible(tmp_path, saved):
 
 
 def test_names_of_classes_are_written_as_they_are(tmp_path, saved):
-    """Long ones are cut, in one word too; and money is no mathematics."""
+    """Long ones are cut in the middle, as many begin alike; and money is no mathematics."""
     names = ["american_pit_bull_terrier", "$5 & $10", "5$_$"]
     plot_confusion_matrix(np.eye(3, dtype=int).tolist(), names, tmp_path / "matrix.png")
     (axes, *_) = saved[0].axes
     shown = [label.get_text() for label in axes.get_yticklabels()]
-    assert shown == ["american_pit_bull_ter...", "$5 & $10", "5$_$"]
+    assert shown == ["american_p...ll_terrier", "$5 & $10", "5$_$"]
     plot_image_grid([PIL.Image.new("L", (8, 8))], ["5$_$"], "Mistakes", tmp_path / "grid.png")
 
 

@@ -25,21 +25,7 @@ from hf_aace.study.runner import Runner, run_folder
 from hf_aace.study.statistics import candidates_of
 
 
-TINY = [
-    "compare",
-    "--max_steps",
-    "2",
-    "--train_size",
-    "40",
-    "--seeds",
-    "2",
-    "--search_seeds",
-    "1",
-    "--jobs",
-    "1",
-    "--output_dir",
-    "study",
-]
+TINY = "compare --max_steps 2 --train_size 40 --seeds 2 --search_seeds 1 --jobs 1 --output_dir study".split()
 
 
 class Here(Executor):
@@ -142,19 +128,7 @@ def test_a_study_without_a_run_is_begun_anew_with_other_options(tmp_path, monkey
 def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path, monkeypatch, capsys):
     """In processes of their own."""
     monkeypatch.chdir(tmp_path)
-    argv = [
-        "compare",
-        "--max_steps",
-        "2",
-        "--train_size",
-        "40",
-        "--seeds",
-        "1",
-        "--jobs",
-        "1",
-        "--output_dir",
-        "study",
-    ]
+    argv = "compare --max_steps 2 --train_size 40 --seeds 1 --jobs 1 --output_dir study".split()
     # Resuming from what is not there is found out by the run alone.
     assert main([*argv, "--methods", "trainer:resume_from_checkpoint=nothing,trainer"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -238,18 +212,7 @@ def test_options_of_a_file_are_those_of_every_run(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("how", ["Ctrl-C", "killed"])
 def test_a_study_that_is_stopped_leaves_no_process_behind(how, tmp_path):
     """And does not wait for runs that the same command would make again."""
-    command = [
-        sys.executable,
-        "-m",
-        "hf_aace",
-        "compare",
-        "--jobs",
-        "1",
-        "--methods",
-        "trainer",
-        "--num_train_epochs",
-        "5000",
-    ]
+    command = [sys.executable, *"-m hf_aace compare --jobs 1 --methods trainer --num_train_epochs 5000".split()]
     study = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True)
     try:
         while not list(tmp_path.rglob("output.txt")):
@@ -479,23 +442,10 @@ def test_rho_is_found_for_the_method_that_is_asked_for(tmp_path, monkeypatch):
     method = "asam"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_aace.study.runner.ProcessPoolExecutor", Here)
-    argv = [
-        "find-rho",
-        "--eval_strategy",
-        "no",
-        "--load_best_model_at_end",
-        "false",
-        "--max_steps",
-        "1",
-        "--train_size",
-        "40",
-        "--seeds",
-        "1",
-        "--rho",
-        "0.1",
-        "--method",
-        method,
-    ]
+    argv = (
+        "find-rho --eval_strategy no --load_best_model_at_end false --max_steps 1 --train_size 40 --seeds 1 --rho 0.1 "
+        f"--method {method}"
+    ).split()
     assert main(argv) == 0
     options = json.loads((tmp_path / "runs/find-rho" / f"{method}-rho=0.1" / "seed-0/train_options.json").read_text())
     assert options["rho"] == 0.1

@@ -191,7 +191,25 @@ def test_to_evaluate_takes_no_more_than_an_image_of_one_class(capsys):
         report = json.loads(Path("out/evaluation.json").read_text())
         assert report["images"] == np.sum(report["confusion_matrix"]) == count
         assert "Add some" in message(capsys, *argv, "test", "--dataset_name", "each")
+    assert "To evaluate images of one class, give `--split all`" in message(
+        capsys, *argv, "test", "--dataset_name", "grey"
+    )
     assert "does not know these classes of the data: pink" in message(capsys, *argv, "all", "--dataset_name", "pink")
+
+
+def test_images_that_are_left_out_for_want_of_a_test_split_are_told(warnings):
+    """Of a folder that the model never saw, all could be used."""
+    save_model("model", COLOURS)
+    save_images("images", count=10)
+    argv = ["evaluate", "--model_name_or_path", "model", "--dataset_name", "images", "--output_dir", "out"]
+    assert main(argv) == 0
+    assert warnings == [
+        "'images' has no test split, so that 6 of its 30 images are used. Give `--split all` to use all."
+    ]
+    warnings.clear()
+    assert main([*argv, "--split", "all"]) == 0
+    Path("model/train_options.json").write_text(json.dumps({"dataset_name": "images"}))
+    assert main(argv) == 0 and not warnings
 
 
 def test_a_model_that_gives_nan_is_told(capsys):
@@ -488,18 +506,6 @@ def test_options_come_from_a_file_too():
     assert main(["predict", "--config", "predict.yaml", "--output_file", "b.csv"]) == 0
     assert not Path("a.csv").exists()
     assert "label_2" in table("b.csv")[0]
-
-
-@pytest.mark.parametrize("command", ["evaluate", "predict"])
-def test_help_and_usage_errors(capsys, command):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    assert "--model_name_or_path" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--model_name_or_paht", "x"])
-    assert stop.value.code == 2
-    assert "Did you mean --model_name_or_path?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["./runs/nothing", "runs/nothing"])

@@ -25,17 +25,7 @@ TARGETS = {
     "CvtForImageClassification": [],
 }
 # A step is an epoch, so that each is evaluated and saved.
-TINY = [
-    "train",
-    "--train_size",
-    "40",
-    "--max_steps",
-    "3",
-    "--per_device_train_batch_size",
-    "64",
-    "--disable_tqdm",
-    "true",
-]
+TINY = "train --train_size 40 --max_steps 3 --per_device_train_batch_size 64 --disable_tqdm true".split()
 LORA = ["--model_name_or_path", "base", "--lora", "true", "--lora_rank", "2", "--learning_rate", "0.01"]
 
 
@@ -101,22 +91,8 @@ def test_the_best_model_is_that_of_its_checkpoint(run, monkeypatch):
 
 def test_adapters_of_a_model_in_16_bits_are_merged_in_32(tmp_path):
     """Or its weights would round them away."""
-    argv = [
-        *TINY,
-        "--model_name_or_path",
-        "vit-tiny-digits",
-        "--lora",
-        "true",
-        "--dtype",
-        "bfloat16",
-        "--bf16",
-        "true",
-        "--use_cpu",
-        "true",
-        "--output_dir",
-        "out",
-    ]
-    assert main(argv) == 0
+    options = "--model_name_or_path vit-tiny-digits --lora true --dtype bfloat16 --bf16 true --use_cpu true"
+    assert main([*TINY, *options.split(), "--output_dir", "out"]) == 0
     saved = load_file("out/model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     adapted = [tensor for name, tensor in saved.items() if tensor.dim() == 2 and "classifier" not in name]

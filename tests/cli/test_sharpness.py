@@ -24,23 +24,10 @@ from hf_aace.cli import main
 from hf_aace.vision.datasets import load_image_dataset
 
 
-TINY = [
-    "train",
-    "--train_size",
-    "40",
-    "--label_noise",
-    "0.2",
-    "--max_steps",
-    "2",
-    "--disable_tqdm",
-    "true",
-    "--metrics",
-    "accuracy",
-    "--eval_strategy",
-    "no",
-    "--load_best_model_at_end",
-    "false",
-]
+TINY = (
+    "train --train_size 40 --label_noise 0.2 --max_steps 2 --disable_tqdm true --metrics accuracy --eval_strategy no "
+    "--load_best_model_at_end false"
+).split()
 SAM = ["--perturbation_loss", "cross_entropy", "--normalize_perturbation", "true"]
 QUICK = ["--steps", "1", "--directions", "2", "--m", "20", "--eigenvalues", "0"]
 
@@ -61,7 +48,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(runs, tmp_path_factory):
-    """What `hf-aace sharpness` leaves."""
+    """The folder that `hf-aace sharpness` leaves."""
     out = tmp_path_factory.mktemp("sharpness")
     folders = [str(runs / name) for name in ("plain-0", "plain-1", "aace")]
     assert main(["sharpness", *folders, *QUICK, "--output_dir", str(out)]) == 0
@@ -69,7 +56,7 @@ def measured(runs, tmp_path_factory):
 
 
 def said(capsys, *argv):
-    """What the command prints when it refuses its arguments."""
+    """Return stderr of a command that refuses its arguments."""
     capsys.readouterr()
     assert main(list(argv)) == 1
     return capsys.readouterr().err
@@ -386,7 +373,7 @@ def test_classes_in_another_order_are_the_same(runs, tmp_path):
 
 
 def test_streamed_images_are_to_be_named(runs, tmp_path, capsys):
-    """Which were read of them, no other reading can tell."""
+    """No other reading can tell which images were streamed."""
     shutil.copytree(runs / "sam", tmp_path / "streamed")
     options = json.loads((runs / "sam" / "train_options.json").read_text())
     (tmp_path / "streamed" / "train_options.json").write_text(json.dumps(options | {"streaming": True}))

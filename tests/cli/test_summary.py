@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the train command tells before it trains."""
+"""The facts that the train command tells before it trains."""
 
 from pathlib import Path
 

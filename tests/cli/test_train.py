@@ -49,9 +49,7 @@ def run(tmp_path_factory):
 
 
 def parse(*argv):
-    model_args, data_args, _, training_args, *_ = train_parser(list(argv)).parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
+    model_args, data_args, _, training_args = train_parser(argv).read(argv)
     return model_args, data_args, training_args
 
 
@@ -188,22 +186,12 @@ def test_a_run_whose_checkpoints_trainer_deletes_at_once_ends_well():
 @pytest.mark.parametrize("rho", ["0.05", "0"])
 def test_the_loss_is_the_mean_over_the_images_under_accumulation(model, rho):
     """ResNet leaves out the division that Trainer leaves to it: loss and gradient were four times as large."""
-    cut = ["--gradient_accumulation_steps", "4", "--per_device_train_batch_size", "8"]
-    options = [
-        "--train_size",
-        "96",
-        "--num_train_epochs",
-        "1",
-        "--eval_strategy",
-        "no",
-        "--save_strategy",
-        "no",
-        "--logging_strategy",
-        "steps",
-        "--logging_steps",
-        "1",
-    ]
-    assert main(["train", "--model_name_or_path", model, "--rho", rho, "--output_dir", "run", *options, *cut]) == 0
+    argv = (
+        f"train --model_name_or_path {model} --rho {rho} --output_dir run --train_size 96 --num_train_epochs 1 "
+        "--eval_strategy no --save_strategy no --logging_strategy steps --logging_steps 1 "
+        "--gradient_accumulation_steps 4 --per_device_train_batch_size 8"
+    ).split()
+    assert main(argv) == 0
     first = json.loads(Path("run/trainer_state.json").read_text(encoding="utf-8"))["log_history"][0]
     assert 1.5 < first["loss"] < 4, "about log(10) before anything is learned"
     if rho != "0":
@@ -337,9 +325,9 @@ def test_a_run_is_resumed_with_its_own_images_only(run, capsys, monkeypatch):
         assert f"had `{name}={before}`, now {now}. It goes on with its own optimizer: give what it had" in error
     said = []
     monkeypatch.setattr("hf_aace.cli.checkpoints.logger.warning", said.append)
-    assert main([*argv, "--rho", "0.5"]) == 0
+    assert main([*argv[:-1], os.path.join("here", "checkpoint-2"), "--rho", "0.5"]) == 0
     assert said == [
-        f"Not as it was for {Path('here/checkpoint-3')}, from which this run goes on: `rho=0.01`, now 0.5."
+        f"{Path('here/checkpoint-2')}, from which this run goes on, had other settings: `rho=0.01`, now 0.5."
     ]
 
 
@@ -369,8 +357,44 @@ def test_a_checkpoint_without_an_optimizer_goes_on_at_another_rate(run):
     for path in Path("here").glob("checkpoint-*/*"):
         if path.name in ("optimizer.pt", "scheduler.pt"):
             path.unlink()
-    argv = [*BARE, "--output_dir", "here", "--resume_from_checkpoint", "true"]
+    argv = [*BARE, "--output_dir", "here", "--resume_from_checkpoint", os.path.join("here", "checkpoint-2")]
     assert main([*argv, "--learning_rate", "0.1"]) == 0
+
+
+def test_a_run_is_not_resumed_from_checkpoints_of_another_method_that_are_farther(run, tmp_path, warnings):
+    """As an earlier run in the same folder leaves them: its model would get the name of a method that trained no step of it."""
+    argv = [*BARE, "--output_dir", "here", "--method", "sam"]
+    assert interrupted(argv, step=3) == 130
+    shutil.copytree(run / "checkpoint-3", "here/checkpoint-3", dirs_exist_ok=True)
+    assert main([*argv, "--resume_from_checkpoint", "true"]) == 0
+    assert not [said for said in warnings if "had other settings" in said]
+    assert main([*argv[:-4], "--output_dir", "there", "--method", "sam"]) == 0
+    resumed, whole = load_file("here/model.safetensors"), load_file("there/model.safetensors")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(run, capsys):
+    """A job that is queued again asks for it. Its results would be those of a training of no step."""
+    folder = Path(shutil.copytree(run, "here"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    argv = [*TINY, "--output_dir", "here", "--resume_from_checkpoint", "true"]
+    assert main(argv) == 0
+    assert "No step was left to train. The finished run in here stays as it is." in capsys.readouterr().out
+    error = message(capsys, *argv, "--method", "sam")
+    assert "checkpoint-3, no step is left to train. It had `method=None`, now sam" in error
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    (folder / "all_results.json").unlink()  # as if it had been killed after its last checkpoint
+    assert main(argv) == 0
+    assert json.loads((folder / "all_results.json").read_text())["eval_accuracy"] > 0
+
+
+def test_a_run_that_replaces_another_says_so(run, warnings):
+    shutil.copytree(run, "here")
+    assert main([*BARE, "--output_dir", "here", "--rho", "0.5"]) == 0
+    (said,) = [said for said in warnings if "holds a finished run" in said]
+    assert said.startswith(
+        "here holds a finished run, which this one replaces. It had `rho=0.01`, now 0.5. To keep it"
+    )
 
 
 def test_resuming_from_nothing_is_refused(capsys):
@@ -577,24 +601,6 @@ def test_every_field_of_the_method_is_an_option():
 
 
 @pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        (["--method", "sam"], ("cross_entropy", True, False, 0.05)),
-        (["--method", "asam", "--rho", "0.3"], ("cross_entropy", True, True, 0.3)),
-        (["--method=aace"], ("aace", False, False, 0.01)),
-    ],
-)
-def test_a_method_is_chosen_by_name(argv, expected):
-    _, _, config = parse(*argv)
-    assert expected == (
-        config.perturbation_loss,
-        config.normalize_perturbation,
-        config.adaptive_perturbation,
-        config.rho,
-    )
-
-
-@pytest.mark.parametrize(
     "name", ["normalize_perturbation", "adaptive_perturbation", "eval_on_start", "ddp_static_graph"]
 )
 def test_a_flag_without_a_value_says_true(name):
@@ -682,7 +688,7 @@ def test_recipe_follows_the_model_of_the_configuration_file(tmp_path):
 
 
 def message(capsys, *argv):
-    """What the command says on its way out with exit code 1."""
+    """Return the last line of a command that ends with exit code 1."""
     capsys.readouterr()
     assert main(list(argv)) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -747,6 +753,7 @@ def test_configuration_file_that_cannot_be_parsed_is_named(tmp_path, name):
         (["--dataset_name", "/missing"], "`dataset_name` is '/missing'"),
         (["--model_name_or_path", "/missing"], "`model_name_or_path` is '/missing'"),
         (["--dataset_name", "./fotos"], "but there is no such folder or file (did you mean 'photos'?)"),
+        (["--dataset_name", "fotos"], "but there is no such folder (did you mean 'photos'?), nor could it be"),
         (["--dataset_name", "photos/a/b"], "`dataset_name` is 'photos/a/b', but there is no such folder or file"),
         (
             ["--dataset_name", "photos/tarin"],
@@ -805,6 +812,10 @@ def test_unreadable_image_is_named_before_training(tmp_path, capsys):
         (["train", "--model", "x"], "Did you mean --model_name_or_path?"),
         (["train", "--batch-size", "8"], "Did you mean --per_device_train_batch_size?"),
         (["train", "--workers", "8"], "Did you mean --dataloader_num_workers?"),
+        (["train", "--train_dir", "photos"], "Did you mean --dataset_name?"),
+        (["train", "--train_val_split=0.2"], "Did you mean --validation_size?"),
+        (["train", "--validation_dir", "photos/val"], "Put the splits into one folder"),
+        (["train", "--overwrite_output_dir"], "It is always so: leave it out."),
         (["train", "--bs", "8", "--RHO", "1"], "Did you mean --per_device_train_batch_size, --rho?"),
         (["train", "--precision", "16"], "Did you mean --bf16?"),
         (["train", "--image_size", "224"], "No option sets the size of the images: it is `size` in"),

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation: what becomes of images and labels, and that each training batch, and no other, is changed once."""
 
-import math
-
 import kornia.augmentation as K
-import numpy as np
 import PIL.Image
 import pytest
 import torch
 import transformers
 from kornia.augmentation.auto.rand_augment.rand_augment import default_policy
-from PIL import Image, ImageEnhance
 from tiny import convnext, digits, identical, training_arguments, vit, weights
 from torch import nn
 from transformers import Siglip2ImageProcessorPil, TrainingArguments, ViTImageProcessorPil
@@ -114,7 +110,7 @@ def test_the_default_crops_and_flips():
 
 
 def test_randaugment_draws_other_operations_for_every_eight_images():
-    """What is done to two copies of one image in two groups."""
+    """Compare what is done to copies of one image in two groups."""
     one = pictures(1)["pixel_values"]
     images = augmentation("randaugment")({"pixel_values": one.expand(64, 3, 32, 32), "labels": torch.zeros(64)}, 0)
     plain = augmentation("default")({"pixel_values": one.expand(64, 3, 32, 32), "labels": torch.zeros(64)}, 0)
@@ -126,118 +122,15 @@ def test_randaugment_draws_other_operations_for_every_eight_images():
     assert len({len(group.mul(1e4).round().flatten(1).unique(dim=0)) for group in images.split(8)}) > 2
 
 
-# ---- The operations of RandAugment, at the magnitude that we set -----------
-
-
-OPERATIONS = {entry[0][0]: entry for entry in default_policy}
-LEVELS = torch.linspace(0, 1, 64)
-SIZE = 101
-
-
-@pytest.fixture
-def operate(monkeypatch):
-    """Runs the policy `randaugment` with one operation alone, without crop and flip, on images of values from 0 to 1."""
+def test_randaugment_has_magnitude_9_of_30(monkeypatch):
+    """Solarize alone inverts what is lighter than 9 / 30."""
+    (solarize,) = [entry for entry in default_policy if entry[0][0] == "solarize"]
     randaugment = K.auto.RandAugment
-    monkeypatch.setattr(K, "RandomHorizontalFlip", nn.Identity)
-    monkeypatch.setattr(K, "RandomResizedCrop", lambda *args, **kwargs: nn.Identity())
-
-    def operate(name, images):
-        monkeypatch.setattr(K.auto, "RandAugment", lambda n, m: randaugment(n=1, m=m, policy=[OPERATIONS[name]]))
-        augment = augmentation("randaugment", mean=[0.0] * 3, std=[1.0] * 3)
-        return augment({"pixel_values": images, "labels": torch.zeros(len(images))}, 0)["pixel_values"]
-
-    return operate
-
-
-def levels(count=8):
-    """Images, all of each of 64 gray levels, a row of 64 pixels for every row."""
-    return LEVELS.expand(count, 3, 64, 64).clone()
-
-
-def spot(x, y, count=32):
-    """Images that are black but for a spot, so many pixels to the right of the center and below it."""
-    place = torch.arange(SIZE) - SIZE // 2
-    return torch.exp(-((place - x) ** 2 + (place[:, None] - y) ** 2) / 18).expand(count, 3, SIZE, SIZE).clone()
-
-
-def places(images):
-    """Where the spot of each image is."""
-    place, light = torch.arange(SIZE) - SIZE // 2, images.mean(dim=1)
-    total = light.sum(dim=(1, 2))
-    return (
-        torch.stack([(light * place).sum(dim=(1, 2)), (light * place[:, None]).sum(dim=(1, 2))], dim=1)
-        / total[:, None]
-    )
-
-
-def test_every_operation_has_a_test_of_what_it_does():
-    assert {*TO_LEVELS, *MOVES, "auto_contrast", "equalize", "solarize_add", "color", "sharpness"} == set(OPERATIONS)
-
-
-# From gray levels to gray levels. Magnitude 9 of 30 is 0.3 of the way between the ends of an operation's range.
-TO_LEVELS = {
-    "invert": lambda x: 1 - x,
-    "posterize": lambda x: (x * 255).floor().div(4).floor() * 4 / 255,  # keeps 6 bits of 8
-    "solarize": lambda x: torch.where(x < 0.3, x, 1 - x),
-    "brightness": lambda x: (x - 0.36).clamp(min=0),  # kornia adds 0.64 - 1, where Pillow multiplies by 0.64
-    "contrast": lambda x: 0.64 * x,  # kornia keeps black, where Pillow keeps the mean
-}
-
-
-@pytest.mark.parametrize("name", TO_LEVELS)
-def test_randaugment_changes_levels_by_as_much_as_the_magnitude_says(name, operate):
-    changed, expected = operate(name, levels()), TO_LEVELS[name](LEVELS)
-    assert (LEVELS - expected).abs().max() > 0.01, "the expected change is one"
-    # A level may lie on the edge of a step.
-    assert ((changed - expected).abs() < 0.005).float().mean() > 0.95
-
-
-def test_randaugment_adds_and_solarizes_at_a_threshold_of_each_image(operate):
-    changed, added = operate("solarize_add", levels()), (LEVELS + 0.43 * 0.3).clamp(0, 1)
-    kept, inverted = (changed - added).abs() < 1e-5, (changed - (1 - added)).abs() < 1e-5
-    assert (kept | inverted).all() and kept.any() and inverted.any()
-
-
-def test_randaugment_spreads_levels_over_the_whole_range(operate):
-    dull = 0.3 + 0.2 * levels()
-    stretched = operate("auto_contrast", dull)
-    assert (stretched - levels()).abs().max() < 0.01
-    # With few light pixels; evened out, there are as many of every level. Large, since the counts are rounded.
-    dark = torch.linspace(0, 1, 256).expand(2, 3, 256, 256) ** 2
-    even = operate("equalize", dark)
-    assert (even.quantile(torch.linspace(0.1, 0.9, 9)) - torch.linspace(0.1, 0.9, 9)).abs().max() < 0.05
-    assert (dark.quantile(torch.tensor([0.5])) - 0.5).abs() > 0.2
-
-
-def test_randaugment_takes_a_part_of_the_color_and_of_the_detail(operate):
-    color = torch.tensor([0.8, 0.4, 0.2]).view(1, 3, 1, 1).expand(8, 3, 16, 16).clone()
-    paler = operate("color", color)[:, :, 8, 8]
-    saturation = 1 - paler.min(dim=1).values / paler.max(dim=1).values
-    assert (saturation - 0.64 * (1 - 0.2 / 0.8)).abs().max() < 0.01
-    lines = (torch.arange(16) % 2).float().expand(8, 3, 16, 16).clone()
-    smooth = Image.fromarray((lines[0, 0] * 255).byte().numpy())
-    expected = torch.tensor(np.asarray(ImageEnhance.Sharpness(smooth).enhance(0.64))) / 255
-    softer = operate("sharpness", lines)
-    assert (softer - expected).abs().max() < 0.01 and 0.05 < (lines - softer).abs().mean() < 0.3
-
-
-TURN, SLOPE = math.radians(0.3 * 30), math.tan(math.radians(0.3 * 0.3 * 180))
-# A spot, and where it goes; with the other sign for about half of the images.
-MOVES = {
-    "rotate": ((25, 0), (25 * math.cos(TURN), 25 * math.sin(TURN)), (25 * math.cos(TURN), -25 * math.sin(TURN))),
-    "translate_x": ((25, 0), (25 + 0.03 * SIZE, 0), (25 - 0.03 * SIZE, 0)),
-    "translate_y": ((25, 0), (25, 0.03 * SIZE), (25, -0.03 * SIZE)),
-    "shear_x": ((0, 25), (25 * SLOPE, 25), (-25 * SLOPE, 25)),
-    "shear_y": ((25, 0), (25, 25 * SLOPE), (25, -25 * SLOPE)),
-}
-
-
-@pytest.mark.parametrize("name", MOVES)
-def test_randaugment_moves_both_ways_by_as_much_as_the_magnitude_says(name, operate):
-    start, *ends = MOVES[name]
-    distances = (places(operate(name, spot(*start)))[:, None] - torch.tensor(ends)).norm(dim=2)
-    assert (distances.min(dim=1).values < 0.2).all()
-    assert 8 <= (distances.argmin(dim=1) == 0).sum() <= 24
+    monkeypatch.setattr(K.auto, "RandAugment", lambda n, m: randaugment(n=1, m=m, policy=[solarize]))
+    images = torch.linspace(0, 1, 64).view(64, 1, 1, 1).expand(64, 3, 32, 32)
+    augment = augmentation("randaugment", mean=[0.0] * 3, std=[1.0] * 3)
+    changed = augment({"pixel_values": images, "labels": torch.zeros(64)}, 0)["pixel_values"]
+    torch.testing.assert_close(changed, torch.where(images < 0.3, images, 1 - images))
 
 
 def image_processors():
@@ -282,7 +175,7 @@ def test_mixup_blends_images_and_labels_in_one_ratio():
 
 
 def test_the_ratio_of_mixup_is_of_its_beta_distribution():
-    """Whose parameter says how far most images are from being mixed at all: `mixup` is no mere switch."""
+    """The parameter of the distribution says how far most images are mixed: `mixup` is no mere switch."""
     augment = augmentation(mixup=0.1)
     ratios = torch.stack([augment(flat(), seed)["labels"].diagonal().min() for seed in range(400)])
     assert ratios.mean() == pytest.approx(0.5, abs=0.08)

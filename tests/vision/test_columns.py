@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which columns are taken for images and labels, what becomes of labels of every type, and the formats that are read."""
+"""The columns taken for images and labels, labels of every type, and the formats that are read."""
 
 import io
 import json

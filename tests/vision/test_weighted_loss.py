@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from tiny import (
-    InOrder,
     batch,
     convnext,
     digits,
@@ -18,7 +17,6 @@ from tiny import (
     vit,
     weights,
 )
-from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_aace import AACEConfig, AACETrainer
@@ -143,8 +141,9 @@ def test_weighted_accumulation_equals_one_large_batch(tmp_path, smoothing):
             rho=0.05,
             optim="sgd",
             learning_rate=0.05,
+            train_sampling_strategy="sequential",
         )
-        trainer = InOrder(
+        trainer = AACETrainer(
             vit(),
             arguments,
             train_dataset=digits(40),
@@ -168,21 +167,6 @@ def test_the_ascent_is_not_weighted(tmp_path):
 
     assert identical(perturbed_weights(None), perturbed_weights(CLASS_WEIGHTS))
     assert not identical(perturbed_weights(None), weights(convnext()))
-
-
-def test_rho_0_with_weights_is_plain_trainer(tmp_path):
-    ends = []
-    for cls, arguments in ((AACETrainer, AACEConfig), (Trainer, TrainingArguments)):
-        rho = {"rho": 0.0} if cls is AACETrainer else {}
-        trainer = cls(
-            convnext(),
-            training_arguments(arguments, tmp_path, max_steps=4, **rho),
-            train_dataset=digits(64),
-            compute_loss_func=WeightedCrossEntropy(CLASS_WEIGHTS),
-        )
-        trainer.train()
-        ends.append(weights(trainer.model))
-    assert identical(*ends)
 
 
 def test_the_command_weights_the_classes(tmp_path, monkeypatch):
