@@ -33,7 +33,10 @@ def average_gradients(gradients: list[torch.Tensor | None], parameters: list[nn.
     parameters are the same on all processes, and all on one device.
     """
     flat = torch.cat(
-        [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(parameters, gradients, strict=True)]
+        [
+            (torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g).reshape(-1)
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
     )
     dist.all_reduce(flat)
     flat /= dist.get_world_size()

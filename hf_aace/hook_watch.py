@@ -8,7 +8,10 @@ from transformers import Trainer, TrainerCallback
 from .config import aace_arguments, perturbs
 
 
-_INSTEAD = "Call it by `super()` where you override it. If you do not, this Transformers calls other methods: use an older one."
+_INSTEAD = (
+    "Call it by `super()` where you override it, and change the micro-batches in a class that comes after SharpnessAwareMixin in the "
+    "bases. If you do not override it, this Transformers calls other methods: use an older one."
+)
 
 
 class HookWatch(TrainerCallback):
@@ -30,10 +33,7 @@ class HookWatch(TrainerCallback):
         self._called = self._ever_called = True
         # Trainer has this number from what its `get_batch_samples` returned. With one micro-batch nothing depends on it.
         if self._expected and 1 < self._trainer.current_gradient_accumulation_steps != self._micro_batches:
-            self._raise(
-                "get_batch_samples",
-                "does not know the micro-batches of the optimizer step (if you change them, do so in a class behind it)",
-            )
+            self._raise("get_batch_samples", "does not know the micro-batches of the optimizer step")
 
     def note_window(self, batches: list[Any]) -> None:
         """Note that `get_batch_samples` was called, and the micro-batches that it returned."""

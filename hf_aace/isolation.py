@@ -65,7 +65,7 @@ def unchanged_buffers(model: nn.Module) -> Iterator[list[tuple[nn.Module, torch.
 def unchanged_attributes(model: nn.Module) -> Iterator[None]:
     """
     Give all modules back, after this context manager, the attributes that they had before it: counters, flags, what they note of
-    the last batch. Lists, dictionaries and sets among them, those of hooks too, get back their entries, one level deep. Tensors
+    the last batch. Lists, deques, dictionaries and sets among them, those of hooks too, get back their entries, one level deep. Tensors
     that are no buffers, and other objects, are not copied: what is changed inside them stays changed.
     """
     before = [(module, type(module), vars(module).copy()) for module in model.modules()]

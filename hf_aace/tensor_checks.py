@@ -104,7 +104,7 @@ def check_precision(parameters: Iterable[torch.Tensor]) -> None:
                 f"The parameters to perturb must be float32 (or float64), got {parameter.dtype}: its rounding would "
                 "swallow the perturbation. Load the model with `dtype=torch.float32` and train with `bf16=True` or "
                 "`fp16=True` for mixed precision. (`bf16_full_eval` and `fp16_full_eval` cast it, too, if it is evaluated "
-                "before it is trained.) With `rho=0` it may stay as it is."
+                "before it is trained.)"
             )
 
 

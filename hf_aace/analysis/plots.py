@@ -65,9 +65,7 @@ def training_curves(log_history: list[dict[str, Any]]) -> Figure | None:
         if name == "Loss":
             log_scale(axes)
         if all(epoch.is_integer() for line in axes.lines for epoch in map(float, line.get_xdata())):
-            axes.xaxis.set_major_locator(
-                MaxNLocator(integer=True, min_n_ticks=1)
-            )  # of one epoch or two there is no half
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(axes.lines) > 1:
             axes.legend()
     return figure

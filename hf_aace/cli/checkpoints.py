@@ -8,18 +8,22 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging
 
+from ..config import AACEArguments
 from ..vision.messages import first_line
 from .launch import is_launched
 from .options import checkpoints_in, is_same_data, train_options, write_train_options
 
 
 logger = logging.get_logger(__name__)
+
+_NUMBER_OF_STEPS = {"num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 class KeepOptions(TrainerCallback):
@@ -50,7 +54,7 @@ def checkpoint_to_resume(value: str | None, output_dir: str, options: dict[str, 
     if value.lower() == "true":
         if not whole:
             raise ValueError(f"`resume_from_checkpoint`: No valid checkpoint found in {output_dir}. Leave it out.")
-        # An earlier run in the folder may have left younger-looking ones, of more steps.
+        # An earlier run in the folder may have left some of more steps.
         of_this_run = [path for path in whole if not changed_options(path, options)]
         return str((of_this_run or whole)[-1])
     # A finished run has a state too, but no optimizer: training would begin anew.
@@ -90,20 +94,23 @@ def warn_of_replacing(output_dir: str, options: dict[str, Any]) -> None:
         )
 
 
-def was_finished(output_dir: str, checkpoint: str, state: TrainerState, options: dict[str, Any]) -> bool:
+def is_finished(output_dir: str, checkpoint: str, options: dict[str, Any]) -> bool:
     """
-    Tell whether a training that went on from a checkpoint made no step, and its folder holds the results already. Refuse it if
-    it made none and the checkpoint is of other options: what those have trained would get the name of these.
+    Tell whether no step is left to train after a checkpoint, and its run has left its results in `output_dir`. Refuse it if no
+    step is left and the perturbation was another: what that has trained would get the name of this one.
     """
-    if state.global_step > TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step:
+    state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    changed = changed_options(checkpoint, options)
+    if state.global_step < state.max_steps or not _NUMBER_OF_STEPS.isdisjoint(changed):
         return False
-    if changed := changed_options(checkpoint, options):
+    perturbation = {option.name for option in fields(AACEArguments)} - {"method"}  # which sets others of them
+    if not perturbation.isdisjoint(changed):
         told = _told(train_options(Path(checkpoint)), options, changed)
         raise ValueError(
             f"`resume_from_checkpoint`: after {checkpoint}, no step is left to train. It had {told}. Leave `resume_from_checkpoint` "
             "out to train anew."
         )
-    return Path(output_dir, "all_results.json").is_file() and not changed_options(output_dir, options)
+    return Path(output_dir, "eval_results.json").is_file() and set(changed_options(output_dir, options)) <= {"method"}
 
 
 def changed_options(folder: str | Path, options: dict[str, Any]) -> list[str]:

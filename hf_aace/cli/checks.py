@@ -145,17 +145,16 @@ def check_exists(option: str, name: str) -> None:
 def naming_the_folder(option: str, name: str) -> Iterator[None]:
     """
     Add to the error of loading a model or dataset that there is no such folder, if the name looks like one: `runs/photos`, where
-    there is a folder `runs`, or `photo`, where there is `photos`, may still be an id on the Hub.
+    there is a folder `runs`, may still be an id on the Hub.
     """
     try:
         yield
     except ValueError as error:
-        path, similar = Path(name), _similar(name)
-        looks_like_a_folder = len(path.parts) == 2 or (len(path.parts) == 1 and similar)
-        if path.exists() or not looks_like_a_folder or not path.parent.is_dir():
+        path = Path(name)
+        if path.exists() or len(path.parts) != 2 or not path.parent.is_dir():
             raise
         raise ValueError(
-            f"`{option}` is {name!r}, but there is no such folder{similar}, nor could it be loaded from the Hub: {error}"
+            f"`{option}` is {name!r}, but there is no such folder{_similar(name)}, nor could it be loaded from the Hub: {error}"
         ) from error
 
 

@@ -52,7 +52,7 @@ class EvaluationArguments(ImagesArguments):
     split: Literal["test", "train", "all"] = option(
         "test",
         "The test images, which `hf-aace train` sets apart if the dataset does not; the training images, those of the run with "
-        "the labels that it saw; or all, for images that the model was not trained on.",
+        "the labels that it saw; or all, for images that the model was not trained on (of a single class, too).",
     )
     metrics: list[str] = option(  # noqa: RUF009
         ["accuracy", "macro_f1"], "Metrics: `accuracy`, `macro_f1`, or any that `evaluate.load` finds on the Hub."
@@ -111,7 +111,7 @@ def run(argv: list[str]) -> int:
     if data.info.description == SET_APART and not is_own:
         logger.warning(
             f"{dataset_name!r} has no test split, so that {len(data)} of its {sum(map(len, splits.values()))} images are used. Give "
-            "`--split all` to use all."
+            "`--split all` to use all, unless the model was trained on some of them."
         )
     data = in_the_classes_of(model.config.id2label, data).cast_column("image", Image(decode=False))
 

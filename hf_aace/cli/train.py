@@ -25,8 +25,8 @@ from .checkpoints import (
     check_options,
     checkpoint_to_resume,
     if_interrupted,
+    is_finished,
     warn_of_replacing,
-    was_finished,
 )
 from .checks import check_training
 from .launch import LaunchArguments, is_one_of_several, launch
@@ -90,6 +90,10 @@ def run(argv: list[str]) -> int:
     checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, output_dir, run_options)
     if checkpoint is not None:
         check_options(checkpoint, run_options)
+        if is_finished(output_dir, checkpoint, run_options):
+            if training_args.process_index == 0:
+                print(f"No step is left to train. The finished run in {output_dir} stays as it is.")
+            return 0
     elif training_args.process_index == 0:
         warn_of_replacing(output_dir, run_options)
     with if_interrupted("Training had not begun, and nothing was saved."):
@@ -101,13 +105,7 @@ def run(argv: list[str]) -> int:
             facts = describe_run(trainer, dataset, last_part(model_args.model_name_or_path))
     trainer.add_callback(KeepOptions(run_options))
     trainer.add_callback(Summary(facts))
-    attempt = Attempt(output_dir, argv, checkpoint)
-    train_metrics = _train(trainer, model_args, attempt, checkpoint)
-    if checkpoint is not None and was_finished(output_dir, checkpoint, trainer.state, run_options):
-        if trainer.is_world_process_zero():
-            print(f"No step was left to train. The finished run in {output_dir} stays as it is.")
-        return 0
-    _save(trainer, model_args, attempt, train_metrics)
+    train_metrics = _train_and_save(trainer, model_args, checkpoint, argv)
     if trainer.is_world_process_zero():
         write_train_options(run_options, output_dir)
     picture = Path(output_dir) / "training_curves.png"
@@ -134,11 +132,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _train(
-    trainer: AACETrainer, model_args: ModelArguments, attempt: Attempt, checkpoint: str | None
+def _train_and_save(
+    trainer: AACETrainer, model_args: ModelArguments, checkpoint: str | None, argv: list[str]
 ) -> dict[str, float]:
-    """Train; return the metrics of Trainer."""
-    processor_started = time.process_time()
+    """Train, and save the model; return the metrics of Trainer."""
+    attempt, processor_started = Attempt(trainer.args.output_dir, argv, checkpoint), time.process_time()
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt as interrupt:
@@ -164,11 +162,7 @@ def _train(
             ) from error
         raise
     # It depends less than the time on the clock on what else the machine is doing.
-    return {**result.metrics, "train_processor_seconds": time.process_time() - processor_started}
-
-
-def _save(trainer: AACETrainer, model_args: ModelArguments, attempt: Attempt, metrics: dict[str, float]) -> None:
-    """Save the trained model and the metrics of its training."""
+    result.metrics["train_processor_seconds"] = time.process_time() - processor_started
     if model_args.lora:
         if trainer.is_world_process_zero():
             trainer.model.save_pretrained(Path(trainer.args.output_dir) / "adapter")
@@ -187,8 +181,9 @@ def _save(trainer: AACETrainer, model_args: ModelArguments, attempt: Attempt, me
         results = ("all_results.json", "validation_results.json", "eval_results.json")
         for name in (*results, "training_curves.png", "README.md"):
             Path(trainer.args.output_dir, name).unlink(missing_ok=True)
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    return result.metrics
 
 
 def _evaluate(

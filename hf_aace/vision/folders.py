@@ -154,7 +154,6 @@ def _check_class_folders(name: str, splits: DatasetDict) -> None:
         raise ValueError(
             f"The folder {name!r} given as `dataset_name` must have one sub-folder for each class, at least two of "
             f"them to train on and all at the same depth, but its images lie in: {first_few(sorted(set().union(*places.values())))}."
-            + " To evaluate images of one class, give `--split all`." * (len(set().union(*places.values())) == 1)
             + f" What is in {first_few(archives)} counts too: move it away." * bool(archives)
             + _table_hint(Path(name))
         )

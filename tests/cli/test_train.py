@@ -378,14 +378,28 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(run, capsys):
     folder = Path(shutil.copytree(run, "here"))
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     argv = [*TINY, "--output_dir", "here", "--resume_from_checkpoint", "true"]
-    assert main(argv) == 0
-    assert "No step was left to train. The finished run in here stays as it is." in capsys.readouterr().out
+    assert main([*argv, "--method", "aace"]) == 0  # the default, by its name
+    assert "No step is left to train. The finished run in here stays as it is." in capsys.readouterr().out
     error = message(capsys, *argv, "--method", "sam")
     assert "checkpoint-3, no step is left to train. It had `method=None`, now sam" in error
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
-    (folder / "all_results.json").unlink()  # as if it had been killed after its last checkpoint
+    (folder / "eval_results.json").unlink()  # as if it had been killed after its last checkpoint
     assert main(argv) == 0
-    assert json.loads((folder / "all_results.json").read_text())["eval_accuracy"] > 0
+    assert json.loads((folder / "eval_results.json").read_text())["eval_accuracy"] > 0
+
+
+def test_a_resumed_run_outlives_the_checkpoint_that_it_began_from(run, tmp_path, capsys):
+    """Trainer deletes it, as it keeps the last two. And the number of steps is that of now."""
+    folder = Path(shutil.copytree(run, "here"))
+    argv = [*BARE, "--output_dir", "here", "--resume_from_checkpoint", "true", "--max_steps", "6"]
+    assert main(argv) == 0
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 6
+    assert not (folder / "checkpoint-3").exists() and (folder / "eval_results.json").is_file()
+    # One that ends within an epoch, of which Trainer would make a step more.
+    short = [*BARE, "--output_dir", "short", "--per_device_train_batch_size", "16", "--max_steps", "2"]
+    assert main(short) == 0
+    assert main([*short, "--resume_from_checkpoint", "true"]) == 0
+    assert json.loads(Path("short/trainer_state.json").read_text())["global_step"] == 2
 
 
 def test_a_run_that_replaces_another_says_so(run, warnings):
@@ -753,7 +767,6 @@ def test_configuration_file_that_cannot_be_parsed_is_named(tmp_path, name):
         (["--dataset_name", "/missing"], "`dataset_name` is '/missing'"),
         (["--model_name_or_path", "/missing"], "`model_name_or_path` is '/missing'"),
         (["--dataset_name", "./fotos"], "but there is no such folder or file (did you mean 'photos'?)"),
-        (["--dataset_name", "fotos"], "but there is no such folder (did you mean 'photos'?), nor could it be"),
         (["--dataset_name", "photos/a/b"], "`dataset_name` is 'photos/a/b', but there is no such folder or file"),
         (
             ["--dataset_name", "photos/tarin"],
