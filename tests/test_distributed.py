@@ -24,6 +24,7 @@ from transformers.training_args import ParallelMode
 
 import hf_aace
 from hf_aace import AACEConfig, AACETrainer
+from hf_aace.distributed import average_gradients
 from hf_aace.vision.models import load_model_and_processor
 
 
@@ -413,6 +414,18 @@ def test_models_loaded_as_shards_are_refused(tmp_path):
             AACETrainer(model, training_arguments(AACEConfig, tmp_path))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_sparse_gradients_and_missing_ones_are_averaged():
+    """As embeddings with `sparse=True` have them; the average itself is dense."""
+    parameters = [torch.zeros(3, 2), torch.zeros(4)]
+    gradient = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]])
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        averaged = average_gradients([gradient.to_sparse(), None], parameters)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(averaged[0], gradient) and torch.equal(averaged[1], torch.zeros(4))
 
 
 def test_reentrant_checkpointing_with_static_graph_is_refused(tmp_path):

@@ -54,7 +54,7 @@ def run(argv: list[str]) -> int:
     search = [(each, seed) for each in candidates for seed in (tried_on if each.method in study.searched else seeds)]
     for option, (searching, without) in unequal_search(candidates).items():
         print(
-            f"hf-aace: warning: `{option}` is searched for {searching[0]}, but not for {', '.join(without)}. The comparison "
+            f"hf-aace: warning: `{option}` is searched for {', '.join(searching)}, but not for {', '.join(without)}. The comparison "
             f"favors what is searched: give each method values of `{option}` to try, as `:{option}=A|B`.",
             file=sys.stderr,
         )

@@ -361,7 +361,7 @@ def test_a_checkpoint_without_an_optimizer_goes_on_at_another_rate(run):
     assert main([*argv, "--learning_rate", "0.1"]) == 0
 
 
-def test_a_run_is_not_resumed_from_checkpoints_of_another_method_that_are_farther(run, tmp_path, warnings):
+def test_a_run_is_not_resumed_from_checkpoints_of_another_method_that_are_farther(run, warnings):
     """As an earlier run in the same folder leaves them: its model would get the name of a method that trained no step of it."""
     argv = [*BARE, "--output_dir", "here", "--method", "sam"]
     assert interrupted(argv, step=3) == 130
@@ -388,7 +388,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(run, capsys):
     assert json.loads((folder / "eval_results.json").read_text())["eval_accuracy"] > 0
 
 
-def test_a_resumed_run_outlives_the_checkpoint_that_it_began_from(run, tmp_path, capsys):
+def test_a_resumed_run_outlives_the_checkpoint_that_it_began_from(run):
     """Trainer deletes it, as it keeps the last two. And the number of steps is that of now."""
     folder = Path(shutil.copytree(run, "here"))
     argv = [*BARE, "--output_dir", "here", "--resume_from_checkpoint", "true", "--max_steps", "6"]
